@@ -1,0 +1,1 @@
+"""Gradient descent, minibatch SGD and backprop in JAX."""

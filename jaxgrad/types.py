@@ -1,0 +1,76 @@
+"""The nouns that every module shares.
+
+A *batch* is any pytree whose leaves share a leading axis of examples. *Parameters* are any pytree of
+floating-point arrays; the models of this package use the NamedTuples below. A *loss* is a pure function
+`loss(params, batch) -> scalar`, the **mean** over the batch's examples (F1). A *sampling* says which
+examples a step sees, and is a pure function of `(key, step)`.
+
+One alphabet of sizes everywhere: n examples, d features, h hidden units, k outputs, b batch size, s seeds.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jaxtyping import Array, Float, Int
+
+Params: TypeAlias = Any
+"""A pytree of floating-point arrays."""
+
+Key: TypeAlias = jax.Array
+"""A JAX random key (`jax.random.key`), or an array of them."""
+
+
+class Batch(NamedTuple):
+    """Examples `x[n, d]` with targets `y[n]` (regression, 0/1 labels, class numbers) or `y[n, k]`."""
+
+    x: Any
+    y: Any
+
+
+class Linear(NamedTuple):
+    """Parameters of `w.x + b`: `w[d]` and `b[]`, or `w[d, k]` and `b[k]`; `b=None` means no bias."""
+
+    w: Any
+    b: Any = None
+
+
+class Layer(NamedTuple):
+    """One layer of a net: `W[d_in, d_out]` and `b[d_out]`; `b=None` means no bias."""
+
+    W: Any
+    b: Any = None
+
+
+class TwoLayer(NamedTuple):
+    """Parameters of `f(x W1 + b1) W2 + b2` (F8, F10): `W1[d, h]`, `W2[h, k]`; the lecture has no biases."""
+
+    W1: Any
+    W2: Any
+    b1: Any = None
+    b2: Any = None
+
+
+Deep: TypeAlias = tuple[Layer, ...]
+"""Parameters of a net of any depth: one `Layer` per matrix, first to last."""
+
+Loss: TypeAlias = Callable[[Params, Any], Float[Array, ""]]
+"""`loss(params, batch) -> scalar`, the mean over the batch."""
+
+
+class Sampling(NamedTuple):
+    """Which examples step `t` sees: the one argument that separates GD from SGD.
+
+    Made by `jaxgrad.sampling`. Two samplings of the same kind and batch size are equal and hash alike, so
+    a program compiled for one serves the other.
+    """
+
+    name: str
+    batch_size: int | None
+    """b, or None for the full batch."""
+    draw: Callable[[Key, Any, int, int], Int[Array, " b"]]
+    """`draw(key, step, n, b) -> int32[b]`, pure."""
+
+    def indices(self, key: Key, step: Any, n: int) -> Int[Array, " b"]:
+        """The examples of step `step` out of `n`: `int32[b]`, a pure function of `(key, step)`."""
+        return self.draw(key, step, n, n if self.batch_size is None else self.batch_size)

@@ -1,0 +1,18 @@
+"""Strict numerics for every test: float64, no silent rank or dtype promotion, the same examples each time."""
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The first call of a shape compiles, so a deadline would measure the compiler.
+settings.register_profile("jaxgrad", deadline=None, derandomize=True, max_examples=25, print_blob=False)
+settings.load_profile("jaxgrad")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(20210407)

@@ -1,0 +1,310 @@
+"""Results on disk: one JSON and one npz per experiment and device, which are replaced together or not at all.
+
+    results/<experiment>/<device>.json    config, claims, scalar numbers, versions, device, precision, times
+    results/<experiment>/<device>.npz     the arrays among the numbers, never pickled
+
+The same data give the same bytes on every machine: keys sorted, floats by `repr`, arrays little-endian and
+stored without compression, no dates. NaN and infinities, which JSON does not have, are written as
+`{"float": "nan"}`. The JSON holds the sha256 of its npz, so that a reader knows a mismatched pair. Both files
+are first written under temporary names, then renamed, the npz first: a writer that is stopped before the
+renames leaves the old pair, and one that is stopped between them leaves the new npz beside the new JSON under
+its temporary name, which the next `read` renames.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
+"""Packages whose versions every result records, beside Python's."""
+
+
+class Claim(NamedTuple):
+    """A sentence that a run confirmed or refuted. Every field is computed from the numbers of that run."""
+
+    id: str
+    """Row of the lecture (`F4`, `C6`) or of this study."""
+    text: str
+    """What is claimed, as a sentence."""
+    measured: str
+    expected: str
+    holds: bool
+
+
+class Result(NamedTuple):
+    """What `read` gives back: everything that `write` was given, and where it came from."""
+
+    name: str
+    device: str
+    """`cpu` or `gpu`: the stem of the two files."""
+    config: dict[str, Any]
+    numbers: dict[str, Any]
+    claims: tuple[Claim, ...]
+    times: dict[str, Any]
+    provenance: dict[str, Any]
+    """`versions`, `machine`, `precision`, `seeds`, and the `sha256` of the npz."""
+
+
+def write(
+    folder: str | Path,
+    name: str,
+    device: str,
+    config: Any,
+    numbers: dict[str, Any],
+    claims: Sequence[Claim],
+    times: dict[str, Any],
+) -> Path:
+    """Write `folder/<name>/<device>.json` and `.npz`, both or neither; returns the path of the JSON.
+
+    `config` is a dataclass or a dict. `numbers` is a flat dict: arrays (numeric, bool or unicode) go to the
+    npz, plain scalars, strings and lists of them to the JSON. Raises TypeError, naming the key, for what is
+    neither, before anything is written.
+    """
+    arrays = {key: _array(key, value) for key, value in numbers.items() if hasattr(value, "__array__")}
+    archive = _npz({key: value for key, value in arrays.items() if not _is_scalar(numbers[key])})
+    plain = {key: value for key, value in numbers.items() if key not in arrays or _is_scalar(value)}
+    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
+    document = {
+        "experiment": name,
+        "device": device,
+        "config": settings,
+        "numbers": plain,
+        "arrays": {"file": f"{device}.npz", "sha256": hashlib.sha256(archive).hexdigest()},
+        "claims": [{**claim._asdict(), "holds": bool(claim.holds)} for claim in claims],
+        "seeds": settings.get("seeds"),
+        "times": times,
+        **surroundings(),
+    }
+    plain_document = _encode(document, "result")
+    text = json.dumps(plain_document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    place = Path(folder) / name
+    place.mkdir(parents=True, exist_ok=True)
+    json_path, npz_path = place / f"{device}.json", place / f"{device}.npz"
+    with _temporary(json_path, (text + "\n").encode()), _temporary(npz_path, archive):
+        os.replace(_temporary_name(npz_path), npz_path)
+        os.replace(_temporary_name(json_path), json_path)
+    return json_path
+
+
+def read(folder: str | Path, name: str, device: str) -> Result:
+    """Read back what `write` wrote: arrays from the npz, the rest from the JSON.
+
+    Raises FileNotFoundError where there is no such result, ValueError where a file is truncated, is not what
+    its name says, or where the JSON and the npz do not belong together.
+    """
+    json_path, npz_path = (Path(folder) / name / f"{device}.{kind}" for kind in ("json", "npz"))
+    again = f"run `python -m experiments {name}` again"
+    for path in (json_path, npz_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"no result of {name} on {device}: {path} is missing; {again}")
+    archive = npz_path.read_bytes()
+    digest = hashlib.sha256(archive).hexdigest()
+    document = _document(json_path, again)
+    if document["arrays"]["sha256"] != digest and _finish(json_path, digest):
+        document = _document(json_path, again)
+    arrays = _arrays(npz_path, archive, again)
+    if document["arrays"]["sha256"] != digest:
+        raise ValueError(f"{json_path} and {npz_path.name} are not of one run (sha256 differs); {again}")
+    return Result(
+        name=document["experiment"],
+        device=document["device"],
+        config=document["config"],
+        numbers={**document["numbers"], **arrays},
+        claims=tuple(Claim(**claim) for claim in document["claims"]),
+        times=document["times"],
+        provenance={key: document[key] for key in ("versions", "machine", "precision", "seeds")}
+        | {"sha256": digest},
+    )
+
+
+def saved(folder: str | Path) -> list[tuple[str, str]]:
+    """`(experiment, device)` of every result in `folder`, sorted."""
+    return sorted((path.parent.name, path.stem) for path in Path(folder).glob("*/*.json"))
+
+
+def surroundings() -> dict[str, Any]:
+    """What numbers may depend on beside the code: versions, kind of machine, precision; no names or paths."""
+    import jax
+
+    kinds = sorted({device.device_kind for device in jax.local_devices()})
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {
+        "versions": {"python": platform.python_version(), **packages},
+        "machine": {
+            "device_kind": kinds,
+            "devices": jax.local_device_count(),
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "cores": cores(),
+        },
+        "precision": {
+            "default_matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+            "x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
+        },
+    }
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment(folder: str | Path) -> Path:
+    """Write `folder/environment.txt`: `name==version` of every package that `jaxgrad[study]` needs here.
+
+    Only names and versions, sorted, so that `pip install -c results/environment.txt` gives the same set.
+    """
+    path = Path(folder) / "environment.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, "".join(f"{line}\n" for line in pins("jaxgrad", "study")).encode())
+    return path
+
+
+def pins(package: str, extra: str) -> list[str]:
+    """`name==version` of all that `package[extra]` depends on, as installed, without `package` itself."""
+    from packaging.requirements import Requirement
+
+    seen: dict[tuple[str, str], str] = {}
+    todo = [(_normal(package), extra), (_normal(package), "")]
+    while todo:
+        name, wanted = todo.pop()
+        if (name, wanted) in seen:
+            continue
+        distribution = metadata.distribution(name)
+        seen[name, wanted] = distribution.version
+        for line in distribution.requires or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": wanted}):
+                todo += [(_normal(requirement.name), asked) for asked in ("", *requirement.extras)]
+    return sorted({f"{name}=={version}" for (name, _), version in seen.items() if name != _normal(package)})
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside it and rename it: readers see the old bytes or the new."""
+    with _temporary(path, content):
+        os.replace(_temporary_name(path), path)
+
+
+def _normal(name: str) -> str:
+    """A package's name as PEP 503 normalises it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, content: bytes) -> Iterator[None]:
+    """`content` on disk under a temporary name, for as long as the block; what is not renamed is removed.
+
+    Except for one case: the JSON whose npz is in place already is kept, for `read` to rename.
+    """
+    temporary = _temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield
+    finally:
+        if not (path.suffix == ".json" and _belongs(temporary, path.with_suffix(".npz"))):
+            temporary.unlink(missing_ok=True)
+
+
+def _belongs(json_path: Path, npz_path: Path) -> bool:
+    """Whether a JSON, perhaps unfinished, records the sha256 of the npz."""
+    try:
+        recorded = json.loads(json_path.read_bytes())["arrays"]["sha256"]
+        return recorded == hashlib.sha256(npz_path.read_bytes()).hexdigest()
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _finish(json_path: Path, digest: str) -> bool:
+    """Finish a `write` that was stopped between its two renames; whether there was one."""
+    if not _belongs(_temporary_name(json_path), json_path.with_suffix(".npz")):
+        return False
+    os.replace(_temporary_name(json_path), json_path)
+    return True
+
+
+def _document(path: Path, again: str) -> dict[str, Any]:
+    try:
+        document = _decode(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error}); {again}") from None
+    keys = ("experiment", "device", "config", "numbers", "arrays", "claims", "times", "versions", "machine")
+    if missing := [key for key in keys if not isinstance(document, dict) or key not in document]:
+        raise ValueError(f"{path} is not a result: it has no {missing[0]!r}; {again}")
+    return document
+
+
+def _arrays(path: Path, archive: bytes, again: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(archive), allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"{path} is not a whole npz file ({error}); {again}") from None
+
+
+def _npz(arrays: dict[str, np.ndarray]) -> bytes:
+    """The bytes of an npz: members sorted, stored, dated 1980, so that equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for key in sorted(arrays):
+            member = io.BytesIO()
+            np.lib.format.write_array(member, arrays[key], allow_pickle=False)
+            info = zipfile.ZipInfo(f"{key}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system = 3
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, member.getvalue())
+    return buffer.getvalue()
+
+
+def _is_scalar(value: Any) -> bool:
+    """NumPy's scalars (not its 0-d arrays) are saved as the Python numbers that they are."""
+    return isinstance(value, np.generic)
+
+
+def _array(key: str, value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype.kind not in "biufcU":
+        raise TypeError(f"number {key!r} has dtype {array.dtype}; it must be numeric, bool or unicode")
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(array.shape)
+
+
+def _encode(value: Any, where: str) -> Any:
+    """Plain data as JSON can hold it; a float that JSON lacks becomes `{"float": "nan"}`."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if np.isfinite(value) else {"float": repr(value)}
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, list | tuple):
+        return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _encode(item, f"{where}[{key!r}]") for key, item in value.items()}
+    kind = type(value).__name__
+    raise TypeError(f"{where} is a {kind}; it must be an array, a scalar, a string or a list of them")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if isinstance(value, dict):
+        return float(value["float"]) if set(value) == {"float"} else {k: _decode(v) for k, v in value.items()}
+    return value

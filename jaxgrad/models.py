@@ -52,9 +52,7 @@ def init_linear(d: int, k: int | None = None, *, bias: bool = True, dtype: Any =
     return Linear(jnp.zeros((d, *outputs), dtype), jnp.zeros(outputs, dtype) if bias else None)
 
 
-def init_two_layer(
-    key: Key, d: int, h: int, k: int, *, bias: bool = True, dtype: Any = jnp.float32
-) -> TwoLayer:
+def init_two_layer(key: Key, d: int, h: int, k: int, *, bias: bool = True, dtype: Any = jnp.float32) -> TwoLayer:
     """`W ~ N(0, 1/d_in)` (LeCun's scaling: unit inputs give unit pre-activations), zero biases."""
     (W1, b1), (W2, b2) = init_deep(key, (d, h, k), bias=bias, dtype=dtype)
     return TwoLayer(W1, W2, b1, b2)
@@ -66,9 +64,7 @@ def init_deep(key: Key, sizes: Sequence[int], *, bias: bool = True, dtype: Any =
     Raises ValueError for fewer than two sizes or a size below 1.
     """
     if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(
-            f"sizes must name at least an input and an output width, each >= 1; got {tuple(sizes)}"
-        )
+        raise ValueError(f"sizes must name at least an input and an output width, each >= 1; got {tuple(sizes)}")
     keys = jax.random.split(key, len(sizes) - 1)
     return tuple(
         Layer(

@@ -142,7 +142,7 @@ def _feistel(x: UInt[Array, " b"], round_keys: UInt[Array, " rounds"], p: int, q
 
 
 def _hash(x: UInt[Array, " b"], round_key: UInt[Array, ""]) -> UInt[Array, " b"]:
-    """A 32-bit mix of value and key, every input bit on every output bit (MurmurHash3's finaliser, twice keyed)."""
+    """A 32-bit mix of value and key, every input bit on every output bit (MurmurHash3)."""
     x = (x ^ round_key) * jnp.uint32(0x9E3779B1) + round_key
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

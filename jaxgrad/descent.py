@@ -1,0 +1,552 @@
+"""The descent loop: `w_t = w_{t−1} − η_t g_t` (F2, F3, F5) and its relatives, over any optax transformation.
+
+`advance` is the whole algorithm: a pure function of `(state, key, data, until)`, usable under `jit` and `vmap`.
+Its bound `until` is traced, so one compiled program serves every chunk of a run. `trajectory` strings chunks
+together inside one program; `descend` drives them from Python, where the clock is read, progress is shown,
+stopping rules are judged, and a run can be interrupted and continued.
+
+GD and SGD differ in one argument, the sampling. The full batch is never gathered.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgrad.sampling import check_sizes
+from jaxgrad.types import Key, Loss, Params, Sampling
+
+Optimizer = optax.GradientTransformation
+
+# Indices are drawn for this many examples at once: one vectorised draw costs little more than a single step's.
+_INDICES_PER_DRAW = 8192
+
+
+class State(NamedTuple):
+    """What the next step needs, and nothing else: save it, and the run continues with the same numbers."""
+
+    step: Any
+    """int32[]: steps taken so far."""
+    params: Params
+    optimizer: Any
+    """The optax state (a schedule's counter, momentum, …)."""
+    update: Params
+    """`w_t − w_{t−1}`, the last step taken; zeros before the first."""
+    halted: Any
+    """bool[]: `halt` was true after step `step`, and no step is taken any more."""
+
+
+class Stop(NamedTuple):
+    """When to end a run before its budget of steps: made by `small_step`, `small_gradient`, `no_improvement`."""
+
+    reason: str
+    below: float = 0.0
+    every: int = 1
+    metric: Callable[[Params], Any] | None = None
+    patience: int = 0
+
+
+class Trace(NamedTuple):
+    """What a run did, at its k record points. With s keys, per-run entries have a leading axis of s.
+
+    A run that diverged has NaN losses from there on; one that stopped early keeps its last values.
+    """
+
+    steps: np.ndarray
+    """int64[k]: updates made."""
+    examples: np.ndarray
+    """int64[k]: gradients of single examples evaluated, `steps · b`."""
+    seconds: np.ndarray
+    """float64[k]: wall-clock of the steps, all runs of the program together, without compiling and recording."""
+    loss: np.ndarray
+    """[(s,) k]: the full loss."""
+    step_norm: np.ndarray
+    """[(s,) k]: `‖w_t − w_{t−1}‖`, the size of the last step (F3)."""
+    observed: Any
+    """What `observe(params)` returned, each leaf `[(s,) k, …]`; None without `observe`."""
+    params: Params
+    """Final parameters, leaves `[(s,) …]`."""
+    state: State
+    """Final state: give it to `descend` in place of `params` to go on."""
+    status: Any
+    """`finished`, `stopped: <rule>` or `diverged at step t`; a tuple of s of them for s keys."""
+    stopped_at: np.ndarray
+    """int64[(s)]: the step at which the run ended, stopped or diverged."""
+    compile_seconds: float
+    """Time to trace and compile the step program; 0 to rounding when it was compiled before."""
+
+
+# --- stopping rules (F3) ---------------------------------------------------------------------------------------
+
+
+def small_step(below: float) -> Stop:
+    """The lecture's rule (F3): stop at the first step with `‖w_t − w_{t−1}‖ < below`, judged every step.
+
+    It measures `η‖g‖`, not the distance to a minimum: a smaller step size makes it fire sooner and further
+    away, and for small batches it fires by luck. `small_gradient` is what it should have been.
+    """
+    return Stop("small step", below=_positive("below", below))
+
+
+def small_gradient(below: float, *, every: int = 1) -> Stop:
+    """Stop when the **full** gradient has `‖∇L(w_t)‖ < below`, judged each `every` steps, on the clock."""
+    return Stop("small gradient", below=_positive("below", below), every=_count("every", every))
+
+
+def no_improvement(metric: Callable[[Params], Any], *, patience: int, every: int = 1) -> Stop:
+    """Stop when `metric(params)` (lower is better, e.g. a validation loss) has not improved in `patience` checks.
+
+    It is evaluated each `every` steps, on the clock.
+    """
+    return Stop("validation", every=_count("every", every), metric=metric, patience=_count("patience", patience))
+
+
+# --- the algorithm ---------------------------------------------------------------------------------------------
+
+
+def init(params: Params, optimizer: Optimizer) -> State:
+    """The state before the first step."""
+    return State(
+        jnp.zeros((), jnp.int32),
+        params,
+        optimizer.init(params),
+        jax.tree.map(jnp.zeros_like, params),
+        jnp.zeros((), bool),
+    )
+
+
+def advance(
+    state: State,
+    key: Key,
+    data: Any,
+    until: Any,
+    *,
+    loss: Loss,
+    optimizer: Optimizer,
+    sampling: Sampling,
+    halt: Callable[[State], Any] | None = None,
+) -> State:
+    """Take steps until `state.step == until`: `g_t = ∇L(w_{t−1}; batch t)`, `w_t = w_{t−1} + optimizer(g_t)`.
+
+    `until` may be traced. Which examples batch t holds is `sampling.indices(key, t − 1, n)`: t counts from 1,
+    the sampling's steps from 0. The result does not depend on how a run is cut into calls.
+
+    With `halt`, each run ends at the first step after which `halt(state)` is true.
+    """
+    n = _leading_axis(data)
+    until = jnp.asarray(until, jnp.int32)
+
+    def take(state: State, batch: Any) -> State:
+        gradient = jax.grad(loss)(state.params, batch)
+        update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params: Any = optax.apply_updates(state.params, update)
+        state = State(state.step + 1, params, optimizer_state, update, state.halted)
+        return state if halt is None else state._replace(halted=halt(state))
+
+    def to_go(state: State, bound: Any) -> Any:
+        return state.step < bound if halt is None else (state.step < bound) & ~state.halted
+
+    if sampling.batch_size is None:
+        return jax.lax.while_loop(partial(to_go, bound=until), lambda state: take(state, data), state)
+
+    # The indices of many steps are drawn at once: a pure function of (key, step), they are the same one by one.
+    ahead = max(1, min(1024, _INDICES_PER_DRAW // sampling.batch_size))
+
+    def take_drawn(state: State) -> State:
+        first, bound = state.step, jnp.minimum(until, state.step + ahead)
+        drawn = jax.vmap(lambda t: sampling.indices(key, t, n))(first + jnp.arange(ahead, dtype=jnp.int32))
+
+        def one(state: State) -> State:
+            indices = drawn[state.step - first]
+            return take(state, jax.tree.map(lambda leaf: leaf.at[indices].get(mode="promise_in_bounds"), data))
+
+        return jax.lax.while_loop(partial(to_go, bound=bound), one, state)
+
+    return jax.lax.while_loop(partial(to_go, bound=until), take_drawn, state)
+
+
+def trajectory(
+    loss: Loss,
+    params: Params,
+    data: Any,
+    *,
+    optimizer: Optimizer,
+    sampling: Sampling,
+    key: Key,
+    record: Any,
+) -> tuple[Params, jax.Array]:
+    """A whole run inside one program: final parameters, and the full loss `[k]` at the steps `record[k]`.
+
+    Pure: `jax.vmap` it over keys, starts, or step sizes (`optimizer=optax.sgd(eta)` with a traced `eta`).
+    `record` must not decrease.
+    """
+
+    def to(state: State, until: Any) -> tuple[State, Any]:
+        state = advance(state, key, data, until, loss=loss, optimizer=optimizer, sampling=sampling)
+        return state, loss(state.params, data)
+
+    state, losses = jax.lax.scan(to, init(params, optimizer), jnp.asarray(record, jnp.int32))
+    return state.params, losses
+
+
+# --- the driver ------------------------------------------------------------------------------------------------
+
+
+def descend(
+    loss: Loss,
+    params: Params,
+    data: Any,
+    *,
+    optimizer: Optimizer | float,
+    sampling: Sampling,
+    steps: int,
+    key: Key,
+    record: int | Sequence[int] | np.ndarray = 50,
+    stop: Stop | None = None,
+    observe: Callable[[Params], Any] | None = None,
+    params_axis: int | None = None,
+    progress: bool | Callable[[int, int], None] = False,
+) -> Trace:
+    """Run `steps` steps of descent on the mean loss and say what happened (F3, F5).
+
+    Args:
+      loss: `loss(params, batch) -> scalar`, the mean over the batch's examples.
+      params: the start, a pytree of floating-point arrays; or the `State` of an earlier trace, to go on from.
+      data: all n examples, a pytree whose leaves share their leading axis.
+      optimizer: an optax transformation (schedules give `η_t`), or a number: plain descent with that step size.
+      sampling: `full_batch()` is GD; `with_replacement(b)`, `distinct(b)`, `reshuffled(b)` are SGD.
+      steps: the budget, counted from the very first step also when a run goes on.
+      key: a JAX key for the order of examples; or an array of s keys: then s runs go in one compiled program.
+      record: how many evenly spaced record points (0 and `steps` are two of them), or the steps themselves;
+        see `log_spaced`. The full loss is evaluated there, off the clock.
+      stop: a stopping rule besides the budget.
+      observe: `observe(params) -> pytree` of whatever else to record, e.g. accuracy; off the clock.
+      params_axis: 0 if `params` has a leading axis of s starts, one per key.
+      progress: True shows a line on stderr; or a function of `(step, steps)`.
+
+    Raises:
+      ValueError, TypeError: for anything that cannot run (shapes, NaN in the data, `b > n`, a loss that is not
+        a scalar, integer parameters, a step size that is not finite and positive), before anything compiles.
+
+    A run that diverges is a result: its status says at which step its parameters ceased to be finite, and the
+    runs beside it are untouched.
+    """
+    optimizer = _optimizer(optimizer)
+    key, seeds = _keys(key)
+    data = check_data(data)
+    _count("steps", steps, at_least=0)
+    state = _continued(params) if isinstance(params, State) else None
+    start = state.params if state else jax.tree.map(jnp.asarray, params)
+    runs_axis = 0 if (state and seeds) else params_axis
+    _check_start(start, seeds, runs_axis)
+    one_start = jax.tree.map(lambda leaf: leaf[0], start) if runs_axis == 0 else start
+    check_loss(loss, one_start, data)
+    n = _leading_axis(data)
+    check_sizes(sampling, n)
+    first = int(state.step) if state else 0
+    recorded = _record_points(record, first, steps)
+    judged = set(range(first, steps, stop.every)) if stop and stop.reason != "small step" else set()
+    marks = sorted(set(recorded.tolist()) | judged | {steps})
+
+    halt = partial(_update_below, below=stop.below) if stop and stop.reason == "small step" else None
+    many = seeds is not None
+    if state is None:
+        if many and runs_axis is None:
+            start = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), start)
+        state = jax.vmap(partial(init, optimizer=optimizer))(start) if many else init(start, optimizer)
+        if many:
+            state = state._replace(step=state.step[0])
+    axes = State(None, 0, 0, 0, 0) if many else None
+    go = partial(_advance, loss=_hashable(loss), optimizer=optimizer, sampling=sampling, axes=axes)
+    look = partial(_look, loss=_hashable(loss), observe=observe and _hashable(observe), many=many)
+    judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, many=many)
+
+    began = time.perf_counter()
+    jax.block_until_ready(go(state, key, data, state.step, halt=halt))
+    compile_seconds = time.perf_counter() - began
+
+    shape = (seeds,) if many else ()
+    active = np.ones(shape, bool)
+    reason = np.full(shape, "finished", dtype=object)
+    ended = np.full(shape, steps, dtype=np.int64)
+    best, waited = np.full(shape, np.inf), np.zeros(shape, int)
+    seconds, rows = 0.0, []
+    show = _progress(progress)
+
+    def end(which: Any, why: str, at: Any) -> None:
+        reason[which], ended[which] = why, np.broadcast_to(at, shape)[which]
+        active[which] = False
+
+    for mark in marks:
+        before, began = state, time.perf_counter()
+        state = jax.block_until_ready(go(state, key, data, jnp.int32(mark), halt=halt))
+        seconds += time.perf_counter() - began
+        if not active.all():
+            state = _keep(jnp.asarray(active), state, before)
+        finite = np.asarray(_finite(state.params, many))
+        if (lost := active & ~finite).any():
+            # Nothing is checked inside the loop; the chunk is run again, watching, to find the step.
+            watched = go(before, key, data, jnp.int32(mark), halt=_not_finite)
+            end(lost, "diverged", np.asarray(watched.step))
+        if halt is not None and (small := active & np.asarray(state.halted)).any():
+            end(small, "stopped: small step", np.asarray(state.step))
+        if stop and mark in judged:
+            began = time.perf_counter()
+            value = np.asarray(judge(state.params, data))
+            seconds += time.perf_counter() - began
+            if stop.reason == "small gradient":
+                met = value < stop.below
+            else:
+                better = value < best
+                best, waited = np.where(better, value, best), np.where(better, 0, waited + 1)
+                met = waited >= stop.patience
+            if (met := active & met).any():
+                end(met, f"stopped: {stop.reason}", np.asarray(mark))
+        over = not active.any()
+        if mark in recorded or over:
+            loss_now, norm, observed = look(state.params, state.update, data)
+            gone = reason == "diverged"
+            at = int(ended.max()) if over else mark
+            rows.append((at, seconds, np.where(gone, np.nan, loss_now), np.asarray(norm), observed))
+        show(mark, steps)
+        if over:
+            break
+
+    at, clock, losses, norms, observed = zip(*rows, strict=True)
+    axis = 1 if many else 0
+    status = [f"diverged at step {t}" if why == "diverged" else str(why) for why, t in _pairs(reason, ended)]
+    return Trace(
+        steps=np.asarray(at, np.int64),
+        examples=np.asarray(at, np.int64) * (n if sampling.batch_size is None else sampling.batch_size),
+        seconds=np.asarray(clock),
+        loss=np.stack(losses, axis),
+        step_norm=np.stack(norms, axis),
+        observed=None if observe is None else jax.tree.map(lambda *leaves: np.stack(leaves, axis), *observed),
+        params=state.params,
+        state=state,
+        status=tuple(status) if many else status[0],
+        stopped_at=ended,
+        compile_seconds=compile_seconds,
+    )
+
+
+def log_spaced(steps: int, points: int) -> np.ndarray:
+    """About `points` distinct record points from 0 and 1 to `steps`, evenly spaced in log t: `int64[k]`."""
+    _count("steps", steps, at_least=1)
+    return np.unique(np.r_[0, np.round(np.geomspace(1, steps, max(2, points - 1)))].astype(np.int64))
+
+
+@partial(jax.jit, static_argnames=("loss", "optimizer", "sampling", "halt", "axes"))
+def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes):
+    one = partial(advance, loss=loss, optimizer=optimizer, sampling=sampling, halt=halt)
+    if axes is None:
+        return one(state, key, data, until)
+    if halt is None:
+        # One step counter serves all runs, so the loop needs no masks.
+        return jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=axes)(state, key, data, until)
+    own = axes._replace(step=0)
+    state = state._replace(step=jnp.broadcast_to(state.step, key.shape))
+    return jax.vmap(one, in_axes=(own, 0, None, None), out_axes=own)(state, key, data, until)
+
+
+@partial(jax.jit, static_argnames=("loss", "observe", "many"))
+def _look(params, update, data, *, loss, observe, many):
+    def one(params, update):
+        seen = None if observe is None else observe(params)
+        return loss(params, data), optax.tree.norm(update), seen
+
+    return jax.vmap(one)(params, update) if many else one(params, update)
+
+
+@partial(jax.jit, static_argnames=("loss", "metric", "many"))
+def _judge(params, data, *, loss, metric, many):
+    def one(params):
+        return optax.tree.norm(jax.grad(loss)(params, data)) if metric is None else metric(params)
+
+    return jax.vmap(one)(params) if many else one(params)
+
+
+def _update_below(state: State, below: float) -> Any:
+    return optax.tree.norm(state.update) < below
+
+
+def _not_finite(state: State) -> Any:
+    return ~_finite(state.params)
+
+
+def _finite(params: Params, many: bool = False) -> Any:
+    one = lambda tree: jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()  # noqa: E731
+    return jax.vmap(one)(params) if many else one(params)
+
+
+def _keep(active: Any, new: State, old: State) -> State:
+    """`new` where active, `old` where a run has ended."""
+
+    def pick(new, old):
+        mask = active.reshape(active.shape + (1,) * (jnp.ndim(new) - active.ndim))
+        return jnp.where(mask, new, old)
+
+    picked = jax.tree.map(pick, new._replace(step=0), old._replace(step=0))
+    step = pick(new.step, old.step) if jnp.ndim(new.step) == active.ndim else new.step
+    return picked._replace(step=step)
+
+
+def _pairs(reason: np.ndarray, ended: np.ndarray) -> list[tuple[str, int]]:
+    return list(zip(reason.reshape(-1).tolist(), ended.reshape(-1).tolist(), strict=True))
+
+
+def _record_points(record: int | Sequence[int] | np.ndarray, first: int, steps: int) -> np.ndarray:
+    if steps < first:
+        raise ValueError(f"the run has already taken {first} steps: steps counts from the first one, got {steps}")
+    if np.ndim(record) == 0:
+        points = _count("record", record, at_least=2)  # type: ignore[arg-type]
+        return np.unique(np.round(np.linspace(first, steps, points)).astype(np.int64))
+    points = np.unique(np.asarray(record))
+    if points.dtype.kind not in "iu" or points.size == 0 or points[0] < first or points[-1] > steps:
+        raise ValueError(f"record must be whole numbers of steps from {first} to {steps}, got {record}")
+    return points.astype(np.int64)
+
+
+def _progress(progress: bool | Callable[[int, int], None]) -> Callable[[int, int], None]:
+    if callable(progress):
+        return progress
+    if not progress:
+        return lambda step, steps: None
+
+    def line(step: int, steps: int) -> None:
+        end = "\n" if step == steps else ""
+        print(f"\rstep {step:,} of {steps:,}", end=end, file=sys.stderr, flush=True)
+
+    return line
+
+
+_sgd = lru_cache(optax.sgd)  # the same step size is the same transformation, so nothing compiles twice
+
+
+def _optimizer(optimizer: Any) -> Optimizer:
+    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        return optimizer
+    if isinstance(optimizer, int | float | np.number):
+        return _sgd(_positive("the step size", float(optimizer)))
+    raise TypeError(
+        f"optimizer must be an optax transformation such as optax.sgd(0.1), or a step size; got {optimizer!r}"
+    )
+
+
+def _continued(state: State) -> State:
+    """A saved state, ready to go on: one step counter, not halted."""
+    step = np.unique(np.asarray(state.step))
+    if step.size > 1:
+        raise ValueError(
+            f"the runs of this state ended at different steps ({step.min()} to {step.max()}), so they cannot go on "
+            "together: continue each one by itself"
+        )
+    return state._replace(step=jnp.int32(step[0]), halted=jnp.zeros_like(state.halted))
+
+
+def _keys(key: Any) -> tuple[Key, int | None]:
+    """The key, typed, and how many runs it asks for (None: one run without a leading axis)."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(f"key must be a JAX key such as jax.random.key(0), or an array of them; got {key!r}")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(jnp.asarray(key))
+    if key.ndim > 1 or key.size == 0:
+        raise ValueError(f"key must be one key or a one-dimensional array of keys, got shape {key.shape}")
+    return key, (None if key.ndim == 0 else key.shape[0])
+
+
+def check_data(data: Any) -> Any:
+    """`data` as JAX arrays, checked: at least one example, one leading axis, all floats finite.
+
+    Raises ValueError naming the leaf, and the row and column of the first entry that is not finite.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(data)
+    if not leaves:
+        raise ValueError("the data hold no arrays")
+    sizes = {_name(path): np.shape(leaf)[:1] for path, leaf in leaves}
+    if len(set(sizes.values())) != 1 or () in sizes.values():
+        listed = ", ".join(f"{name}: {np.shape(leaf)}" for (name, (_, leaf)) in zip(sizes, leaves, strict=True))
+        raise ValueError(f"all arrays of the data must share a leading axis of n examples; got {listed}")
+    if sizes[_name(leaves[0][0])] == (0,):
+        raise ValueError("the data are empty: n = 0 examples")
+    for path, leaf in leaves:
+        values = np.asarray(leaf)
+        if values.dtype.kind == "f" and not np.isfinite(values.sum()):
+            bad = np.argwhere(~np.isfinite(values))
+            if bad.size:  # else the sum overflowed and every entry is finite
+                row, *column = bad[0].tolist()
+                where = f"row {row}" + (f", column {', '.join(map(str, column))}" if column else "")
+                value = values[tuple(bad[0])]
+                raise ValueError(
+                    f"the data must be finite: {_name(path)} has {value} in {where}"
+                    f" ({len(bad)} such entries); drop or fill those rows first"
+                )
+    return jax.tree.map(jnp.asarray, data)
+
+
+def check_loss(loss: Any, params: Params, data: Any) -> None:
+    """Raise TypeError or ValueError unless `loss(params, data)` traces to one floating-point number."""
+    if not callable(loss):
+        raise TypeError(f"loss must be a function loss(params, batch) -> scalar, got {loss!r}")
+    out = jax.eval_shape(loss, params, data)
+    if not (hasattr(out, "shape") and hasattr(out, "dtype")):
+        raise TypeError(f"loss must return one number, got a {type(out).__name__}")
+    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(
+            f"loss must return one floating-point number, got {out.dtype}{list(out.shape)}: "
+            "take the mean over the examples"
+        )
+
+
+def _check_start(params: Params, seeds: int | None, axis: int | None) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params hold no arrays: there is nothing to learn")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"params must be floating point: {_name(path)} is {leaf.dtype}; convert it, "
+                "e.g. jnp.asarray(w, jnp.float32)"
+            )
+        if axis is not None and (axis != 0 or seeds is None or leaf.shape[:1] != (seeds,)):
+            raise ValueError(
+                f"params_axis={axis} needs an array of keys and a leading axis of as many starts: {_name(path)} "
+                f"has shape {leaf.shape}, keys: {seeds}"
+            )
+
+
+def _leading_axis(data: Any) -> int:
+    return jax.tree.leaves(data)[0].shape[0]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path).lstrip(".") or "the array"
+
+
+def _hashable(function: Any) -> Any:
+    """The function itself if it can key a cache of compiled programs, else a stand-in that can."""
+    try:
+        hash(function)
+    except TypeError:
+        return lambda *args: function(*args)
+    return function
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be finite and positive, got {value}")
+    return float(value)
+
+
+def _count(name: str, value: Any, at_least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return int(value)

@@ -1,0 +1,448 @@
+"""The loop against closed forms and against itself run in other ways."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgrad import losses, models
+from jaxgrad.descent import (
+    advance,
+    descend,
+    init,
+    log_spaced,
+    no_improvement,
+    small_gradient,
+    small_step,
+    trajectory,
+)
+from jaxgrad.sampling import distinct, full_batch, reshuffled, with_replacement
+from jaxgrad.types import Batch, Linear
+
+LOSS = losses.mean_loss(models.linear, losses.squared)
+N, D = 40, 3
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A least-squares problem with condition number about 30, and its eigen-decomposition."""
+    rng = np.random.default_rng(5)
+    X = rng.normal(size=(N, D)) * np.array([1.0, 0.5, 0.2])
+    y = X @ np.array([1.0, -2.0, 3.0]) + 0.3 * rng.normal(size=N)
+    lam, V = np.linalg.eigh(2 / N * X.T @ X)
+    w_star = np.linalg.lstsq(X, y, rcond=None)[0]
+    return Batch(jnp.asarray(X), jnp.asarray(y)), lam, V, w_star
+
+
+def start():
+    return Linear(jnp.array([4.0, -1.0, 0.5]))
+
+
+def gap_theory(problem, eta, t):
+    """L(w_t) − L* = ½ Σ λ c² (1 − ηλ)^{2t}."""
+    _, lam, V, w_star = problem
+    c = V.T @ (np.asarray(start().w) - w_star)
+    return 0.5 * np.sum(lam * c**2 * (1 - eta * lam) ** (2 * np.asarray(t)[..., None]), axis=-1)
+
+
+@pytest.mark.parametrize("fraction_of_edge", [0.1, 0.5, 0.9, 1.0])
+def test_gd_is_the_eigen_decomposition_path(problem, key, fraction_of_edge):
+    """w_t = w* + Σ (1−ηλ)^t c v, to 1e-10 for 1,000 steps."""
+    data, lam, V, w_star = problem
+    eta = fraction_of_edge * 2 / lam.max()
+    trace = descend(
+        LOSS, start(), data, optimizer=eta, sampling=full_batch(), steps=1000, key=key,
+        record=range(0, 1001, 20), observe=lambda p: p.w,
+    )  # fmt: skip
+    c = V.T @ (np.asarray(start().w) - w_star)
+    path = w_star + ((1 - eta * lam) ** trace.steps[:, None] * c) @ V.T
+    assert np.abs(trace.observed - path).max() < 1e-10
+    residual = float(LOSS(Linear(jnp.asarray(w_star)), data))
+    np.testing.assert_allclose(trace.loss - residual, gap_theory(problem, eta, trace.steps), atol=1e-10)
+
+
+@pytest.mark.parametrize("eta_times_max", [0.2, 1.0, 1.9])
+@pytest.mark.parametrize("target", [1e-1, 1e-4, 1e-9])
+def test_gd_takes_exactly_the_predicted_number_of_steps(problem, key, eta_times_max, target):
+    data, lam, _, w_star = problem
+    eta = eta_times_max / lam.max()
+    predicted = int(np.argmax(gap_theory(problem, eta, np.arange(5000)) <= target))
+    trace = descend(
+        LOSS, start(), data, optimizer=eta, sampling=full_batch(), steps=5000, key=key, record=range(5001)
+    )
+    residual = float(LOSS(Linear(jnp.asarray(w_star)), data))
+    assert predicted > 0
+    assert int(np.argmax(trace.loss - residual <= target)) == predicted
+
+
+@pytest.mark.parametrize(("excess", "grows"), [(0.999, False), (1.001, True)])
+def test_the_edge_is_two_over_lambda_max(problem, key, excess, grows):
+    data, lam, _, _ = problem
+    eta = excess * 2 / lam.max()
+    trace = descend(
+        LOSS, start(), data, optimizer=eta, sampling=full_batch(), steps=4000, key=key, record=[3000, 4000]
+    )
+    assert (trace.loss[1] > trace.loss[0]) == grows
+
+
+def reference_sgd(problem, sampling, key, eta, steps):
+    """SGD in numpy, with the lecture's formula F6, on the indices that the sampling says."""
+    X, y = map(np.asarray, problem[0])
+    w = np.asarray(start().w)
+    for t in range(steps):
+        B = np.asarray(sampling.indices(key, t, N))
+        w = w - eta * (-2 / len(B)) * X[B].T @ (y[B] - X[B] @ w)
+    return w
+
+
+@pytest.mark.parametrize("sampling", [with_replacement(4), distinct(4), reshuffled(7), reshuffled(1)])
+def test_sgd_is_the_lecture_formula_on_the_sampled_examples(problem, key, sampling):
+    trace = descend(LOSS, start(), problem[0], optimizer=0.05, sampling=sampling, steps=60, key=key, record=3)
+    np.testing.assert_allclose(trace.params.w, reference_sgd(problem, sampling, key, 0.05, 60), rtol=1e-12)
+
+
+@pytest.mark.parametrize("sampling", [reshuffled(N), distinct(N)])
+def test_all_examples_in_another_order_give_gradient_descent(problem, key, sampling):
+    one = descend(LOSS, start(), problem[0], optimizer=0.1, sampling=sampling, steps=50, key=key)
+    gd = descend(LOSS, start(), problem[0], optimizer=0.1, sampling=full_batch(), steps=50, key=key)
+    np.testing.assert_allclose(one.params.w, gd.params.w, rtol=1e-13)
+
+
+@pytest.mark.parametrize("sampling", [full_batch(), with_replacement(4), distinct(4), reshuffled(4)])
+def test_runs_side_by_side_equal_single_runs(problem, key, sampling):
+    keys = jax.random.split(key, 3)
+    run = lambda key: descend(  # noqa: E731
+        LOSS,
+        start(),
+        problem[0],
+        optimizer=optax.sgd(0.05, momentum=0.9),
+        sampling=sampling,
+        steps=50,
+        key=key,
+    )
+    together = run(keys)
+    for i in range(3):
+        alone = run(keys[i])
+        np.testing.assert_allclose(together.params.w[i], alone.params.w, rtol=1e-13)
+        np.testing.assert_allclose(together.loss[i], alone.loss, rtol=1e-13)
+        np.testing.assert_allclose(together.step_norm[i], alone.step_norm, rtol=1e-10)
+
+
+@pytest.mark.parametrize("sampling", [full_batch(), distinct(4), reshuffled(7)])
+def test_the_result_does_not_depend_on_how_a_run_is_cut(problem, key, sampling):
+    run = lambda record, params=None, steps=2500: descend(  # noqa: E731
+        LOSS, params or start(), problem[0], optimizer=optax.sgd(0.01, momentum=0.5), sampling=sampling,
+        steps=steps, key=key, record=record,
+    )  # fmt: skip
+    whole = run(2)
+    np.testing.assert_array_equal(run(97).params.w, whole.params.w)
+    half = run(5, steps=1203)
+    resumed = run(5, half.state)
+    np.testing.assert_array_equal(resumed.params.w, whole.params.w)
+    assert resumed.steps[0] == 1203
+    np.testing.assert_array_equal(resumed.state.optimizer[0].trace.w, whole.state.optimizer[0].trace.w)
+
+
+def test_runs_side_by_side_resume(problem, key):
+    keys = jax.random.split(key, 3)
+    run = lambda params, steps: descend(  # noqa: E731
+        LOSS, params, problem[0], optimizer=0.01, sampling=distinct(4), steps=steps, key=keys
+    )
+    np.testing.assert_array_equal(run(run(start(), 30).state, 80).params.w, run(start(), 80).params.w)
+
+
+def test_schedules_give_eta_t(problem, key):
+    """w_t = w_{t−1} − η_t g_t with η_t = 0.1/t, by hand."""
+    data = problem[0]
+    trace = descend(
+        LOSS,
+        start(),
+        data,
+        optimizer=optax.sgd(lambda t: 0.1 / (1.0 + t.astype(float))),
+        sampling=full_batch(),
+        steps=20,
+        key=key,
+    )
+    params = start()
+    for t in range(1, 21):
+        params = jax.tree.map(lambda w, g, t=t: w - 0.1 / t * g, params, jax.grad(LOSS)(params, data))
+    np.testing.assert_allclose(trace.params.w, params.w, rtol=1e-12)
+
+
+def test_other_optimizers_run(problem, key):
+    with jax.numpy_dtype_promotion("standard"):  # optax.adam mixes float and int32
+        trace = descend(
+            LOSS, start(), problem[0], optimizer=optax.adam(0.1), sampling=distinct(8), steps=300, key=key
+        )
+    assert trace.loss[-1] < 0.01 * trace.loss[0]
+
+
+def test_trace_records_steps_examples_seconds_and_step_sizes(problem, key):
+    trace = descend(
+        LOSS, start(), problem[0], optimizer=0.05, sampling=distinct(4), steps=10, key=key, record=range(11),
+        observe=lambda p: {"w": p.w, "first": p.w[0]},
+    )  # fmt: skip
+    np.testing.assert_array_equal(trace.steps, np.arange(11))
+    np.testing.assert_array_equal(trace.examples, 4 * np.arange(11))
+    assert (np.diff(trace.seconds) > 0).all()
+    assert trace.status == "finished"
+    assert trace.observed["w"].shape == (11, D)
+    sizes = np.linalg.norm(np.diff(trace.observed["w"], axis=0), axis=1)
+    np.testing.assert_allclose(trace.step_norm, np.r_[0, sizes], rtol=1e-9)
+    losses_here = [float(LOSS(Linear(jnp.asarray(w)), problem[0])) for w in trace.observed["w"]]
+    np.testing.assert_allclose(trace.loss, losses_here, rtol=1e-13)
+    gd = descend(LOSS, start(), problem[0], optimizer=0.05, sampling=full_batch(), steps=10, key=key)
+    assert gd.examples[-1] == 10 * N
+
+
+def test_one_program_serves_every_chunk_and_every_run(problem, key):
+    loss = losses.mean_loss(models.linear, losses.squared)  # a new function: compiled nowhere yet
+    run = lambda steps: descend(  # noqa: E731
+        loss,
+        start(),
+        problem[0],
+        optimizer=0.0125,
+        sampling=distinct(4),
+        steps=steps,
+        key=key,
+        record=steps // 3,
+    )
+    first, second = run(30), run(90)
+    assert first.compile_seconds > 20 * second.compile_seconds
+
+
+def test_the_core_is_pure(problem, key):
+    """`advance` and `trajectory` under jit and vmap, over step sizes too, without the driver."""
+    data, etas = problem[0], jnp.array([0.01, 0.05, 0.1])
+    grid = jax.jit(
+        jax.vmap(
+            lambda eta: trajectory(
+                LOSS, start(), data, optimizer=optax.sgd(eta), sampling=distinct(4), key=key,
+                record=jnp.array([0, 10, 40]),
+            )
+        )
+    )  # fmt: skip
+    params, curves = grid(etas)
+    for i, eta in enumerate(etas.tolist()):
+        trace = descend(
+            LOSS, start(), data, optimizer=eta, sampling=distinct(4), steps=40, key=key, record=[0, 10, 40]
+        )
+        np.testing.assert_allclose(curves[i], trace.loss, rtol=1e-12)
+        np.testing.assert_allclose(params.w[i], trace.params.w, rtol=1e-12)
+    optimizer = optax.sgd(0.05)
+    state = advance(init(start(), optimizer), key, data, 40, loss=LOSS, optimizer=optimizer, sampling=distinct(4))
+    np.testing.assert_allclose(state.params.w, params.w[1], rtol=1e-12)
+
+
+def test_starts_may_differ_per_run(problem, key):
+    starts = Linear(jnp.stack([start().w, -start().w]))
+    keys = jax.random.split(key, 2)
+    trace = descend(
+        LOSS, starts, problem[0], optimizer=0.05, sampling=distinct(4), steps=20, key=keys, params_axis=0
+    )
+    alone = descend(
+        LOSS, Linear(starts.w[1]), problem[0], optimizer=0.05, sampling=distinct(4), steps=20, key=keys[1]
+    )
+    np.testing.assert_allclose(trace.params.w[1], alone.params.w, rtol=1e-13)
+
+
+# --- stopping and diverging ------------------------------------------------------------------------------------
+
+
+def test_small_step_is_the_lecture_rule(problem, key):
+    """It fires at the first t with η‖∇L(w_{t−1})‖ < ε, computed here from the eigen-decomposition."""
+    data, lam, V, w_star = problem
+    eta, eps = 0.3, 1e-4
+    c = V.T @ (np.asarray(start().w) - w_star)
+    t = np.arange(1, 5000)
+    size = eta * np.sqrt(np.sum(lam**2 * c**2 * (1 - eta * lam) ** (2 * (t[:, None] - 1)), axis=1))
+    expected = int(t[np.argmax(size < eps)])
+    trace = descend(
+        LOSS, start(), data, optimizer=eta, sampling=full_batch(), steps=5000, key=key, stop=small_step(eps)
+    )
+    assert trace.status == "stopped: small step"
+    assert trace.stopped_at == expected == trace.steps[-1] == int(trace.state.step)
+    assert trace.step_norm[-1] < eps
+
+
+def test_small_step_stops_each_run_by_itself(problem, key):
+    keys = jax.random.split(key, 4)
+    run = lambda key: descend(  # noqa: E731
+        LOSS,
+        start(),
+        problem[0],
+        optimizer=0.05,
+        sampling=distinct(4),
+        steps=2000,
+        key=key,
+        stop=small_step(2e-3),
+    )
+    together = run(keys)
+    alone = [run(k) for k in keys]
+    assert together.stopped_at.tolist() == [int(a.stopped_at) for a in alone]
+    assert len(set(together.stopped_at.tolist())) > 1
+    np.testing.assert_allclose(together.params.w, np.stack([a.params.w for a in alone]), rtol=1e-12)
+    with pytest.raises(ValueError, match="ended at different steps"):
+        descend(LOSS, together.state, problem[0], optimizer=0.05, sampling=distinct(4), steps=9000, key=keys)
+
+
+def test_a_run_stopped_by_the_rule_can_go_on(problem, key):
+    run = lambda params, stop=None: descend(  # noqa: E731
+        LOSS, params, problem[0], optimizer=0.3, sampling=full_batch(), steps=400, key=key, stop=stop
+    )
+    stopped = run(start(), small_step(1e-3))
+    assert stopped.stopped_at < 400
+    np.testing.assert_array_equal(run(stopped.state).params.w, run(start()).params.w)
+
+
+def test_small_gradient(problem, key):
+    trace = descend(
+        LOSS, start(), problem[0], optimizer=0.3, sampling=full_batch(), steps=5000, key=key,
+        stop=small_gradient(1e-5, every=10),
+    )  # fmt: skip
+    assert trace.status == "stopped: small gradient"
+    assert trace.stopped_at % 10 == 0
+    norm = lambda params: float(optax.tree.norm(jax.grad(LOSS)(params, problem[0])))  # noqa: E731
+    assert norm(trace.params) < 1e-5
+    before = descend(
+        LOSS,
+        start(),
+        problem[0],
+        optimizer=0.3,
+        sampling=full_batch(),
+        steps=int(trace.stopped_at) - 10,
+        key=key,
+    )
+    assert norm(before.params) >= 1e-5
+
+
+def test_validation_with_patience(problem, key):
+    """The metric falls until w[0] passes 2, then rises: four checks later the run ends."""
+    metric = lambda params: jnp.abs(params.w[0] - 2.0)  # noqa: E731
+    trace = descend(
+        LOSS, start(), problem[0], optimizer=0.02, sampling=full_batch(), steps=500, key=key, record=range(501),
+        observe=metric, stop=no_improvement(metric, patience=4, every=5),
+    )  # fmt: skip
+    assert trace.status == "stopped: validation"
+    checks = trace.observed[::5]
+    assert trace.stopped_at == 5 * (int(np.argmin(checks)) + 4)
+
+
+def test_budget(problem, key):
+    trace = descend(
+        LOSS,
+        start(),
+        problem[0],
+        optimizer=0.3,
+        sampling=full_batch(),
+        steps=7,
+        key=key,
+        stop=small_step(1e-30),
+    )
+    assert trace.status == "finished"
+    assert trace.stopped_at == 7
+
+
+def test_a_diverging_run_is_marked_and_the_others_are_right(problem, key):
+    starts = Linear(jnp.broadcast_to(start().w, (20, D)).at[7].set(1e150))
+    quartic = losses.mean_loss(models.linear, lambda p, y: (p - y) ** 4)  # explodes from far away only
+    keys = jax.random.split(key, 20)
+    options = dict(optimizer=1e-4, sampling=distinct(4), steps=50, record=range(0, 51, 5))
+    trace = descend(quartic, starts, problem[0], key=keys, params_axis=0, **options)
+    alone = descend(quartic, Linear(starts.w[7]), problem[0], key=keys[7], **options)
+    by_hand, step = Linear(starts.w[7]), 0
+    while np.isfinite(by_hand.w).all():
+        chosen = distinct(4).indices(keys[7], step, N)
+        batch = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], problem[0])
+        by_hand = jax.tree.map(lambda w, g: w - 1e-4 * g, by_hand, jax.grad(quartic)(by_hand, batch))
+        step += 1
+    assert trace.status[7] == alone.status == f"diverged at step {step}"
+    assert np.isnan(trace.loss[7, 1:]).all()
+    others = [i for i in range(20) if i != 7]
+    assert [trace.status[i] for i in others] == ["finished"] * 19
+    np.testing.assert_allclose(
+        trace.loss[3], descend(quartic, start(), problem[0], key=keys[3], **options).loss, rtol=1e-12
+    )
+
+
+# --- bad input -------------------------------------------------------------------------------------------------
+
+
+def bad(match, error=ValueError, **changes):
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(8, 2)), rng.normal(size=8)
+    options = dict(
+        loss=LOSS, params=Linear(jnp.zeros(2)), data=Batch(X, y), optimizer=0.1, sampling=distinct(2), steps=5,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    options.update(changes)
+    with pytest.raises(error, match=match):
+        # Without the tests' type hook: users get the library's own messages.
+        inspect.unwrap(descend)(options.pop("loss"), options.pop("params"), options.pop("data"), **options)
+
+
+def test_bad_data():
+    X, y = np.ones((8, 2)), np.ones(8)
+    holed = X.copy()
+    holed[5, 1] = np.nan
+    bad(r"x has nan in row 5, column 1 \(1 such entries\)", data=Batch(holed, y))
+    bad("y has inf in row 2", data=Batch(X, np.r_[1, 1, np.inf, np.ones(5)]))
+    bad(r"share a leading axis.*x: \(8, 2\), y: \(7,\)", data=Batch(X, np.ones(7)))
+    bad("the data are empty", data=Batch(np.ones((0, 2)), np.ones(0)))
+    bad("hold no arrays", data=())
+    bad(r"share a leading axis.*y: \(\)", data=Batch(X, np.float64(1.0)))
+
+
+def test_bad_sampling_and_step_sizes():
+    bad("cannot draw b = 9 different examples out of n = 8", sampling=distinct(9))
+    for eta in (0.0, -0.1, float("nan"), float("inf")):
+        bad("the step size must be finite and positive", optimizer=eta)
+    bad("optimizer must be an optax transformation", TypeError, optimizer="adam")
+
+
+def test_bad_losses_and_parameters():
+    bad(
+        r"one floating-point number, got float64\[8\]: take the mean",
+        loss=lambda p, b: (b.y - b.x @ p.w) ** 2,
+    )
+    bad("must return one number, got a tuple", TypeError, loss=lambda p, b: (p.w.sum(), 1))
+    bad("loss must be a function", TypeError, loss=3)
+    bad("params must be floating point: w is int64", TypeError, params=Linear(jnp.zeros(2, int)))
+    bad("nothing to learn", params=())
+    bad("leading axis of as many starts", params_axis=0)
+
+
+def test_bad_budgets_records_keys_and_rules():
+    bad("steps must be a whole number", TypeError, steps=5.0)
+    bad("steps must be at least 0", steps=-1)
+    bad("record must be at least 2", record=1)
+    bad("whole numbers of steps from 0 to 5", record=[0, 9])
+    bad("key must be a JAX key", TypeError, key=0)
+    bad("one-dimensional array of keys", key=jax.random.split(jax.random.key(0), (2, 2)))
+    for rule in (small_step, small_gradient):
+        with pytest.raises(ValueError, match="below must be finite and positive"):
+            rule(0.0)
+    with pytest.raises(ValueError, match="patience must be at least 1"):
+        no_improvement(lambda p: p, patience=0)
+
+
+def test_log_spaced():
+    points = log_spaced(1000, 20)
+    assert points[0] == 0
+    assert points[1] == 1
+    assert points[-1] == 1000
+    assert (np.diff(points) > 0).all()
+
+
+def test_progress_goes_to_stderr(problem, key, capsys):
+    seen = []
+    options = dict(optimizer=0.1, sampling=full_batch(), steps=4, key=key, record=3)
+    descend(LOSS, start(), problem[0], progress=lambda step, steps: seen.append((step, steps)), **options)
+    assert seen == [(0, 4), (2, 4), (4, 4)]
+    descend(LOSS, start(), problem[0], progress=True, **options)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "step 4 of 4" in captured.err

@@ -1,5 +1,56 @@
-"""The study: one file per claim or figure, each with `Config`, `QUICK`, `run`, `claims` and `draw`.
+"""The study: one file per claim or figure of the lecture.
 
-`python -m experiments` runs it, `python -m experiments report` draws it again from the saved numbers. Nothing
-is imported here, so that a command line can be read and refused before JAX is loaded.
+Each experiment is a module beside this one that defines
+
+    Config, QUICK          a frozen dataclass, whose defaults are the full size, and a small instance of it
+    run(config, progress)  measure: a flat dict of arrays and plain values, the *numbers*
+    claims(numbers)        what they confirm or refute: a list of `results.Claim`
+    draw(numbers)          the figure
+    report(numbers)        optional: Markdown for under the figure, with tables and numbers
+    headline(numbers)      optional: one Markdown bullet for the front page
+
+`claims`, `draw`, `report` and `headline` get the numbers as they were saved, so that nothing which is
+published can disagree with the saved data. A new experiment is a new file: nothing else lists it.
+
+Nothing heavy is imported here: a command line is read, and refused, before JAX is loaded.
 """
+
+import ast
+import pkgutil
+from pathlib import Path
+from typing import NamedTuple
+
+ORDER = ("formulas", "descent_paths", "gd_vs_sgd", "learning_rate", "step_cost")
+"""The order in which the study is told; experiments that are not named here follow by name."""
+
+
+class Entry(NamedTuple):
+    """What can be known of an experiment without importing it."""
+
+    name: str
+    headline: str
+    """The first line of its docstring."""
+    fields: tuple[str, ...]
+    """The names of its settings, the fields of its `Config`."""
+
+
+def catalogue() -> dict[str, Entry]:
+    """Every experiment by name, in the order in which they run, read from the source and not imported."""
+    files = [Path(finder.path) / f"{name}.py" for finder, name, _ in pkgutil.iter_modules(__path__)]  # type: ignore[union-attr]
+    found = {entry.name: entry for file in files if file.is_file() and (entry := _entry(file))}
+    names = [name for name in ORDER if name in found] + sorted(set(found) - set(ORDER))
+    return {name: found[name] for name in names}
+
+
+def _entry(file: Path) -> Entry | None:
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    config = defined.get("Config")
+    if not (isinstance(config, ast.ClassDef) and isinstance(defined.get("run"), ast.FunctionDef)):
+        return None
+    fields = (node.target for node in config.body if isinstance(node, ast.AnnAssign))
+    return Entry(
+        file.stem,
+        (ast.get_docstring(tree) or file.stem).splitlines()[0],
+        tuple(field.id for field in fields if isinstance(field, ast.Name)),
+    )

@@ -72,9 +72,8 @@ def write(
     npz, plain scalars, strings and lists of them to the JSON. Raises TypeError, naming the key, for what is
     neither, before anything is written.
     """
-    arrays = {key: _array(key, value) for key, value in numbers.items() if hasattr(value, "__array__")}
-    archive = _npz({key: value for key, value in arrays.items() if not _is_scalar(numbers[key])})
-    plain = {key: value for key, value in numbers.items() if key not in arrays or _is_scalar(value)}
+    plain, arrays = _split(numbers)
+    archive = _npz(arrays)
     settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
     document = {
         "experiment": name,
@@ -82,17 +81,16 @@ def write(
         "config": settings,
         "numbers": plain,
         "arrays": {"file": f"{device}.npz", "sha256": hashlib.sha256(archive).hexdigest()},
-        "claims": [{**claim._asdict(), "holds": bool(claim.holds)} for claim in claims],
+        "claims": _plain_claims(claims),
         "seeds": settings.get("seeds"),
         "times": times,
         **surroundings(),
     }
-    plain_document = _encode(document, "result")
-    text = json.dumps(plain_document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    text = _json(_encode(document, "result"))
     place = Path(folder) / name
     place.mkdir(parents=True, exist_ok=True)
     json_path, npz_path = place / f"{device}.json", place / f"{device}.npz"
-    with _temporary(json_path, (text + "\n").encode()), _temporary(npz_path, archive):
+    with _temporary(json_path, text), _temporary(npz_path, archive):
         os.replace(_temporary_name(npz_path), npz_path)
         os.replace(_temporary_name(json_path), json_path)
     return json_path
@@ -127,6 +125,20 @@ def read(folder: str | Path, name: str, device: str) -> Result:
         provenance={key: document[key] for key in ("versions", "machine", "precision", "seeds")}
         | {"sha256": digest},
     )
+
+
+def as_saved(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The numbers as `read` will give them back, without a file in between."""
+    plain, arrays = _split(numbers)
+    return {**_decode(json.loads(json.dumps(_encode(plain, "numbers")))), **arrays}
+
+
+def reclaim(folder: str | Path, result: Result, claims: Sequence[Claim]) -> Result:
+    """Put today's claims about the same numbers into a saved JSON; everything else in it stays."""
+    path = Path(folder) / result.name / f"{result.device}.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    replace(path, _json(document | {"claims": _plain_claims(claims)}))
+    return result._replace(claims=tuple(claims))
 
 
 def saved(folder: str | Path) -> list[tuple[str, str]]:
@@ -260,6 +272,15 @@ def _arrays(path: Path, archive: bytes, again: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is not a whole npz file ({error}); {again}") from None
 
 
+def _plain_claims(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    return [{**claim._asdict(), "holds": bool(claim.holds)} for claim in claims]
+
+
+def _json(document: Any) -> bytes:
+    text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
 def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     """The bytes of an npz: members sorted, stored, dated 1980, so that equal arrays give equal bytes."""
     buffer = io.BytesIO()
@@ -274,9 +295,14 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def _is_scalar(value: Any) -> bool:
-    """NumPy's scalars (not its 0-d arrays) are saved as the Python numbers that they are."""
-    return isinstance(value, np.generic)
+def _split(numbers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What goes to the JSON and what to the npz; NumPy's scalars (not its 0-d arrays) are plain numbers."""
+    arrays = {
+        key: _array(key, value)
+        for key, value in numbers.items()
+        if hasattr(value, "__array__") and not isinstance(value, np.generic)
+    }
+    return {key: value for key, value in numbers.items() if key not in arrays}, arrays
 
 
 def _array(key: str, value: Any) -> np.ndarray:

@@ -1,0 +1,725 @@
+"""The study's command line, its files and its report, on experiments made up for the purpose.
+
+The last test runs every real experiment at its quick size.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import pytest
+
+import experiments
+from experiments import __main__ as command
+from experiments import plots, report, results
+from experiments.results import Claim
+
+ROOT = Path(experiments.__file__).parent.parent
+
+FAKE = '''
+"""A straight line has a slope.
+
+More prose.
+"""
+import dataclasses
+import numpy as np
+from experiments import plots
+from experiments.results import Claim
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    n: int = 50
+    """Points."""
+    seeds: int = 20
+    data: str = "diamonds"
+    target: str | None = None
+
+QUICK = Config(n=5)
+
+def run(config, progress):
+    if config.data == "broken":
+        raise ValueError("column 'price' has NaN in row 3")
+    progress("drawing a line")
+    x = np.arange(1, config.n + 1.0)
+    return {"x": x, "y": 2 * x, "slope": np.float32(2), "names": ["a", "b"], "hole": float("nan")}
+
+def claims(numbers):
+    slope = numbers["slope"]
+    return [
+        Claim("F10", "the slope | of a line", f"{slope:.1f}", "2", slope == 2.0),
+        Claim("F2", "it has a hole", str(numbers["hole"]), "nan", bool(np.isnan(numbers["hole"]))),
+        Claim("C1", "it is steep", f"{slope:.1f}", "at least 5", slope >= 5),
+    ]
+
+def draw(numbers):
+    figure, (axis,) = plots.figure()
+    axis.plot(numbers["x"], numbers["y"], label="y")
+    plots.label_ends(axis)
+    return figure
+
+def report(numbers):
+    return f"The slope is {numbers['slope']}."
+
+def headline(numbers):
+    return f"- Lines rise {numbers['slope']:.0f} for 1."
+'''
+
+BARE = '''
+"""It breaks when asked to."""
+import dataclasses
+from matplotlib.figure import Figure
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    broken: bool = True
+
+QUICK = Config(broken=False)
+
+def run(config, progress):
+    if config.broken:
+        raise TypeError("the innards gave way")
+    return {"one": 1}
+
+def claims(numbers):
+    return []
+
+def draw(numbers):
+    return Figure()
+'''
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study of two experiments, `line` and `bare`, whose own folder is `tmp_path / "results"`."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "line.py").write_text(FAKE)
+    (package / "bare.py").write_text(BARE)
+    (package / "helper.py").write_text('"""Not an experiment."""\n\nclass Config:\n    n: int = 1\n')
+    monkeypatch.setattr(experiments, "__path__", [str(package)])
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.syspath_prepend(str(package))
+    yield tmp_path
+    for name in ("line", "bare"):
+        sys.modules.pop(f"experiments.{name}", None)
+        experiments.__dict__.pop(name, None)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+NUMBERS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "words": np.array(["é", "b"]),
+    "scalar": np.float64(0.1),
+    "flag": np.bool_(True),
+    "zero_d": np.array(2.5),
+    "big_endian": np.arange(3, dtype=">i4"),
+    "nan": float("nan"),
+    "minus": -np.inf,
+    "list": ["x", "y"],
+    "none": None,
+}
+CLAIM = Claim("F1", "text", "1", "1", True)
+
+
+def save(folder, numbers=NUMBERS, device="cpu", claims=(CLAIM,)):
+    return results.write(folder, "line", device, {"seeds": 3, "eta": 0.1}, numbers, claims, {"seconds": 1.5})
+
+
+class TestFiles:
+    def test_what_is_read_is_what_was_written(self, tmp_path):
+        save(tmp_path)
+        result = results.read(tmp_path, "line", "cpu")
+        assert result.config == {"seeds": 3, "eta": 0.1}
+        assert result.claims == (CLAIM,)
+        assert result.times == {"seconds": 1.5}
+        assert result.provenance["seeds"] == 3
+        assert {"python", "jax", "jaxlib", "optax", "numpy"} <= set(result.provenance["versions"])
+        assert set(result.numbers) == set(NUMBERS)
+        for key, value in results.as_saved(NUMBERS).items():
+            np.testing.assert_array_equal(result.numbers[key], value, err_msg=key)
+            np.testing.assert_array_equal(result.numbers[key], NUMBERS[key], err_msg=key)
+            assert type(result.numbers[key]) is type(value)
+        assert isinstance(result.numbers["scalar"], float)
+        assert result.numbers["a"].dtype == np.float32
+
+    def test_the_same_data_give_the_same_bytes(self, tmp_path):
+        save(tmp_path / "one")
+        save(tmp_path / "two", dict(reversed(NUMBERS.items())))
+        assert contents(tmp_path / "one") == contents(tmp_path / "two")
+        save(tmp_path / "three", NUMBERS | {"scalar": np.nextafter(0.1, 1)})
+        assert contents(tmp_path / "one") != contents(tmp_path / "three")
+
+    def test_the_json_is_json_for_everybody(self, tmp_path):
+        def refuse(constant):
+            raise AssertionError(f"{constant} is not JSON")
+
+        document = json.loads(save(tmp_path).read_text(), parse_constant=refuse)
+        assert document["numbers"]["nan"] == {"float": "nan"}
+        npz = (tmp_path / "line" / "cpu.npz").read_bytes()
+        assert document["arrays"]["sha256"] == hashlib.sha256(npz).hexdigest()
+        with np.load(tmp_path / "line" / "cpu.npz", allow_pickle=False) as file:
+            np.testing.assert_array_equal(file["a"], NUMBERS["a"])
+
+    def test_nothing_tells_where_it_ran(self, tmp_path):
+        text = save(tmp_path).read_text()
+        assert str(tmp_path) not in text
+        assert str(Path.home()) not in text
+        assert os.uname().nodename not in text
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("thing", object()), ("pickle", np.array([None, 1])), ("nested", [np.arange(2)]), ("set", {1, 2})],
+    )
+    def test_what_cannot_be_saved_is_named_and_nothing_is_written(self, tmp_path, key, value):
+        with pytest.raises(TypeError, match=key):
+            save(tmp_path, {"fine": 1, key: value})
+        assert not contents(tmp_path)
+
+    @pytest.mark.parametrize("stopped_at", [0, 1])
+    @pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])
+    def test_an_interrupted_write_leaves_a_whole_pair(self, tmp_path, monkeypatch, stopped_at, error):
+        """Stopped at the first rename: the old result. Between the two: the new one, finished on reading."""
+        save(tmp_path)
+        before = contents(tmp_path)
+        calls = []
+        rename = os.replace
+
+        def stop(source, target):
+            calls.append(source)
+            if len(calls) > stopped_at:
+                raise error
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", stop)
+        with pytest.raises(type(error)):
+            save(tmp_path, NUMBERS | {"a": np.zeros(2), "scalar": 7.0})
+        monkeypatch.undo()
+        assert len(calls) == stopped_at + 1
+        result = results.read(tmp_path, "line", "cpu")
+        new = stopped_at == 1
+        assert result.numbers["scalar"] == (7.0 if new else 0.1)
+        assert result.numbers["a"].shape == ((2,) if new else (2, 3))
+        assert sorted(contents(tmp_path)) == sorted(before)
+        assert new or contents(tmp_path) == before
+
+    def test_a_stop_while_writing_leaves_the_old_pair(self, tmp_path, monkeypatch):
+        save(tmp_path)
+        before = contents(tmp_path)
+
+        def full(_):
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            save(tmp_path, {"a": np.zeros(2)})
+        assert contents(tmp_path) == before
+
+    def test_a_killed_writer_leaves_the_old_pair(self, tmp_path):
+        """SIGKILL before the first rename: temporary files stay behind and nobody minds them."""
+        save(tmp_path)
+        before = contents(tmp_path)
+        code = f"""
+            import os, signal, numpy as np
+            from experiments import results
+            os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            results.write({str(tmp_path)!r}, "line", "cpu", {{}}, {{"a": np.zeros(9)}}, [], {{}})
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert results.read(tmp_path, "line", "cpu").numbers["scalar"] == 0.1
+        assert results.saved(tmp_path) == [("line", "cpu")]
+        save(tmp_path)
+        assert contents(tmp_path) == before
+
+    def test_a_missing_file_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no result of line on gpu.*python -m experiments line"):
+            results.read(tmp_path, "line", "gpu")
+        save(tmp_path)
+        (tmp_path / "line" / "cpu.npz").unlink()
+        with pytest.raises(FileNotFoundError, match=r"cpu\.npz is missing"):
+            results.read(tmp_path, "line", "cpu")
+
+    @pytest.mark.parametrize(
+        ("file", "change", "message"),
+        [
+            ("cpu.json", lambda old: old[: len(old) // 2], "not whole JSON"),
+            ("cpu.json", lambda old: b"", "not whole JSON"),
+            ("cpu.json", lambda old: b"\xff\xfe" + old, "not whole JSON"),
+            ("cpu.json", lambda old: b"[1, 2]", "not a result"),
+            ("cpu.json", lambda old: b'{"experiment": "line"}', "not a result"),
+            ("cpu.npz", lambda old: old[: len(old) // 2], "not a whole npz"),
+            ("cpu.npz", lambda old: b"", "not a whole npz"),
+            ("cpu.npz", lambda old: b"hello", "not a whole npz"),
+            ("cpu.npz", lambda old: old.replace(b"<f4", b"<i4"), "sha256 differs|not a whole npz"),
+        ],
+    )
+    def test_a_damaged_file_is_named(self, tmp_path, file, change, message):
+        save(tmp_path)
+        path = tmp_path / "line" / file
+        path.write_bytes(change(path.read_bytes()))
+        with pytest.raises(ValueError, match=f"{file}.*({message}).*python -m experiments line"):
+            results.read(tmp_path, "line", "cpu")
+
+    def test_a_pair_of_two_runs_is_refused(self, tmp_path):
+        save(tmp_path / "one")
+        save(tmp_path / "two", {"a": np.zeros(2)})
+        shutil.copy(tmp_path / "two" / "line" / "cpu.npz", tmp_path / "one" / "line" / "cpu.npz")
+        with pytest.raises(ValueError, match="not of one run"):
+            results.read(tmp_path / "one", "line", "cpu")
+
+    def test_pickles_are_not_opened(self, tmp_path):
+        save(tmp_path)
+        path = tmp_path / "line" / "cpu.npz"
+        np.savez(path, a=np.array([{"evil": 1}], dtype=object))
+        with pytest.raises(ValueError, match="not a whole npz"):
+            results.read(tmp_path, "line", "cpu")
+
+    def test_the_pins_are_names_and_versions_of_what_the_study_needs(self, tmp_path):
+        lines = results.environment(tmp_path).read_text().splitlines()
+        assert lines == sorted(lines)
+        assert all(re.fullmatch(r"[a-z0-9-]+==[\w.+!]+", line) for line in lines)
+        names = {line.split("==")[0] for line in lines}
+        # What is asked for, what that asks for, and neither the tools of the tests nor ourselves.
+        assert {"jax", "optax", "matplotlib", "tyro", "scikit-learn", "scipy", "contourpy"} <= names
+        assert not {"jaxgrad", "pytest", "ruff", "pip"} & names
+
+
+class TestPlots:
+    def drawing(self):
+        figure, (left, right) = plots.figure(2)
+        x = np.arange(1, 100)
+        for b in (None, 1, 8, 64, 512):
+            left.plot(x, (b or 1000) / x, color=plots.batch_colour(b), label=f"b = {b}")
+            plots.band(left, x, 0.5 / x, 2 / x, plots.batch_colour(b))
+        plots.log_scale(left, "xy")
+        plots.label_ends(left)
+        right.set_title("nothing")
+        return figure
+
+    def test_the_same_figure_gives_the_same_bytes(self, tmp_path):
+        plots.save(self.drawing(), tmp_path / "one")
+        again = self.drawing()
+        plots.save(again, tmp_path / "two")
+        plots.save(again, tmp_path / "three")
+        assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
+        svg = (tmp_path / "one" / "figure.svg").read_text()
+        assert "<date>" not in svg.lower()
+        assert matplotlib.__version__ not in svg
+
+    def test_a_local_configuration_changes_nothing(self, tmp_path):
+        plots.save(self.drawing(), tmp_path / "here")
+        (tmp_path / "matplotlibrc").write_text("font.size: 30\nlines.linewidth: 9\nsvg.fonttype: none\n")
+        code = f"""
+            import sys; sys.path.insert(0, {str(ROOT)!r}); sys.path.insert(0, {str(ROOT / "tests")!r})
+            import test_experiments as t
+            t.plots.save(t.TestPlots().drawing(), "there")
+        """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True)
+        assert contents(tmp_path / "here") == contents(tmp_path / "there")
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [(0, "0"), (0.001, "0.001"), (1, "1"), (1000, "1,000"), (1e6, "10⁶"), (2e7, "2·10⁷"), (1e-5, "10⁻⁵")],
+    )
+    def test_ticks_are_written_as_people_write_numbers(self, value, text):
+        assert plots.plain(value) == text
+
+    def test_each_sampling_and_batch_size_keeps_its_colour(self):
+        from jaxgrad import sampling
+
+        kinds = (sampling.full_batch(), *(make(8) for make in _samplings()))
+        colours = [plots.sampling_colour(kind.name) for kind in kinds]
+        assert len(set(colours)) == 4
+        assert plots.GREY not in colours
+        assert len({plots.batch_colour(b) for b in (None, 1, 8, 64, 512)}) == 5
+
+    def test_labels_that_would_meet_are_moved_apart_around_where_they_were(self):
+        assert plots._spread([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+        np.testing.assert_allclose(plots._spread([0.5, 0.5, 0.5], 0.1), [0.4, 0.5, 0.6])
+        stacked = plots._spread([0.0, 0.0, 0.01], 0.1)
+        assert min(stacked) >= 0.05 - 1e-12
+        assert min(np.diff(stacked)) >= 0.1 - 1e-12
+
+    def test_a_line_without_an_end_gets_no_label(self):
+        figure, (axis,) = plots.figure()
+        axis.plot([1, 2, 3], [1.0, 2.0, np.inf], label="diverged")
+        axis.plot([1, 2], [np.nan, np.nan], label="nowhere")
+        axis.plot([1, 2], [1, 1])
+        plots.label_ends(axis)
+        assert [text.get_text() for text in axis.texts] == ["diverged"]
+        assert isinstance(figure, matplotlib.figure.Figure)
+
+
+def _samplings():
+    from jaxgrad import sampling
+
+    return sampling.with_replacement, sampling.distinct, sampling.reshuffled
+
+
+class TestCatalogue:
+    def test_experiments_are_found_without_importing_them(self, study):
+        found = experiments.catalogue()
+        assert list(found) == ["bare", "line"]
+        assert found["line"].headline == "A straight line has a slope."
+        assert found["line"].fields == ("n", "seeds", "data", "target")
+        assert "experiments.line" not in sys.modules
+
+    def test_the_order_is_that_of_the_study_then_by_name(self, study):
+        for name in ("step_cost", "formulas", "aaa"):
+            shutil.copy(study / "package" / "line.py", study / "package" / f"{name}.py")
+        assert list(experiments.catalogue()) == ["formulas", "step_cost", "aaa", "bare", "line"]
+
+
+class TestCommand:
+    def test_a_run_writes_everything_and_prints_the_verdicts(self, study, capsys):
+        assert command.main(["line", "--quick"]) == 0
+        out, err = capsys.readouterr()
+        folder = study / "results-quick"
+        assert sorted(map(str, contents(folder))) == [
+            "README.md",
+            "line/cpu.json",
+            "line/cpu.npz",
+            "line/figure.png",
+            "line/figure.svg",
+        ]
+        assert "results-quick" in err
+        assert "line: drawing a line" in err
+        assert re.search(r"line: \d+\.\d s, \d+\.\d s of it compiling", err)
+        assert [line.split()[0] for line in out.splitlines()] == ["F2", "F10", "C1"]
+        assert "C1   DOES NOT HOLD it is steep: 2.0 (expected at least 5) [line]" in out
+        result = results.read(folder, "line", "cpu")
+        assert result.config["n"] == 5
+        assert set(result.times) == {"seconds", "compile_seconds"}
+        assert result.provenance["precision"]["default_matmul_precision"] == "highest"
+
+    def test_the_full_study_goes_to_its_own_folder_with_its_pins(self, study, capsys):
+        assert command.main(["line"]) == 0
+        assert (study / "results" / "environment.txt").is_file()
+        assert results.read(study / "results", "line", "cpu").config["n"] == 50
+        assert not (study / "results-quick").exists()
+
+    def test_settings_reach_the_experiment_and_leave_the_study_alone(self, study, capsys):
+        data = study / "mine.csv"
+        data.write_text("price\n1\n")
+        arguments = ["line", "--data", str(data), "--target", "-1", "--seeds", "7"]
+        assert command.main(arguments) == 0
+        assert not (study / "results").exists()
+        config = results.read(study / "results-custom", "line", "cpu").config
+        assert (config["data"], config["target"], config["seeds"]) == ("mine.csv", "-1", 7)
+
+    def test_data_without_a_name_runs_what_can_use_it(self, study, capsys):
+        assert command.main(["--data", "shuttle"]) == 0
+        assert results.saved(study / "results-custom") == [("line", "cpu")]
+
+    def test_a_failing_experiment_does_not_stop_the_others(self, study, capsys):
+        assert command.main([]) == 1
+        err = capsys.readouterr().err
+        assert "bare failed: TypeError: the innards gave way\n  " in err
+        assert "bare.py:" in err
+        assert "Traceback" not in err
+        assert results.saved(study / "results") == [("line", "cpu")]
+
+    def test_an_experiment_that_cannot_be_drawn_leaves_the_old_result(self, study, capsys):
+        assert command.main(["line"]) == 0
+        before = contents(study / "results" / "line")
+        file = study / "package" / "line.py"
+        file.write_text(FAKE.replace("2 * x", "3 * x").replace("    axis.plot(", "    1 / 0\n    axis.plot("))
+        sys.modules.pop("experiments.line")
+        importlib.invalidate_caches()
+        assert command.main(["line"]) == 1
+        assert contents(study / "results" / "line") == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["lin"], "there is no experiment 'lin'; did you mean line?"),
+            (["zzzz"], "there is no experiment 'zzzz'; there are bare, line"),
+            (["line", "list"], "'list' stands alone"),
+            (["list", "line"], "'list' stands alone"),
+            (["list", "--quick"], "'list' runs nothing: --quick has no meaning for it"),
+            (["report", "--seeds", "3"], "'report' runs nothing: --seeds has no meaning for it"),
+            (["report"], "there are no results in"),
+            (["line", "--seeds", "0"], "--seeds must be a whole number and at least 1, got '0'"),
+            (["line", "--seeds", "many"], "--seeds must be a whole number and at least 1, got 'many'"),
+            (["line", "--target", "price"], "--target names a column of --data, and there is no --data"),
+            (["bare", "--data", "diamonds"], "bare takes no --data; line does"),
+            (["bare", "--seeds", "3"], "bare takes no --seeds; line does"),
+            (["line", "--device", "tpu"], "--device must be cpu or gpu, got 'tpu'"),
+            (["line", "--out", "{file}"], "is a file, not a folder"),
+            (["line", "--out", "{file}/below"], "is a file, not a folder"),
+            (["line", "--data", "broken"], "line: column 'price' has NaN in row 3"),
+        ],
+    )
+    def test_what_cannot_be_done_is_one_clear_line(self, study, capsys, arguments, message):
+        (study / "file").write_text("")
+        before = contents(study)
+        assert command.main([argument.format(file=study / "file") for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert message in err
+        assert "Traceback" not in err
+        assert out == ""
+        assert err.splitlines()[-1].startswith("error: ")
+        after = {path: old for path, old in contents(study).items() if "__pycache__" not in str(path)}
+        assert after == before
+
+    def test_a_folder_that_cannot_be_written_is_refused(self, study, capsys, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        assert command.main(["line", "--out", str(study / "locked")]) == 2
+        assert "cannot be written to" in capsys.readouterr().err
+
+    def test_a_package_that_is_not_installed_is_named(self, study, capsys):
+        file = study / "package" / "line.py"
+        file.write_text(
+            FAKE.replace("    progress(", '    raise ModuleNotFoundError("pip install river")\n    progress(')
+        )
+        assert command.main(["line"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "error: line: pip install river"
+
+    def test_the_list_says_what_each_shows_and_takes(self, study, capsys):
+        assert command.main(["list"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            "bare",
+            "    It breaks when asked to.",
+            "line  [--seeds --data --target]",
+            "    A straight line has a slope.",
+        ]
+
+    def test_a_damaged_result_stops_the_report_before_it_writes(self, study, capsys):
+        assert command.main(["line"]) == 0
+        (study / "results" / "line" / "cpu.npz").write_bytes(b"")
+        before = contents(study / "results")
+        assert command.main(["report"]) == 2
+        assert "not a whole npz" in capsys.readouterr().err
+        assert contents(study / "results") == before
+
+
+class TestReport:
+    def test_everything_is_drawn_again_byte_for_byte(self, study, capsys):
+        assert command.main(["line"]) == 0
+        before = contents(study / "results")
+        for path in ("README.md", "line/figure.svg", "line/figure.png"):
+            (study / "results" / path).unlink()
+        assert command.main(["report"]) == 0
+        assert contents(study / "results") == before
+
+    def test_it_opens_with_the_claims_and_shows_each_experiment(self, study, capsys):
+        assert command.main(["line"]) == 0
+        text = (study / "results" / "README.md").read_text()
+        rows = [line for line in text.splitlines() if line.startswith("| ")]
+        assert [row.split(" | ")[0] for row in rows] == ["| id", "| F2", "| F10", "| C1"]
+        links = "[figure](line/figure.svg) · [data](line/cpu.json)"
+        assert rows[2] == rf"| F10 | the slope \| of a line | 2.0 | 2 | holds | {links} |"
+        assert rows[3] == f"| C1 | it is steep | 2.0 | at least 5 | **does not hold** | {links} |"
+        assert "2 of 3 hold." in text
+        assert text.index("| C1") < text.index("## line") < text.index("![") < text.index("The slope is 2.0.")
+        assert "Full size; took " in text
+        for link in re.findall(r"\]\(([^)]+)\)", text):
+            assert (study / "results" / link).is_file(), link
+
+    def test_other_sizes_and_devices_are_told_apart(self, study, capsys):
+        assert command.main(["line", "--quick"]) == 0
+        quick = study / "results-quick"
+        assert "`--quick` size; took" in (quick / "README.md").read_text()
+        for kind in ("json", "npz"):
+            shutil.copy(quick / "line" / f"cpu.{kind}", quick / "line" / f"gpu.{kind}")
+        gpu = quick / "line" / "gpu.json"
+        gpu.write_text(gpu.read_text().replace('"device": "cpu"', '"device": "gpu"'))
+        assert command.main(["report", "--out", str(quick)]) == 0
+        text = (quick / "README.md").read_text()
+        assert (quick / "line" / "figure_gpu.svg").is_file()
+        assert "it is steep (gpu)" in text
+        assert text.index("[arrays](line/cpu.npz)") < text.index("[arrays](line/gpu.npz)")
+
+    def test_claims_follow_the_code_and_the_numbers_stay(self, study, capsys):
+        """A claim is reworded: the report says so, and so does the JSON, of which nothing else changes."""
+        assert command.main(["line"]) == 0
+        path = study / "results" / "line" / "cpu.json"
+        before = json.loads(path.read_text())
+        file = study / "package" / "line.py"
+        file.write_text(FAKE.replace("it is steep", "it is very steep"))
+        sys.modules.pop("experiments.line")
+        importlib.invalidate_caches()
+        assert command.main(["report"]) == 0
+        after = json.loads(path.read_text())
+        assert "it is very steep" in (study / "results" / "README.md").read_text()
+        assert [claim["text"] for claim in after.pop("claims")][2] == "it is very steep"
+        assert before.pop("claims")
+        assert after == before
+
+    def test_the_front_page_is_filled_from_the_study_only(self, study, capsys):
+        readme = study / "README.md"
+        sections = [
+            f"<!-- generated:{name} -->\nstale\n<!-- end -->" for name in ("claims", "found", "experiments")
+        ]
+        readme.write_text("# Title\n\n" + "\n\nprose\n\n".join(sections) + "\n")
+        untouched = readme.read_text()
+        assert command.main(["line", "--quick"]) == 0
+        assert readme.read_text() == untouched
+        assert command.main(["line"]) == 0
+        text = readme.read_text()
+        assert "stale" not in text
+        assert text.count("prose") == 2
+        assert "\n- Lines rise 2 for 1.\n" in text
+        assert "| F10 |" in text
+        assert "[`line`](results/line/figure.svg)" in text
+        assert command.main(["report"]) == 0
+        assert readme.read_text() == text
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("<!-- generated:nobody -->\n<!-- end -->", "nobody generates 'nobody'; there are one"),
+            ("<!-- generated:one -->\n", "needs one `<!-- end -->`"),
+            ("<!-- end -->", "needs one `<!-- end -->`"),
+            ("<!-- generated:one --><!-- generated:one --><!-- end -->", "needs one `<!-- end -->`"),
+        ],
+    )
+    def test_a_wrong_marker_is_an_error(self, text, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            report.fill(text, {"one": lambda: "1"}, "README.md")
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [(0.04, "0.0 s"), (9.94, "9.9 s"), (12.4, "12 s"), (59.7, "1 min 0 s"), (200, "3 min 20 s")],
+    )
+    def test_durations_are_said_as_people_say_them(self, seconds, text):
+        assert report.duration(seconds) == text
+
+
+def copy_of_the_study(folder, **extra):
+    """The package of experiments without its experiments, plus some, in a folder of its own."""
+    package = folder / "experiments"
+    package.mkdir()
+    for name in ("__init__", "__main__", "results", "plots", "report"):
+        shutil.copy(ROOT / "experiments" / f"{name}.py", package)
+    for name, source in extra.items():
+        (package / f"{name}.py").write_text(source)
+    return [sys.executable, "-m", "experiments"]
+
+
+class TestProcess:
+    def test_help_is_quick_and_imports_neither_jax_nor_numpy(self, tmp_path):
+        code = """
+            import sys
+            from experiments.__main__ import main
+            try:
+                main(["--help"])
+            finally:
+                heavy = {"jax", "numpy", "matplotlib", "jaxgrad"} & set(sys.modules)
+                print("imported:", heavy, file=sys.stderr)
+        """
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert time.perf_counter() - start < 1.0
+        assert done.stderr == "imported: set()\n"
+        for words in ("--quick", "--seeds N", "--target COLUMN", "examples:", "exit status"):
+            assert words in done.stdout
+
+    @pytest.mark.parametrize("arguments", [["--sedes", "3"], ["--seeds"]])
+    def test_an_option_that_does_not_exist_exits_with_2(self, arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert arguments[0] in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr
+
+    def test_a_gpu_that_is_not_there_is_one_sentence(self, tmp_path):
+        run = copy_of_the_study(tmp_path, line=FAKE)
+        hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [*run, "--device", "gpu"], cwd=tmp_path, env=hidden, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("error: --device gpu: JAX finds no GPU here;")
+        assert not (tmp_path / "results").exists()
+
+    def test_ctrl_c_leaves_the_old_result_and_ends_with_one_line(self, tmp_path):
+        """SIGINT while an endless compiled loop runs in chunks, as a descent does."""
+        endless = FAKE.replace(
+            '    progress("drawing a line")\n',
+            "    import os, jax\n    advance = jax.jit(lambda x: x + 1.0)\n    x = 0.0\n"
+            '    while os.environ.get("ENDLESS"):\n'
+            '        x = advance(x)\n        x.block_until_ready() if x > 3 else progress("going")\n',
+        )
+        run = copy_of_the_study(tmp_path, formulas=FAKE, line=endless)
+        subprocess.run([*run, "line"], cwd=tmp_path, check=True, capture_output=True)
+        before = contents(tmp_path / "results")
+        lines = []
+        with subprocess.Popen(
+            run, cwd=tmp_path, env=os.environ | {"ENDLESS": "1"}, stderr=subprocess.PIPE, text=True
+        ) as process:
+            for line in process.stderr:
+                lines.append(line)
+                if line == "line: going\n":
+                    process.send_signal(signal.SIGINT)
+                    break
+            lines += process.stderr.readlines()
+            assert process.wait(timeout=30) == 130
+        last = "interrupted during line, whose earlier results are untouched; formulas finished\n"
+        assert lines[-1] == last
+        assert "Traceback" not in "".join(lines)
+        after = contents(tmp_path / "results")
+        assert {path: after[path] for path in before} == before
+        assert sorted(str(path) for path in set(after) - set(before)) == [
+            f"formulas/{name}" for name in ("cpu.json", "cpu.npz", "figure.png", "figure.svg")
+        ]
+
+    def test_a_reader_that_leaves_early_is_no_error(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments", "list"],
+            cwd=ROOT,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        os.close(writer)
+        assert done.stderr == b""
+        assert done.returncode == 0
+
+    def test_without_the_extra_the_command_says_how_to_get_it(self, tmp_path):
+        (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError('tyro')")
+        run = copy_of_the_study(tmp_path)
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert done.stderr.splitlines()[-1].endswith('python -m pip install -e ".[study]"')
+
+
+@pytest.mark.parametrize("name", list(experiments.catalogue()))
+def test_every_experiment_runs_at_its_quick_size(name, tmp_path):
+    """As a person runs it: in a process of its own, in float32, without the strictness of these tests."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", name, "--quick", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    (chapter,) = report.load(tmp_path)
+    assert chapter.results[0].claims
+    assert done.stdout.count("\n") == len(chapter.results[0].claims)
+    assert experiments.catalogue()[name].headline.endswith(".")
+    figure = (tmp_path / name / "figure.svg").read_bytes()
+    report.draw(tmp_path, [chapter])
+    assert (tmp_path / name / "figure.svg").read_bytes() == figure
+    assert sum(path.stat().st_size for path in (tmp_path / name).iterdir()) < 3e6

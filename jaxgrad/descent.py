@@ -456,6 +456,7 @@ def _keys(key: Any) -> tuple[Key, int | None]:
         raise TypeError(f"key must be a JAX key such as jax.random.key(0), or an array of them; got {key!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(jnp.asarray(key))
+    key = jnp.asarray(key)
     if key.ndim > 1 or key.size == 0:
         raise ValueError(f"key must be one key or a one-dimensional array of keys, got shape {key.shape}")
     return key, (None if key.ndim == 0 else key.shape[0])

@@ -1,0 +1,418 @@
+"""Full-batch GD against minibatch SGD on real data: per update, per example seen, per second.
+
+Linear regression on diamonds, logistic regression on shuttle and a two-layer net on mnist5k, each with the full
+batch and with b = 1, 8, 64, 512 different examples a step (C2, C3). Nothing differs between two curves but the
+batch size and its step size: same start, same data, same loop.
+
+Every batch size has one budget: `epochs` passes over the data, and at least `updates` updates (a few passes of
+the full batch would be a few updates). Its step size is tuned under that budget on seeds of its own (the grid point with the lowest
+median final loss), then run again with fresh seeds. All runs of a batch size start from the same parameters, so
+what varies over seeds is the order of the examples and nothing else.
+
+The gap `L(w_t) − L*` of the convex problems is evaluated in float64 against a certified minimum; the runs are
+float32. A second on the third axis is a second of one run alone on this machine, steps and sampling, without
+compiling and without evaluating the loss.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from experiments import plots
+from experiments.results import Claim
+from jaxgrad import data, losses, models, optimum, statistics
+from jaxgrad.descent import descend, log_spaced, trajectory
+from jaxgrad.sampling import distinct, full_batch
+from jaxgrad.types import Batch, Loss, Params, Sampling
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str | None = None
+    """A data set or a file in place of the three; its task chooses the model (classes: the two-layer net)."""
+    target: str | None = None
+    """The column of the file to predict."""
+    seeds: int = 20
+    """Fresh runs per batch size, side by side in one program."""
+    batch_sizes: tuple[int, ...] = (1, 8, 64, 512)
+    """b of SGD; the full batch comes on top."""
+    epochs: int = 5
+    """Passes over the data: the budget of every batch size."""
+    updates: int = 1000
+    """No batch size has fewer updates than this (convex problems)."""
+    updates_net: int = 200
+    """The same for the net, whose full-batch update costs more."""
+    tuning_seeds: int = 3
+    """Runs per step size while tuning."""
+    halvings: int = 14
+    """Step sizes tried per batch size: `largest · 2^−j`, j below this (the net: as many, from 8)."""
+    hidden: int = 32
+    """Hidden units of the net."""
+    l2: float = 1e-3
+    """Penalty `(l2/2)‖w‖²` of logistic regression, which makes its minimum unique."""
+    points: int = 60
+    """Record points of a curve, evenly spaced in the logarithm of the update."""
+    rows: int | None = None
+    """Use only so many training examples (None: all)."""
+
+
+QUICK = Config(
+    seeds=5, batch_sizes=(1, 64), epochs=1, updates=200, updates_net=60, tuning_seeds=2, halvings=7, points=25,
+    rows=4000, hidden=16,
+)  # fmt: skip
+
+THREE = ("diamonds", "shuttle", "mnist5k")
+
+
+class Problem(NamedTuple):
+    name: str
+    what: str
+    loss: Loss
+    start: Params
+    batch: Batch
+    largest: float
+    """The largest step size tried."""
+    least_updates: int
+    minimum: optimum.Optimum | None
+    """Certified, for convex problems."""
+    accuracy: Callable[[Params], Any] | None
+    """Share of held-out examples classified right, for classes."""
+
+
+def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+    names = THREE if config.data is None else (config.data,)
+    numbers: dict[str, Any] = {"problems": []}
+    for name in names:
+        progress(f"loading {name}")
+        problem = _problem(name, config)
+        numbers["problems"].append(problem.name)
+        numbers |= {f"{problem.name}/{key}": value for key, value in _compare(problem, config, progress).items()}
+    return numbers
+
+
+def _problem(name: str, config: Config) -> Problem:
+    """The data set with the model and the loss that its task calls for."""
+    dataset = data.load(name, target=config.target) if config.data else data.load(name)
+    train, test = data.split(dataset, 0.2, 0) if dataset.task == "classes" else (dataset, None)
+    x, y = (jnp.asarray(leaf[: config.rows]) for leaf in train.batch)
+    batch, (n, d) = Batch(x, y), x.shape
+    short = dataset.name
+    if test is not None:
+        k = len(dataset.labels)
+        model = partial(models.two_layer, activation=jnp.tanh)
+        start = models.init_two_layer(jax.random.key(0), d, config.hidden, k)
+        x_test, y_test = jnp.asarray(test.batch.x), jnp.asarray(test.batch.y)
+
+        def accuracy(params: Params) -> Any:
+            logits = jax.vmap(lambda x: model(params, x))(x_test)
+            return jnp.mean(jnp.argmax(logits, axis=-1) == y_test)
+
+        loss = losses.mean_loss(model, losses.softmax_cross_entropy)
+        what = f"two-layer net {d}–{config.hidden}–{k}, n = {n:,}"
+        return Problem(short, what, loss, start, batch, 16.0, config.updates_net, None, accuracy)
+    start = models.init_linear(d)
+    # Beyond 2/λmax not even the full batch converges; the largest curvature of the logloss is λmax(E x xᵀ)/4.
+    ones = np.column_stack([np.asarray(x, float), np.ones(n)])
+    top = float(np.linalg.eigvalsh(ones.T @ ones / n)[-1])
+    if dataset.task == "binary":
+        loss = losses.mean_loss(models.linear, losses.logloss, l2=config.l2)
+        minimum = optimum.logistic(batch, l2=config.l2)
+        what = f"logistic regression, n = {n:,}, d = {d}"
+        return Problem(short, what, loss, start, batch, 8 / top, config.updates, minimum, None)
+    loss = losses.mean_loss(models.linear, losses.squared)
+    minimum = optimum.least_squares(batch)
+    what = f"linear regression, n = {n:,}, d = {d}"
+    return Problem(short, what, loss, start, batch, 1 / top, config.updates, minimum, None)
+
+
+def _compare(problem: Problem, config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+    """One problem: for each batch size tune, run with fresh seeds, and time one run."""
+    n = problem.batch.x.shape[0]
+    key_tune, key_order = jax.random.split(jax.random.key(2021))
+    tune_keys = jax.random.split(key_tune, config.tuning_seeds)
+    run_keys = jax.random.split(key_order, config.seeds)
+    sizes: list[int | None] = [None, *(b for b in config.batch_sizes if b < n)]
+    numbers: dict[str, Any] = {
+        "what": problem.what, "n": n, "labels": [_label(b) for b in sizes],
+        "kind": "gap to the minimum" if problem.minimum else "training loss",
+        "start": _excess(problem, jax.tree.map(lambda leaf: leaf[None], problem.start))[0],
+    }  # fmt: skip
+    if problem.minimum:
+        numbers |= {"minimum": problem.minimum.value, "bound": problem.minimum.bound}
+    for b in sizes:
+        sampling = full_batch() if b is None else distinct(b)
+        per_step = n if b is None else b
+        steps = max(-(-config.epochs * n // per_step), problem.least_updates)
+        label = _label(b)
+        progress(f"{problem.name}, {label}: tuning the step size under {steps:,} updates")
+        etas = problem.largest * 0.5 ** np.arange(config.halvings)
+        # Without sampling there is nothing random: one run stands for all.
+        keys = tune_keys[:1] if b is None else tune_keys
+        final = _final_losses(problem, sampling, steps, keys, etas)
+        score = np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
+        eta = float(etas[np.argmin(score)])
+        progress(f"{problem.name}, {label}: {config.seeds} fresh runs with step size {eta:.3g}")
+        many = descend(
+            problem.loss, problem.start, problem.batch, optimizer=eta, sampling=sampling, steps=steps,
+            key=run_keys[:1] if b is None else run_keys, record=log_spaced(steps, config.points),
+            observe=(lambda params: params) if problem.minimum else problem.accuracy,
+        )  # fmt: skip
+        excess = many.loss if problem.minimum is None else _excess(problem, many.observed)
+        per_update = _seconds_per_update(problem, sampling, eta, run_keys[0])
+        numbers |= {
+            f"{label}/eta": eta, f"{label}/etas": etas, f"{label}/tuning": score,
+            f"{label}/steps": many.steps, f"{label}/examples": many.examples, f"{label}/excess": excess,
+            f"{label}/diverged": int(sum(s.startswith("diverged") for s in many.status)),
+            f"{label}/seconds_per_update": float(np.median(per_update)),
+            f"{label}/seconds_per_update_runs": per_update,
+            f"{label}/compile_seconds": many.compile_seconds,
+        }  # fmt: skip
+        if problem.accuracy:
+            numbers[f"{label}/test_accuracy"] = many.observed[:, -1]
+    return numbers
+
+
+def _final_losses(
+    problem: Problem, sampling: Sampling, steps: int, keys: jax.Array, etas: np.ndarray
+) -> np.ndarray:
+    """Full loss after `steps` updates for each step size and key: `[e, s]`, all in one program."""
+
+    @jax.jit
+    def grid(etas: jax.Array, keys: jax.Array) -> jax.Array:
+        def final(eta: Any, key: Any) -> jax.Array:
+            _, curve = trajectory(
+                problem.loss, problem.start, problem.batch, optimizer=optax.sgd(eta), sampling=sampling, key=key,
+                record=[steps],
+            )  # fmt: skip
+            return curve[-1]
+
+        return jax.vmap(jax.vmap(final, (None, 0)), (0, None))(etas, keys)
+
+    return np.asarray(grid(jnp.asarray(etas, jnp.float32), keys))
+
+
+def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: jax.Array) -> np.ndarray:
+    """Twelve measurements of one run alone, of a length at which the twelve together take about 0.3 s."""
+
+    def chunks(steps: int, points: int) -> np.ndarray:
+        trace = descend(
+            problem.loss, problem.start, problem.batch, optimizer=eta, sampling=sampling, steps=steps, key=key,
+            record=points,
+        )  # fmt: skip
+        return np.diff(trace.seconds) / np.diff(trace.steps)
+
+    probe = float(np.median(chunks(40, 5)))
+    return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
+
+
+def _excess(problem: Problem, params: Params) -> np.ndarray:
+    """`L(w) − L*` in float64 for parameters with any leading axes; the loss itself where L* is not known."""
+    leading = np.shape(jax.tree.leaves(params)[0])[: -np.ndim(jax.tree.leaves(problem.start)[0])]
+    flat = jax.tree.map(lambda leaf, one: np.reshape(leaf, (-1, *np.shape(one))), params, problem.start)
+    with jax.enable_x64(True):
+        if problem.minimum is None:
+            values = jax.jit(lambda p: jax.lax.map(lambda one: problem.loss(one, problem.batch), p))(flat)
+            return np.asarray(values).reshape(leading)
+        wide = Batch(*(np.asarray(leaf, np.float64) for leaf in problem.batch))
+        flat = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), flat)
+        values = jax.jit(lambda p, batch: jax.lax.map(lambda one: problem.loss(one, batch), p))(flat, wide)
+        return np.asarray(values).reshape(leading) - problem.minimum.value
+
+
+def _label(b: int | None) -> str:
+    return "full batch" if b is None else f"b = {b}"
+
+
+def _size(label: str) -> int | None:
+    return None if label == "full batch" else int(label.removeprefix("b = "))
+
+
+# --- what the numbers say --------------------------------------------------------------------------------------
+
+
+def _of(numbers: dict[str, Any], problem: str) -> Callable[[str], Any]:
+    """The numbers of one problem, by their names without it."""
+    return lambda key: numbers[f"{problem}/{key}"]
+
+
+def _first(excess: np.ndarray, axis: np.ndarray, target: float) -> np.ndarray:
+    """Per run, where on `axis` the excess first is at most `target`; infinite where it never is."""
+    met = excess <= target
+    return np.where(met.any(axis=1), axis[np.argmax(met, axis=1)], np.inf)
+
+
+class Reached(NamedTuple):
+    """Medians over runs of what it took to get to the target."""
+
+    updates: float
+    examples: float
+    seconds: float
+
+
+def _reached(numbers: dict[str, Any], problem: str) -> tuple[str, dict[str, Reached]]:
+    """The target (1 % of the starting gap; for the net, half its starting loss), and what each batch size took."""
+    convex = f"{problem}/minimum" in numbers
+    share, words = (0.01, "1 % of the starting gap") if convex else (0.5, "half the starting loss")
+    target, out = share * numbers[f"{problem}/start"], {}
+    for label in numbers[f"{problem}/labels"]:
+        excess, steps = numbers[f"{problem}/{label}/excess"], numbers[f"{problem}/{label}/steps"]
+        examples = numbers[f"{problem}/{label}/examples"]
+        seconds = steps * numbers[f"{problem}/{label}/seconds_per_update"]
+        out[label] = Reached(
+            *(float(np.median(_first(excess, axis, target))) for axis in (steps, examples, seconds))
+        )
+    return words, out
+
+
+def _after_one_pass(numbers: dict[str, Any], problem: str) -> dict[str, np.ndarray]:
+    """Per batch size, the excess of each run at the first record point at or after one pass."""
+    out = {}
+    for label in numbers[f"{problem}/labels"]:
+        examples = numbers[f"{problem}/{label}/examples"]
+        out[label] = numbers[f"{problem}/{label}/excess"][:, np.searchsorted(examples, numbers[f"{problem}/n"])]
+    return out
+
+
+def _scatter(values: np.ndarray) -> float:
+    """The 90 % quantile of runs over the 10 % quantile."""
+    low, high = statistics.quantile_band(values)
+    return float(high / low)
+
+
+def claims(numbers: dict[str, Any]) -> list[Claim]:
+    out = []
+    for problem in numbers["problems"]:
+        gd, *sgd = numbers[f"{problem}/labels"]
+        kind = numbers[f"{problem}/kind"]
+        passed = _after_one_pass(numbers, problem)
+        middle = {label: float(np.median(values)) for label, values in passed.items()}
+        best = min(sgd, key=middle.__getitem__)
+        out.append(
+            Claim(
+                "C2",
+                f"{problem}: after one pass over the data SGD is ahead of GD ({kind}, median)",
+                f"{best}: {middle[best]:.3g}; {gd}: {middle[gd]:.3g}",
+                "SGD lower",
+                middle[best] < middle[gd],
+            )
+        )
+        words, reached = _reached(numbers, problem)
+        best = min(sgd, key=lambda label: reached[label].seconds)
+        out.append(
+            Claim(
+                "C2",
+                f"{problem}: SGD gets to {words} in less time than GD",
+                f"{best}: {_time(reached[best].seconds)}; {gd}: {_time(reached[gd].seconds)}",
+                "SGD sooner",
+                reached[best].seconds < reached[gd].seconds,
+            )
+        )
+        scatter = {label: _scatter(passed[label]) for label in sgd}
+        out.append(
+            Claim(
+                "C3",
+                f"{problem}: runs of SGD scatter where runs of GD are one and the same "
+                "(90 % over 10 % quantile after one pass)",
+                "; ".join(f"{label}: ×{value:.3g}" for label, value in scatter.items()),
+                "above ×1 for each b",
+                min(scatter.values()) > 1,
+            )
+        )
+    return out
+
+
+def headline(numbers: dict[str, Any]) -> str:
+    parts = []
+    for problem in numbers["problems"]:
+        words, reached = _reached(numbers, problem)
+        gd, *sgd = numbers[f"{problem}/labels"]
+        best = min(sgd, key=lambda label: reached[label].seconds)
+        what = numbers[f"{problem}/what"]
+        parts.append(
+            f"{problem} ({what}): to {words}, {best} takes {_time(reached[best].seconds)} and "
+            f"{_count(reached[best].examples)} examples, the full batch {_time(reached[gd].seconds)} and "
+            f"{_count(reached[gd].examples)}"
+        )
+    return "**GD against SGD, each with its best step size.** " + "; ".join(parts) + "."
+
+
+def _time(seconds: float) -> str:
+    if not np.isfinite(seconds):
+        return "not within the budget"
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if np.isfinite(number) else "–"
+
+
+def report(numbers: dict[str, Any]) -> str:
+    out = []
+    for problem in numbers["problems"]:
+        at = _of(numbers, problem)
+        words, reached = _reached(numbers, problem)
+        accurate = f"{problem}/{at('labels')[0]}/test_accuracy" in numbers
+        out.append(f"\n**{problem}**: {at('what')}. To {words}, and at the end of the budget:\n")
+        out.append(
+            "| batch | step size | time of an update | updates | examples | time | "
+            f"{at('kind')} at the end: median (10 %, 90 %) |" + (" held-out accuracy |" if accurate else "")
+        )
+        out.append("|---|---|---|---|---|---|---|" + ("---|" if accurate else ""))
+        for label in at("labels"):
+            end = at(f"{label}/excess")[:, -1]
+            low, high = statistics.quantile_band(end)
+            row = [
+                label,
+                f"{at(f'{label}/eta'):.3g}",
+                _time(at(f"{label}/seconds_per_update")),
+                _count(reached[label].updates),
+                _count(reached[label].examples),
+                _time(reached[label].seconds),
+                f"{np.median(end):.3g} ({low:.3g}, {high:.3g})" if len(end) > 1 else f"{end[0]:.3g}",
+            ]
+            if accurate:
+                row.append(f"{np.median(at(f'{label}/test_accuracy')):.3f}")
+            out.append("| " + " | ".join(row) + " |")
+    return "\n".join(out).strip()
+
+
+def draw(numbers: dict[str, Any]) -> Figure:
+    problems = numbers["problems"]
+    figure, axes = plots.figure(3, len(problems), height=2.75 * len(problems) + 0.55, sharey="row")
+    for row, problem in enumerate(problems):
+        at = _of(numbers, problem)
+        for column in range(3):
+            axis = axes[3 * row + column]
+            for label in at("labels"):
+                steps, excess = at(f"{label}/steps"), at(f"{label}/excess")
+                x = (steps, at(f"{label}/examples"), steps * at(f"{label}/seconds_per_update"))[column]
+                colour = plots.batch_colour(_size(label))
+                seen = slice(1, None)  # a logarithmic axis has no place for the start
+                low, high = statistics.quantile_band(excess)
+                axis.plot(x[seen], np.median(excess, axis=0)[seen], color=colour, label=label)
+                plots.band(axis, x[seen], low[seen], high[seen], colour)
+            plots.log_scale(axis, "xy")
+            axis.xaxis.set_major_locator(LogLocator(numticks=5))
+            axis.set_xlabel(("updates", "examples seen", "seconds (one run)")[column])
+            if "minimum" in at("kind"):
+                top = at("start")
+                lowest = min(
+                    float(np.nanmin(statistics.quantile_band(at(f"{label}/excess"))[0])) for label in at("labels")
+                )
+                axis.set_ylim(max(lowest, 1e-9 * top) / 2, 3 * top)
+            else:
+                axis.set_ylim(None, 1.3 * at("start"))
+        axes[3 * row].set_ylabel({"gap to the minimum": "L(w) − L*"}.get(at("kind"), at("kind")))
+        axes[3 * row].set_title(f"{problem}: {at('what')}", fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure

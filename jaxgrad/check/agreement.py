@@ -1,0 +1,188 @@
+"""Is it the gradient? Leaf by leaf, relative to what floating point could have delivered.
+
+A leaf agrees at a point if  ‖hand − true‖ ≤ ρ ‖true‖ + φ s,  where s is the leaf's usual norm (the median over
+the points). Both are relative, so a factor in front of the loss changes nothing, and a sign, a factor 2 or a
+gradient of zeros is seen however small the gradient is. ρ = 1e-10 and φ = 1000 ε allow what a right gradient
+computed on another route loses in float64, and no more; code that rounds to float32 inside is recognised by the
+rounding noise it shows when the parameters are moved by 1e-6, and ρ and φ follow that noise.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxgrad.check.points import Point
+from jaxgrad.check.problem import Kernel, Problem, Wrong, hand, truth
+from jaxgrad.check.report import Leaf
+
+EPS = float(np.finfo(np.float64).eps)
+RELATIVE = 1e-10
+FLOOR = 1e3 * EPS
+
+
+class Evaluation(NamedTuple):
+    """Both gradients at one point."""
+
+    point: Point
+    loss: float
+    true: tuple[np.ndarray, ...]
+    hand: tuple[np.ndarray, ...]
+
+    @property
+    def true_finite(self) -> bool:
+        return bool(np.isfinite(self.loss)) and all(bool(np.all(np.isfinite(g))) for g in self.true)
+
+    @property
+    def hand_finite(self) -> bool:
+        return all(bool(np.all(np.isfinite(g))) for g in self.hand)
+
+
+class Tolerance(NamedTuple):
+    """ρ and φ s for each leaf."""
+
+    relative: tuple[float, ...]
+    absolute: tuple[float, ...]
+    noise: float
+    """Relative rounding noise that was allowed for (0 in plain float64)."""
+
+    def allowed(self, leaf: int, size: float) -> float:
+        return self.relative[leaf] * size + self.absolute[leaf]
+
+
+def evaluate(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wrong:
+    """Both gradients at a point; an exception of the person's gradient is passed on."""
+    loss, true = truth(store, point.leaves, point.data)
+    mine = hand(problem, point.leaves, point.data)
+    return mine if isinstance(mine, Wrong) else Evaluation(point, loss, tuple(true), tuple(mine))
+
+
+def scales(evaluations: Sequence[Evaluation]) -> list[float]:
+    """The usual norm of each leaf of the true gradient."""
+    norms = np.array([[_norm(g) for g in e.true] for e in evaluations if e.true_finite])
+    return [float(np.median(column)) for column in norms.T] if len(norms) else []
+
+
+def tolerance(sizes: Sequence[float], noise: float = 0.0, dead: Sequence[bool] = ()) -> Tolerance:
+    """The tolerance for leaves of these usual norms; `dead` leaves have a true gradient of rounding only."""
+    total = float(np.sqrt(np.sum(np.square(sizes)))) if len(sizes) else 0.0
+    relative = max(RELATIVE, 300 * noise)
+    floor = max(FLOOR, 30 * noise)
+    absolute = [
+        floor * total if (dead and dead[i]) else floor * s if s > 0 else FLOOR * total
+        for i, s in enumerate(sizes)
+    ]
+    return Tolerance(tuple(relative for _ in sizes), tuple(absolute), noise)
+
+
+def errors(evaluation: Evaluation) -> list[float]:
+    """‖hand − true‖ of each leaf (nan where either is not finite)."""
+    with np.errstate(all="ignore"):
+        return [_norm(h - t) for h, t in zip(evaluation.hand, evaluation.true, strict=True)]
+
+
+def wrong_leaves(evaluation: Evaluation, tol: Tolerance) -> list[int]:
+    """The leaves that do not agree at a point."""
+    out = []
+    for i, (error, true) in enumerate(zip(errors(evaluation), evaluation.true, strict=True)):
+        if not error <= tol.allowed(i, _norm(true)):
+            out.append(i)
+    return out
+
+
+def relative_errors(evaluation: Evaluation, sizes: Sequence[float]) -> list[float]:
+    """Errors over the norm of the true leaf (over the usual norm where that is rounding)."""
+    out = []
+    for error, true, size in zip(errors(evaluation), evaluation.true, sizes, strict=True):
+        scale = max(_norm(true), FLOOR * size)
+        out.append(error / scale if scale > 0 else (0.0 if error == 0 else float("inf")))
+    return out
+
+
+def smallest_detectable(evaluations: Sequence[Evaluation], tol: Tolerance) -> float:
+    """The relative error that would have been seen in every leaf at the best point for it."""
+    worst = 0.0
+    for i in range(len(tol.relative)):
+        best = [
+            tol.allowed(i, _norm(e.true[i])) / _norm(e.true[i])
+            for e in evaluations
+            if e.true_finite and _norm(e.true[i]) > 0
+        ]
+        if best:
+            worst = max(worst, min(best))
+    return worst
+
+
+def noise_of(problem: Problem, store: Kernel, points: Sequence[Point]) -> tuple[float, list[float]]:
+    """Relative rounding noise of either gradient, and of each leaf of the true one.
+
+    Third differences along θ + k δ with |δ| = 1e-6 |θ| cancel anything smooth to 1e-18 and leave the rounding
+    (times √20), in float32 code too, where such a step is some ten units in the last place.
+    """
+    rng = np.random.default_rng(7)
+    mine: list[float] = []
+    theirs: list[list[float]] = []
+    for point in points[:3]:
+        delta = [
+            1e-6 * (np.abs(leaf) + 1e-3 * (float(np.max(np.abs(leaf))) or 1.0)) * rng.standard_normal(leaf.shape)
+            for leaf in point.leaves
+        ]
+        runs_true, runs_hand = [], []
+        for k in range(4):
+            leaves = tuple(leaf + k * d for leaf, d in zip(point.leaves, delta, strict=True))
+            runs_true.append(truth(store, leaves, point.data)[1])
+            got = hand(problem, leaves, point.data)
+            if isinstance(got, Wrong):
+                return 0.0, [0.0] * len(problem.leaves)
+            runs_hand.append(got)
+        theirs.append(_third(runs_true))
+        mine.append(max(_live(_third(runs_hand), runs_hand[0])))
+    true_noise = [float(np.median(column)) for column in np.array(theirs).T]
+    live = _live(true_noise, runs_true[0])
+    return max(float(np.median(mine)), *live), true_noise
+
+
+def _live(noise: list[float], gradient: Sequence[np.ndarray]) -> list[float]:
+    """The noise of the leaves that are more than rounding beside the others."""
+    norms = [_norm(g) for g in gradient]
+    total = max(norms)
+    return [x for x, n in zip(noise, norms, strict=True) if n > 1e-9 * total] or [0.0]
+
+
+def _third(runs: Sequence[Sequence[np.ndarray]]) -> list[float]:
+    out = []
+    with np.errstate(all="ignore"):
+        for a, b, c, d in zip(*runs, strict=True):
+            size = _norm(a)
+            value = _norm(a - 3 * b + 3 * c - d) / np.sqrt(20.0)
+            out.append(float(value / size) if size > 0 and np.isfinite(value) else 0.0)
+    return out
+
+
+def compare(problem: Problem, evaluation: Evaluation, tol: Tolerance, sizes: Sequence[float]) -> list[Leaf]:
+    """The table of leaves at one point."""
+    wrong = set(wrong_leaves(evaluation, tol))
+    table = []
+    with np.errstate(all="ignore"):
+        for i, (path, h, t) in enumerate(zip(problem.paths, evaluation.hand, evaluation.true, strict=True)):
+            difference = np.abs(h - t)
+            worst = np.unravel_index(int(np.argmax(np.where(np.isnan(difference), np.inf, difference))), h.shape)
+            cosine = float(np.vdot(h, t) / (_norm(h) * _norm(t))) if _norm(h) * _norm(t) > 0 else float("nan")
+            size = _norm(t)
+            ratio = _norm(h) / size if size > 0 else float("inf") if _norm(h) > 0 else 1.0
+            ratio = -ratio if cosine < -1 + 1e-9 else ratio
+            error = relative_errors(evaluation, sizes)[i] if len(sizes) else float("nan")
+            index = tuple(int(j) for j in worst)
+            table.append(
+                Leaf(path, h.shape, i not in wrong, error, cosine, float(ratio), index, float(h[worst]),
+                     float(t[worst]), evaluation.point.name)
+            )
+    return table
+
+
+def _norm(x: np.ndarray) -> float:
+    with np.errstate(all="ignore"):
+        peak = float(np.max(np.abs(x))) if np.size(x) else 0.0
+        if peak == 0 or not np.isfinite(peak):
+            return peak
+        return peak * float(np.linalg.norm(np.asarray(x / peak).reshape(-1)))

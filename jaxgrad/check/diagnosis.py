@@ -1,0 +1,861 @@
+"""Which step of the derivation is wrong: the search.
+
+Given gradients of the person at several points and batch sizes, find the simplest explanation whose gradient
+equals theirs, to rounding, at all of them. Tried in order of simplicity: one factor on everything, a leaf
+transposed or swapped, one faulty step (`faults`), one operand's contribution scaled, something added, a
+few entries; then the same for a part of the leaves, with a factor in front, for examples or classes left
+out, for the same fault at every similar step, and for two faults at once.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxgrad.check import faults as catalogue_of
+from jaxgrad.check import words
+from jaxgrad.check.agreement import Evaluation
+from jaxgrad.check.factors import name_factor
+from jaxgrad.check.faults import Fault, Term
+from jaxgrad.check.problem import Kernel, Problem, traced
+from jaxgrad.check.replay import Plan, Replay, analysis, faulty_gradient, forward, plan, pull_product
+from jaxgrad.check.report import Finding
+from jaxgrad.check.steps import Program, flatten
+
+
+class Sample(NamedTuple):
+    """One point of the search: everything along K directions, sorted by leaf."""
+
+    evaluation: Evaluation
+    program: Program
+    todo: Plan
+    replay: Replay
+    directions: tuple[np.ndarray, ...]
+    owner: np.ndarray
+    """Which leaf each direction moves."""
+    true: np.ndarray
+    hand: np.ndarray
+    changes: np.ndarray
+    shares: np.ndarray
+
+
+class Case(NamedTuple):
+    """All samples of one gradient to explain."""
+
+    problem: Problem
+    samples: tuple[Sample, ...]
+    faults: tuple[Fault, ...]
+    terms: tuple[Term, ...]
+    noise: float
+    dims: Mapping[str, int]
+    wrong: tuple[int, ...]
+    """The leaves that are wrong somewhere."""
+    dead: tuple[bool, ...]
+
+
+class Explanation(NamedTuple):
+    """Findings that together give the person's numbers on `leaves`."""
+
+    cost: float
+    leaves: tuple[int, ...]
+    findings: tuple[Finding, ...]
+
+
+def explain(
+    problem: Problem,
+    store: Kernel,
+    evaluations: Sequence[Evaluation],
+    wrong: Sequence[int],
+    noise: float = 0.0,
+    dead: Sequence[bool] = (),
+) -> tuple[Finding, ...]:
+    """The best explanation of a wrong gradient, or one `unknown` finding for each leaf left over."""
+    case = _case(problem, store, evaluations, wrong, noise, dead)
+    found = _search(case, tuple(case.wrong))
+    if found is not None:
+        return found.findings
+    return _leaf_by_leaf(case)
+
+
+def sample(problem: Problem, store: Kernel, evaluation: Evaluation, rng: np.random.Generator) -> Sample:
+    """Run the analysis at one point."""
+    point = evaluation.point
+    closed = traced(store, point.leaves, point.data)
+    key = ("analysis", id(closed))
+    if key not in store.compiled:
+        program = flatten(closed, len(point.leaves))
+        todo = plan(program, point.n)
+        store.compiled[key] = (program, todo, analysis(program, todo), closed)
+    program, todo, run, _ = store.compiled[key]
+    directions, owner = _directions(point.leaves, program, rng)
+    replay = run(list(point.leaves), list(point.data), list(directions))
+
+    def along(gradient: Sequence[np.ndarray]) -> np.ndarray:
+        return sum(
+            (d.reshape(len(owner), -1) @ g.reshape(-1) for d, g in zip(directions, gradient, strict=True)),
+            np.zeros(len(owner)),
+        )
+
+    changes = catalogue_of.changes(program, todo, replay)
+    shares = catalogue_of.shares(program, replay)
+    true, mine = along(evaluation.true), along(evaluation.hand)
+    return Sample(evaluation, program, todo, replay, directions, owner, true, mine, changes, shares)
+
+
+def _directions(
+    leaves: Sequence[np.ndarray], program: Program, rng: np.random.Generator
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Every coordinate if there are few, else random directions, each within one leaf."""
+    widest = max([int(np.prod(program.avals[s].shape)) for s in program.moving] + [1])
+    room = max(6, int(2e7 // widest) // max(1, len(leaves)))
+    most = min(room, 400 // max(1, len(leaves)) + 40)
+    blocks, owner = [], []
+    for i, leaf in enumerate(leaves):
+        if leaf.size <= most:
+            block = np.eye(leaf.size)
+        else:
+            count = min(room, 24)
+            block = rng.standard_normal((count, leaf.size)) / np.sqrt(leaf.size)
+        blocks.append(block.reshape(-1, *leaf.shape))
+        owner += [i] * len(block)
+    total, at, out = len(owner), 0, []
+    for leaf, block in zip(leaves, blocks, strict=True):
+        full = np.zeros((total, *leaf.shape))
+        full[at : at + len(block)] = block
+        at += len(block)
+        out.append(full)
+    return tuple(out), np.array(owner)
+
+
+def _case(
+    problem: Problem,
+    store: Kernel,
+    evaluations: Sequence[Evaluation],
+    wrong: Sequence[int],
+    noise: float,
+    dead: Sequence[bool],
+) -> Case:
+    rng = np.random.default_rng(11)
+    samples = [sample(problem, store, e, rng) for e in evaluations]
+    first = samples[0]
+    faults = catalogue_of.catalogue(first.program, first.todo)
+    terms = catalogue_of.terms(first.program)
+    # A loss with a Python loop over examples has other steps at another batch size: keep those that match.
+    names = [step.name for step in first.program.steps]
+    same = [s for s in samples if [step.name for step in s.program.steps] == names]
+    same = [s for s in same if len(s.changes) == len(faults) and len(s.shares) == len(terms)]
+    return Case(
+        problem,
+        tuple(same),
+        faults,
+        terms,
+        noise,
+        _dims(problem),
+        tuple(wrong),
+        tuple(dead) or (False,) * len(problem.leaves),
+    )
+
+
+def _dims(problem: Problem) -> dict[str, int]:
+    """Names for the sizes of the problem: d features, k outputs, h hidden units."""
+    dims: dict[str, int] = {}
+    wide = [a for a in problem.data if getattr(a, "ndim", 0) > 1]
+    if wide:
+        dims["d"] = wide[0].shape[-1]
+    if len(wide) > 1:
+        dims["k"] = wide[1].shape[-1]
+    shapes = [leaf.shape for leaf in problem.leaves if leaf.ndim > 0]
+    if "k" not in dims and shapes and len(shapes[-1]) > 0 and shapes[-1][-1] not in dims.values():
+        dims["k"] = shapes[-1][-1]
+    rest = sorted({d for shape in shapes for d in shape} - set(dims.values()))
+    for name, size in zip("hmpqr", rest, strict=False):
+        dims[name] = size
+    return dims
+
+
+# ---------------------------------------------------------------------------------------------- matching
+
+
+def _allowed(case: Case, s: Sample, leaf: int) -> float:
+    """How far an explanation may be from the person's numbers: a millionth of the error, or rounding."""
+    mine, true = s.hand[s.owner == leaf], s.true[s.owner == leaf]
+    gap = float(np.linalg.norm(mine - true))
+    size = max(float(np.linalg.norm(mine)), float(np.linalg.norm(true)))
+    part = 1e-6 if case.noise < 1e-11 else min(3e-2, 1e-6 + 1e4 * case.noise)
+    floor = max(1e-11, 100 * case.noise)
+    total = float(np.linalg.norm(s.true))
+    return part * gap + floor * size + 1e-13 * total
+
+
+def _misfit(case: Case, s: Sample, guess: np.ndarray) -> np.ndarray:
+    """[fault, leaf]: distance of guesses [fault, direction] from the person's gradient, 1 = as allowed."""
+    out = np.empty((len(guess), len(case.problem.leaves)))
+    for leaf in range(out.shape[1]):
+        mask = s.owner == leaf
+        with np.errstate(all="ignore"):
+            gap = np.linalg.norm(guess[:, mask] - s.hand[mask][None, :], axis=1)
+        limit = _allowed(case, s, leaf)
+        gap = np.where(np.isfinite(gap), gap, np.inf)
+        out[:, leaf] = gap / limit if limit > 0 else np.where(gap == 0, 0.0, np.inf)
+    return out
+
+
+def _worst_misfit(case: Case, guesses: Callable[[Sample], np.ndarray]) -> np.ndarray:
+    return np.max([_misfit(case, s, guesses(s)) for s in case.samples], axis=0)
+
+
+def _fit(case: Case, leaves: Sequence[int], guesses: Callable[[Sample], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """For each guess the factor c [guess, sample] that fits best on `leaves`, and the misfit of c × guess."""
+    cs, misfits = [], []
+    for s in case.samples:
+        guess = guesses(s)
+        top, bottom = np.zeros(len(guess)), np.zeros(len(guess))
+        for leaf in leaves:
+            mask = s.owner == leaf
+            weight = 1.0 / max(float(np.sum(s.hand[mask] ** 2)), 1e-300)
+            with np.errstate(all="ignore"):
+                top += weight * (guess[:, mask] @ s.hand[mask])
+                bottom += weight * np.sum(guess[:, mask] ** 2, axis=1)
+        with np.errstate(all="ignore"):
+            c = np.where(bottom > 0, top / bottom, 0.0)
+        cs.append(c)
+        misfits.append(_misfit(case, s, c[:, None] * guess)[:, list(leaves)].max(axis=1))
+    return np.stack(cs, axis=1), np.max(misfits, axis=0)
+
+
+def _named(case: Case, c: np.ndarray, tol: float | None = None) -> str | None:
+    """The exact form of a factor, one value per sample."""
+    pairs = [(s.evaluation.point.n, float(v)) for s, v in zip(case.samples, c, strict=True)]
+    tol = tol if tol is not None else max(1e-7, 1e3 * case.noise)
+    return name_factor(pairs, case.dims, tol)
+
+
+def _exact(factor: str | None) -> bool:
+    """Whether a factor is a form, not merely a decimal."""
+    return factor is not None and "." not in factor and "e" not in factor.replace("e+", "")
+
+
+# ------------------------------------------------------------------------------------------------ search
+
+
+def _search(case: Case, leaves: tuple[int, ...], pairs: bool = True) -> Explanation | None:
+    """The cheapest explanation of the person's numbers on `leaves`."""
+    everything = tuple(leaves) == tuple(case.wrong)
+    best: list[Explanation] = []
+    for attempt in (_scaled_all, _moved_leaves):
+        if everything or attempt is _scaled_all:
+            best += attempt(case, leaves)
+    if best:
+        return min(best, key=lambda e: e.cost)
+    for attempt in (_one_fault, _one_term, _one_leaf, _added, _entries):
+        best += attempt(case, leaves)
+    if best:
+        return min(best, key=lambda e: e.cost)
+    for attempt in (_similar_faults, _fault_and_factor, _term_and_factor, _slices):
+        best += attempt(case, leaves)
+        if best:
+            return min(best, key=lambda e: e.cost)
+    if pairs and everything:
+        split = _split(case)
+        if split is not None:
+            return split
+    if pairs:
+        best += _two_faults(case, leaves)
+    return min(best, key=lambda e: e.cost) if best else None
+
+
+def _leaf_by_leaf(case: Case) -> tuple[Finding, ...]:
+    findings: list[Finding] = []
+    for leaf in case.wrong:
+        found = _search(case, (leaf,), pairs=False)
+        if found is not None:
+            findings += [f for f in found.findings if f not in findings]
+        else:
+            findings.append(words.unknown(case.problem, leaf))
+    if all(f.kind == "unknown" for f in findings):
+        return (words.unknown(case.problem, None if len(case.wrong) > 1 else case.wrong[0]),)
+    return tuple(findings)
+
+
+def _split(case: Case) -> Explanation | None:
+    """Different mistakes in different leaves, each explained on its own."""
+    if len(case.wrong) < 2:
+        return None
+    found: dict[int, Explanation] = {}
+    for leaf in case.wrong:
+        one = _search(case, (leaf,), pairs=False)
+        if one is None:
+            return None
+        found[leaf] = one
+    findings: list[Finding] = []
+    scaled: dict[tuple[str, str | None], list[int]] = {}
+    for leaf, one in found.items():
+        for f in one.findings:
+            if f.kind in ("scale", "sign") and len(one.findings) == 1:
+                scaled.setdefault((f.kind, f.factor), []).append(leaf)
+            elif not any(f[:3] == g[:3] and f.where == g.where for g in findings):
+                findings.append(f)
+    # A factor that all leaves without a mistake of their own share is an overall one.
+    sole = scaled and len(scaled) == 1
+    for leaves in scaled.values():
+        if sole and len(leaves) > 1 and len(leaves) + len(findings) >= len(case.problem.leaves):
+            whole = _scaled_all(case, tuple(leaves))
+            if whole:
+                findings.append(whole[0].findings[0]._replace(leaf=None))
+                continue
+        for leaf in leaves:
+            findings += list(found[leaf].findings)
+    return Explanation(50.0 + sum(f.cost for f in found.values()), tuple(case.wrong), tuple(findings))
+
+
+def _scaled_all(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """One factor on all of these leaves."""
+    c, misfit = _fit(case, leaves, lambda s: s.true[None, :])
+    if misfit[0] > 1:
+        return []
+    factor = _named(case, c[0])
+    if factor is None:
+        return []
+    whole = len(leaves) == len(case.problem.leaves) or all(
+        case.dead[i] for i in range(len(case.problem.leaves)) if i not in leaves
+    )
+    s = case.samples[0]
+    if factor == "0":
+        if not whole and len(leaves) > 1:
+            return []
+        leaf = None if whole and len(leaves) > 1 else leaves[0]
+        return [Explanation(12.0, leaves, (words.zero(case.problem, s, leaf, leaves),))]
+    if whole:
+        return [Explanation(0.0, leaves, (words.scale(case.problem, s, factor, None, leaves),))]
+    if len(leaves) == 1:
+        return [Explanation(1.0, leaves, (words.scale(case.problem, s, factor, leaves[0], leaves),))]
+    return []
+
+
+def _one_leaf(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """Several but not all leaves by one factor, where no single step explains it."""
+    if len(leaves) == 1 or len(leaves) == len(case.problem.leaves):
+        return []
+    c, misfit = _fit(case, leaves, lambda s: s.true[None, :])
+    factor = _named(case, c[0]) if misfit[0] <= 1 else None
+    if factor is None:
+        return []
+    s = case.samples[0]
+    if factor == "0":
+        found = tuple(words.zero(case.problem, s, leaf, (leaf,)) for leaf in leaves)
+    else:
+        found = tuple(words.scale(case.problem, s, factor, leaf, (leaf,)) for leaf in leaves)
+    return [Explanation(19.0, leaves, found)]
+
+
+def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """Transposed or flipped leaves, leaves swapped with each other."""
+    evaluations = [s.evaluation for s in case.samples]
+
+    def equal(a: np.ndarray, b: np.ndarray) -> bool:
+        return a.shape == b.shape and float(np.linalg.norm(a - b)) <= (1e-9 + 1e3 * case.noise) * float(
+            np.linalg.norm(b)
+        )
+
+    moves: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
+        ("transposed", lambda g: np.swapaxes(g, -1, -2)),
+        ("column order", lambda g: g.reshape(g.shape, order="C").reshape(-1).reshape(g.shape, order="F")),
+        ("row order", lambda g: g.reshape(-1, order="F").reshape(g.shape)),
+        ("upside down", lambda g: np.flip(g, 0)),
+        ("mirrored", lambda g: np.flip(g, -1)),
+    ]
+    out: list[Explanation] = []
+    per_leaf: list[Finding] = []
+    for leaf in leaves:
+        for name, move in moves:
+            if evaluations[0].true[leaf].ndim < (1 if name == "upside down" else 2):
+                continue
+            if all(equal(e.hand[leaf], move(e.true[leaf])) for e in evaluations):
+                per_leaf.append(words.moved(case.problem, case.samples[0], leaf, name))
+                break
+    if len(per_leaf) == len(leaves):
+        out.append(Explanation(2.0, leaves, tuple(per_leaf)))
+    if 2 <= len(leaves) <= 6:
+        for order in itertools.permutations(leaves):
+            if any(a == b for a, b in zip(order, leaves, strict=True)):
+                continue
+            if all(
+                all(equal(e.hand[a], e.true[b]) for a, b in zip(leaves, order, strict=True)) for e in evaluations
+            ):
+                out.append(Explanation(2.5, leaves, (words.swapped(case.problem, case.samples[0], leaves, order),)))
+                break
+    if len(leaves) == 1:
+        for other in range(len(case.problem.leaves)):
+            if other != leaves[0] and all(equal(e.hand[leaves[0]], e.true[other]) for e in evaluations):
+                out.append(
+                    Explanation(3.0, leaves, (words.swapped(case.problem, case.samples[0], leaves, (other,)),))
+                )
+    return out
+
+
+def _ranked(case: Case, hits: Sequence[tuple[float, int]]) -> tuple[int, list[int]]:
+    order = [m for _, m in sorted(hits)]
+    return order[0], order[1:]
+
+
+def _others(case: Case, best: Fault, rest: Sequence[int]) -> tuple[str, ...]:
+    """Equivalent faults in words, one for each kind and line."""
+    s = case.samples[0]
+    mine = words.place_of(s, best).where
+    seen = {(best.kind, mine)}
+    out: list[str] = []
+    for m in rest:
+        fault = case.faults[m]
+        if fault.cost > best.cost + 3:
+            continue
+        key = (fault.kind, words.place_of(s, fault).where)
+        if key not in seen:
+            seen.add(key)
+            out.append(words.short(s, fault))
+    return tuple(out[:3])
+
+
+def _one_fault(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """One faulty step that gives all leaves, or at least those that are wrong."""
+    misfit = _worst_misfit(case, lambda s: s.true[None, :] + s.changes)
+    moves = np.max([np.linalg.norm(s.changes, axis=1) for s in case.samples], axis=0)
+    on_all = np.nonzero((misfit.max(axis=1) <= 1) & (moves > 0))[0]
+    everything = tuple(leaves) == tuple(case.wrong)
+    if len(on_all) and everything:
+        best, rest = _ranked(case, [(case.faults[m].cost, int(m)) for m in on_all])
+        found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=False)
+        found = found._replace(equivalents=_others(case, case.faults[best], rest))
+        return [Explanation(10 + 0.1 * case.faults[best].cost, leaves, (found,))]
+    on_wrong = np.nonzero((misfit[:, list(leaves)].max(axis=1) <= 1) & (moves > 0))[0]
+    if len(on_wrong):
+        best, rest = _ranked(case, [(case.faults[m].cost, int(m)) for m in on_wrong])
+        found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=True)
+        found = found._replace(equivalents=_others(case, case.faults[best], rest))
+        return [Explanation(20 + 0.1 * case.faults[best].cost, leaves, (found,))]
+    return []
+
+
+def _one_term(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """One operand's contribution left out, negated or scaled."""
+    hits: list[tuple[float, int, str, bool]] = []
+    residual = [s.hand - s.true for s in case.samples]
+    for m in range(len(case.terms)):
+        alphas = []
+        for s, r in zip(case.samples, residual, strict=True):
+            mask = np.isin(s.owner, leaves)
+            share = s.shares[m][mask]
+            size = float(share @ share)
+            if not (np.isfinite(size) and size > 0):
+                break
+            alphas.append(float(r[mask] @ share) / size)
+        if len(alphas) < len(case.samples):
+            continue
+        alpha = np.array(alphas)
+        misfit = np.max(
+            [
+                _misfit(case, s, (s.true + a * s.shares[m])[None, :])[0]
+                for s, a in zip(case.samples, alpha, strict=True)
+            ],
+            axis=0,
+        )
+        if misfit[list(leaves)].max() > 1:
+            continue
+        loose = 1e-5 if case.noise < 1e-11 else 3e-2
+        factor = "0" if np.all(np.abs(1 + alpha) <= loose) else _named(case, 1 + alpha, loose)
+        if factor is None:
+            continue
+        clean = misfit.max() <= 1
+        hits.append((_term_cost(case, m, factor, clean), m, factor, clean))
+    if not hits:
+        return []
+    cost, m, factor, clean = min(hits)
+    found = words.term(case.problem, case.samples[0], case.terms[m], factor, leaves, restricted=not clean)
+    return [Explanation(14 + cost, leaves, (found,))]
+
+
+def _term_cost(case: Case, m: int, factor: str, clean: bool) -> float:
+    """Prefer exact factors, and of one chain the step where it leaves the rest: the last in forward order."""
+    s = case.samples[0]
+    term = case.terms[m]
+    step = s.program.steps[term.step]
+    cost = 0.0 if factor in ("0", "-1") else 0.5 if _exact(factor) else 3.0
+    cost += 0.0 if clean else 6.0
+    if step.primitive in ("add", "sub", "add_any", "dot_general", "mul", "concatenate", "select_n", "conv_general_dilated"):
+        cost -= 0.2
+    if not step.frames:
+        cost += 0.5
+    return cost - 0.001 * term.step
+
+
+def _added(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """Something that is not in the loss was added: a multiple of the parameters, of their signs, a constant."""
+    shapes: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
+        ("params", lambda p: p),
+        ("sign", np.sign),
+        ("one", np.ones_like),
+        ("square", np.square),
+    ]
+    out: list[Explanation] = []
+    for name, shape in shapes:
+        factors: dict[int, str] = {}
+        for leaf in leaves:
+            cs = []
+            for s in case.samples:
+                mask = s.owner == leaf
+                values = shape(s.evaluation.point.leaves[leaf])
+                extra = s.directions[leaf].reshape(len(s.owner), -1)[mask] @ values.reshape(-1)
+                r = (s.hand - s.true)[mask]
+                size = float(extra @ extra)
+                if size == 0:
+                    break
+                c = float(r @ extra) / size
+                guess = s.true.copy()
+                guess[mask] += c * extra
+                if _misfit(case, s, guess[None, :])[0, leaf] > 1:
+                    break
+                cs.append(c)
+            if len(cs) < len(case.samples):
+                break
+            factor = _named(case, np.array(cs), 1e-5 if case.noise < 1e-11 else 3e-2)
+            if factor is None:
+                break
+            factors[leaf] = factor
+        if len(factors) == len(leaves):
+            found = words.added(case.problem, case.samples[0], factors, name)
+            cost = 13.5 if name == "params" else 15.0
+            out.append(Explanation(cost, leaves, found))
+            break
+    return out
+
+
+def _entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """Right but for a few entries of each leaf."""
+    findings = []
+    for leaf in leaves:
+        bad = None
+        for s in case.samples:
+            e = s.evaluation
+            gap = np.abs(e.hand[leaf] - e.true[leaf])
+            limit = max(1e-9, 1e3 * case.noise) * float(np.max(np.abs(e.true[leaf])) or 1.0)
+            limit = min(limit, 1e-5 * float(np.max(gap)) + 1e-12 * float(np.max(np.abs(e.true[leaf]))))
+            limit = max(limit, 1e3 * case.noise * float(np.max(np.abs(e.true[leaf]))))
+            here = gap > limit
+            bad = here if bad is None else bad | here
+        assert bad is not None
+        count, size = int(bad.sum()), bad.size
+        if size < 2 or count == 0 or count > max(1, min(8, size // 3)):
+            return []
+        ratios = []
+        for s in case.samples:
+            with np.errstate(all="ignore"):
+                ratios.append(s.evaluation.hand[leaf][bad] / s.evaluation.true[leaf][bad])
+        ratio = np.concatenate(ratios)
+        factor = None
+        if np.all(np.isfinite(ratio)) and np.ptp(ratio) <= 1e-6 * np.max(np.abs(ratio)) + 1e-12:
+            factor = name_factor([(None, float(np.mean(ratio)))], {}, 1e-6)
+        findings.append(words.entries(case.problem, case.samples[0], leaf, np.argwhere(bad), factor))
+    return [Explanation(15.0, leaves, tuple(findings))]
+
+
+def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """The same fault at every similar step, e.g. the activation's derivative left out in all layers."""
+    groups: dict[Any, list[int]] = {}
+    s = case.samples[0]
+    for m, fault in enumerate(case.faults):
+        if fault.cost > 4.0 or fault.kind == "wrong-value":
+            continue
+        names = tuple(s.program.steps[k].name for k in fault.members)
+        by_place = words.place_of(s, fault)
+        detail = fault.detail[:1] + fault.detail[2:] if fault.product >= 0 else fault.detail
+        for key in ((names, fault.kind, detail), (names, fault.kind, detail, by_place.where, by_place.expression)):
+            groups.setdefault(key, []).append(m)
+    hits = []
+    tried: set[tuple[int, ...]] = set()
+    for members in groups.values():
+        # Pieces that overlap describe one step twice: keep disjoint ones.
+        chosen: list[int] = []
+        used: set[int] = set()
+        for m in members:
+            if not used & set(case.faults[m].members):
+                chosen.append(m)
+                used |= set(case.faults[m].members)
+        if len(chosen) < 2 or len(chosen) > 12 or tuple(chosen) in tried:
+            continue
+        tried.add(tuple(chosen))
+        linear = max(
+            _misfit(case, t, (t.true + t.changes[chosen].sum(axis=0))[None, :])[0, list(leaves)].max()
+            for t in case.samples
+        )
+        if linear <= 1 or (len(tried) < 60 and _replayed(case, chosen, leaves, first_only=True)):
+            if linear <= 1 or _replayed(case, chosen, leaves):
+                hits.append((case.faults[chosen[0]].cost - 0.1 * len(chosen), chosen))
+    if not hits:
+        return []
+    _, chosen = min(hits)
+    findings = tuple(
+        words.fault(case.problem, s, case.faults[m], leaves, restricted=False) for m in chosen
+    )
+    return [Explanation(21.0, leaves, _in_line_order(findings))]
+
+
+def _in_line_order(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    seen: list[Finding] = []
+    for f in findings:
+        if f not in seen:
+            seen.append(f)
+    return tuple(seen)
+
+
+def _replayed(case: Case, chosen: Sequence[int], leaves: Sequence[int], first_only: bool = False) -> bool:
+    """Whether a full reverse pass with all these faults gives the person's numbers."""
+    for s in case.samples[:1] if first_only else case.samples:
+        gradient = replayed(case, s, chosen)
+        guess = sum(
+            (d.reshape(len(s.owner), -1) @ np.asarray(g).reshape(-1) for d, g in zip(s.directions, gradient, strict=True)),
+            np.zeros(len(s.owner)),
+        )
+        if _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
+            return False
+    return True
+
+
+def replayed(case: Case, s: Sample, chosen: Sequence[int]) -> list[Any]:
+    """The gradient of the derivation with the faults `chosen`, by a full reverse pass."""
+    point = s.evaluation.point
+    values = forward(s.program, point.leaves, point.data)
+    at_step: dict[int, Any] = {}
+    at_value: dict[int, Any] = {}
+    with np.errstate(all="ignore"):
+        for m in chosen:
+            fault = case.faults[m]
+            if fault.piece >= 0:
+                piece = s.todo.pieces[fault.piece]
+                # Δ / ā is the change of the local derivative, which no other fault alters.
+                ratio = catalogue_of.local_change(s.program, s.todo, s.replay, fault)
+                at_value.setdefault(piece.end, []).append((piece.start, ratio))
+            elif fault.product >= 0:
+                at_step.setdefault(fault.members[-1], []).append(fault)
+            else:
+                slot = s.program.steps[fault.members[-1]].outputs[0]
+                at_value.setdefault(slot, []).append((slot, catalogue_of.extra_factor(s.replay, slot, fault)))
+
+    def step_fault(k: int, which: list[Fault]):
+        def change(sent: dict[int, Any], outs: dict[int, Any]) -> dict[int, Any]:
+            sent = dict(sent)
+            for fault in which:
+                product = s.todo.products[fault.product]
+                adjoint = outs[s.program.steps[k].outputs[0]]
+                if fault.label == -2:
+                    sent[product.operand] = adjoint
+                else:
+                    other = catalogue_of.stand_in(product, fault.label, values, s.program)
+                    sent[product.operand] = pull_product(s.program, product, values, other, adjoint)
+            return sent
+
+        return change
+
+    def value_fault(pairs: list[tuple[int, Any]]):
+        return lambda adjoint: [(slot, adjoint * ratio) for slot, ratio in pairs]
+
+    return faulty_gradient(
+        s.program,
+        values,
+        {k: step_fault(k, which) for k, which in at_step.items()},
+        {slot: value_fault(pairs) for slot, pairs in at_value.items()},
+    )
+
+
+def _fault_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """One faulty step and a factor in front of everything."""
+    everything = tuple(leaves) == tuple(case.wrong)
+    c, misfit = _fit(case, leaves, lambda s: s.true[None, :] + s.changes)
+    moves = np.max([np.linalg.norm(s.changes, axis=1) for s in case.samples], axis=0)
+    hits = []
+    for m in np.nonzero((misfit <= 1) & (moves > 0))[0]:
+        factor = _named(case, c[m])
+        if factor is None or factor in ("0", "1"):
+            continue
+        hits.append((case.faults[m].cost + (0 if _exact(factor) else 10), int(m), factor))
+    if not hits:
+        return []
+    _, m, factor = min(hits)
+    s = case.samples[0]
+    first = words.fault(case.problem, s, case.faults[m], leaves, restricted=not everything)
+    leaf = None if everything and len(leaves) == len(case.problem.leaves) else leaves[0] if len(leaves) == 1 else None
+    second = words.scale(case.problem, s, factor, leaf, leaves)
+    return [Explanation(25 + case.faults[m].cost, leaves, (first, second))]
+
+
+def _term_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """hand = c (true + α term)."""
+    hits = []
+    for m in range(len(case.terms)):
+        cs, factors, good = [], [], True
+        for s in case.samples:
+            mask = np.isin(s.owner, leaves)
+            basis = np.stack([s.true[mask], s.shares[m][mask]], axis=1)
+            norms = np.linalg.norm(basis, axis=0)
+            if not np.all(np.isfinite(norms)) or np.any(norms == 0):
+                good = False
+                break
+            x, _, rank, _ = np.linalg.lstsq(basis / norms, s.hand[mask], rcond=1e-9)
+            if rank < 2:
+                good = False
+                break
+            x = x / norms
+            guess = x[0] * s.true + x[1] * s.shares[m]
+            if _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
+                good = False
+                break
+            cs.append(x[0])
+            factors.append((x[0] + x[1]) / x[0] if x[0] else np.inf)
+        if not good:
+            continue
+        factor = _named(case, np.array(cs), 1e-6)
+        inner = "0" if np.all(np.abs(factors) < 1e-6) else _named(case, np.array(factors), 1e-5)
+        if not (_exact(factor) and _exact(inner)) or factor in ("0", "1"):
+            continue
+        assert factor is not None and inner is not None
+        hits.append((_term_cost(case, m, inner, True), m, factor, inner))
+    if not hits:
+        return []
+    _, m, factor, inner = min(hits)
+    s = case.samples[0]
+    first = words.term(case.problem, s, case.terms[m], inner, leaves, restricted=False)
+    leaf = leaves[0] if len(leaves) == 1 and len(case.problem.leaves) > 1 else None
+    return [Explanation(30.0, leaves, (first, words.scale(case.problem, s, factor, leaf, leaves)))]
+
+
+def _slices(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """Some examples or classes left out or counted twice: weights on slices of one adjoint."""
+    hits = []
+    seen: set[tuple[int, ...]] = set()
+    for m, term in enumerate(case.terms):
+        slot = case.samples[0].program.steps[term.step].inputs[term.operand]
+        shape = tuple(case.samples[0].program.avals[slot].shape)
+        for axis, length in enumerate(shape):
+            if not 2 <= length <= 64:
+                continue
+            found = _slice_weights(case, m, axis, leaves)
+            if found is None:
+                continue
+            weights, overall = found
+            key = (axis, *(int(round(10 * w)) for w in weights[0]))
+            if key in seen:
+                continue
+            seen.add(key)
+            hits.append((-term.step, m, axis, weights, overall))
+    if not hits:
+        return []
+    _, m, axis, weights, overall = min(hits, key=lambda h: h[0])
+    s = case.samples[0]
+    n_axis = [
+        t.program.avals[t.program.steps[case.terms[m].step].inputs[case.terms[m].operand]].shape[axis]
+        for t in case.samples
+    ]
+    by_rows = len(set(n_axis)) > 1 or n_axis[0] == s.evaluation.point.n
+    findings = [words.sliced(case.problem, s, case.terms[m], weights, by_rows, leaves)]
+    if overall not in (None, "1"):
+        findings.append(words.scale(case.problem, s, overall, None, leaves))
+    return [Explanation(28.0, leaves, tuple(findings))]
+
+
+def _slice_weights(
+    case: Case, m: int, axis: int, leaves: tuple[int, ...]
+) -> tuple[list[np.ndarray], str | None] | None:
+    term = case.terms[m]
+    all_weights, overall = [], []
+    groups: dict[int, list[Sample]] = {}
+    for s in case.samples:
+        groups.setdefault(id(s.program), []).append(s)
+    for group in groups.values():
+        blocks, targets = [], []
+        for s in group:
+            slot = s.program.steps[term.step].inputs[term.operand]
+            delta = s.replay.contributions.get((term.step, term.operand))
+            if delta is None or delta.ndim <= axis:
+                return None
+            product = s.replay.tangents[slot] * delta[None]
+            rest = tuple(i for i in range(1, product.ndim) if i != axis + 1)
+            parts = product.sum(axis=rest)
+            mask = np.isin(s.owner, leaves)
+            outside = (s.true - s.shares[m])[mask]
+            scale = max(float(np.linalg.norm(s.hand[mask])), 1e-300)
+            blocks.append(parts[mask] / scale)
+            targets.append((s.hand[mask] - outside) / scale)
+        a, b = np.concatenate(blocks), np.concatenate(targets)
+        if a.shape[0] < a.shape[1] + 2 or not np.all(np.isfinite(a)):
+            return None
+        w, _, rank, _ = np.linalg.lstsq(a, b, rcond=1e-10)
+        if rank < a.shape[1] or np.linalg.norm(a @ w - b) > 1e-7 + 1e3 * case.noise:
+            return None
+        values, counts = np.unique(np.round(w, 6), return_counts=True)
+        usual = float(values[np.argmax(counts)])
+        if usual == 0:
+            usual = float(values[np.argmax(np.where(values != 0, counts, 0))])
+        if usual == 0:
+            return None
+        relative = w / usual
+        if np.all(np.abs(relative - 1) < 1e-5) or len(np.unique(np.round(relative, 5))) > 2:
+            return None
+        overall += [(s.evaluation.point.n, usual) for s in group]
+        all_weights.append(relative)
+    name = name_factor(overall, case.dims, 1e-5)
+    if name is None or name == "0":
+        return None
+    return all_weights, name
+
+
+def _two_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """Two faults on separate paths: their changes add."""
+    rows, labels = [], []
+    for m, fault in enumerate(case.faults):
+        if fault.cost <= 4.0 and fault.kind != "wrong-value":
+            rows.append([s.changes[m] for s in case.samples])
+            labels.append(("fault", m, 0.0, fault.cost))
+    for m in range(len(case.terms)):
+        for alpha, extra in ((-1.0, 1.0), (-2.0, 1.2), (1.0, 2.0), (-0.5, 2.0)):
+            rows.append([alpha * s.shares[m] for s in case.samples])
+            labels.append(("term", m, alpha, 2.0 + extra))
+    weights = []
+    for s in case.samples:
+        w = np.zeros(len(s.owner))
+        for leaf in leaves:
+            mask = s.owner == leaf
+            w[mask] = 1.0 / max(float(np.linalg.norm((s.hand - s.true)[mask])), 1e-300)
+        weights.append(w)
+    r = np.concatenate([w * (s.hand - s.true) for w, s in zip(weights, case.samples, strict=True)])
+    with np.errstate(all="ignore"):
+        table = np.stack([np.concatenate([w * x for w, x in zip(weights, row, strict=True)]) for row in rows])
+    good = np.all(np.isfinite(table), axis=1) & (np.linalg.norm(table, axis=1) > 1e-9)
+    index = np.nonzero(good)[0]
+    if len(index) == 0 or len(index) > 4000:
+        return []
+    table = table[index]
+    gram = table @ table.T
+    norms, cross = np.diag(gram), table @ r
+    # |r − a − b|² for all pairs; exact confirmation follows
+    distance = r @ r + norms[:, None] + norms[None, :] - 2 * cross[:, None] - 2 * cross[None, :] + 2 * gram
+    scale = r @ r + norms[:, None] + norms[None, :]
+    candidates = np.argwhere(np.triu(distance <= 1e-10 * scale, 1))
+    hits = []
+    for i, j in candidates[:2000]:
+        a, b = labels[index[i]], labels[index[j]]
+        if all(
+            _misfit(case, s, (s.true + rows[index[i]][n] + rows[index[j]][n])[None, :])[0, list(leaves)].max() <= 1
+            for n, s in enumerate(case.samples)
+        ):
+            hits.append((a[3] + b[3], int(index[i]), int(index[j])))
+    if not hits:
+        return []
+    cost, i, j = min(hits)
+    s = case.samples[0]
+    findings = []
+    for label in (labels[i], labels[j]):
+        if label[0] == "fault":
+            findings.append(words.fault(case.problem, s, case.faults[label[1]], leaves, restricted=False))
+        else:
+            factor = {-1.0: "0", -2.0: "-1", 1.0: "2", -0.5: "1/2"}[label[2]]
+            findings.append(words.term(case.problem, s, case.terms[label[1]], factor, leaves, restricted=False))
+    return [Explanation(40 + cost, leaves, tuple(findings))]

@@ -1,0 +1,321 @@
+"""`check_gradient`: the verdict, and the explanation when it is wrong."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgrad.check import agreement, diagnosis, numerics, points, words
+from jaxgrad.check.agreement import Evaluation, Tolerance
+from jaxgrad.check.points import Point
+from jaxgrad.check.problem import (
+    NO_BATCH,
+    ImpureError,
+    Kernel,
+    NotScalarError,
+    Problem,
+    Wrong,
+    hand,
+    kernel,
+    prepare,
+    traced,
+    truth,
+)
+from jaxgrad.check.report import Finding, Report, Tried, text
+
+
+def check_gradient(
+    loss: Callable[..., Any],
+    gradient: Callable[..., Any],
+    params: Any,
+    batch: Any = NO_BATCH,
+    *args: Any,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> Report:
+    """Whether `gradient` is the gradient of `loss`, and if not, which step of the derivation is wrong.
+
+    `loss(params, batch, *args, **kwargs) -> scalar` and `gradient(params, batch, *args, **kwargs)`, a tree like
+    `params`, may use any pytrees; the gradient may be numpy or JAX code. Both are evaluated in float64,
+    whatever the inputs' dtype, at the given point and at drawn ones (perturbed, after descent steps, small,
+    large, saturated; batches resampled to other sizes), and compared leaf by leaf with `jax.grad`. Where
+    they differ, reverse mode is replayed over the steps of the loss with one step done wrong, until the
+    person's numbers come out. With `has_aux`, the loss returns `(value, aux)`.
+
+    Raises `TypeError` or `ValueError` if the loss, the parameters or the batch cannot be used, and whatever
+    `gradient` itself raises, with a line added. A gradient of another form is a `structure` finding.
+    """
+    arguments = () if batch is NO_BATCH else (batch, *args)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        problem = prepare(loss, gradient, params, arguments, kwargs, has_aux)
+        store = kernel(problem)
+        _trace_given(problem, store)
+        return _check(problem, store)
+
+
+def assert_gradient(
+    loss: Callable[..., Any],
+    gradient: Callable[..., Any],
+    params: Any,
+    batch: Any = NO_BATCH,
+    *args: Any,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Raise `AssertionError` with the report as its message if `gradient` is not the gradient of `loss`.
+
+    For a person's own tests; the arguments are those of `check_gradient`.
+    """
+    report = check_gradient(loss, gradient, params, batch, *args, has_aux=has_aux, **kwargs)
+    if not report.ok:
+        raise AssertionError("\n" + text(report, color=False))
+
+
+def _trace_given(problem: Problem, store: Kernel) -> None:
+    """Trace the loss at the given point, twice if it is new, and say in words why that fails."""
+    try:
+        traced(store, problem.leaves, problem.data, fresh=True)
+    except NotScalarError as error:
+        raise ValueError(str(error)) from None
+    except ImpureError:
+        raise ValueError(
+            "loss is random or depends on something besides its arguments: two evaluations at one point differ. "
+            "Pass the random key, or whatever changes, as an argument."
+        ) from None
+    except (jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError,
+            jax.errors.TracerBoolConversionError, jax.errors.ConcretizationTypeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise TypeError(
+            "JAX cannot trace this loss: it uses the value of an array where only its shape is known "
+            "(a numpy function, float(...), or an `if` on an array).\n"
+            f"Use jax.numpy in the loss (the gradient may stay numpy). JAX says: {first}"
+        ) from error
+    except Exception as error:
+        error.add_note("jaxgrad: your loss raised this while it was traced with float64 inputs.")
+        raise
+
+
+def _check(problem: Problem, store: Kernel) -> Report:
+    notes: list[str] = []
+    given = Point("the given point", problem.n, problem.leaves, problem.data)
+    first = _call(problem, store, given)
+    if isinstance(first, Wrong):
+        return _structure(problem, store, first)
+    again = hand(problem, given.leaves, given.data)
+    if not isinstance(again, Wrong) and not _repeats(first.hand, again):
+        raise ValueError(
+            "gradient is random or depends on something besides its arguments: two evaluations at one point differ."
+        )
+    tried = _points(problem, store, notes)
+    evaluations = [first]
+    for point in tried.moderate:
+        found = _call(problem, store, point)
+        if not isinstance(found, Wrong):
+            evaluations.append(found)
+    usable = [e for e in evaluations if e.true_finite]
+    if not usable:
+        raise ValueError(
+            "the loss or its autodiff gradient is NaN or infinite at the given point and wherever else it was tried "
+            f"(loss {first.loss:g}): start from parameters where the loss is finite."
+        )
+    sizes = agreement.scales(usable)
+    tol = agreement.tolerance(sizes)
+    dead: tuple[bool, ...] = ()
+    failing = [e for e in usable if agreement.wrong_leaves(e, tol)]
+    if failing:
+        tol, dead = _widen(problem, store, usable, sizes, tol)
+        failing = [e for e in usable if agreement.wrong_leaves(e, tol)]
+    saturated = [e for e in (_quiet(problem, store, p) for p in tried.saturated) if e is not None]
+
+    generic = [e for e in failing if e.hand_finite and e.point.name not in _SPECIAL]
+    findings: list[Finding] = []
+    ok = True
+    if generic:
+        ok = False
+        wrong = sorted({i for e in generic for i in agreement.wrong_leaves(e, tol)})
+        findings += _explain(problem, store, tried, usable, wrong, tol, dead, generic)
+    else:
+        special = [e for e in failing if e.hand_finite]
+        if special:
+            kinks, fine = numerics.kink(problem, store, special, tol)
+            if kinks:
+                findings += kinks
+                ok = ok and fine
+            else:
+                ok = False
+                wrong = sorted({i for e in special for i in agreement.wrong_leaves(e, tol)})
+                findings += _explain(problem, store, tried, usable, wrong, tol, dead, special)
+    unstable = numerics.unstable(problem, store, evaluations + saturated, saturated, sizes, tol, bool(generic))
+    if unstable:
+        ok = False
+        findings += unstable
+    custom = numerics.custom_rules(problem, store, usable, tol, ok)
+    if custom:
+        ok = False
+        findings = custom if all(f.kind in ("unknown",) or generic for f in findings) else findings + custom
+    rank = [e for e in failing if e.hand_finite] or failing or usable[:1]
+    shown = first if first in rank else max(rank, key=lambda e: max(agreement.relative_errors(e, sizes), default=0))
+    leaves = agreement.compare(problem, shown, tol, sizes)
+    if not all(e.true_finite for e in evaluations):
+        notes.append("autodiff of your loss is itself not finite at some of the points tried; they were left out.")
+    for i, size in enumerate(sizes):
+        if size == 0 and all(not np.any(e.true[i]) for e in usable):
+            notes.append(f"the loss does not depend on {problem.paths[i]}: its gradient is zero everywhere.")
+    if tol.noise > 1e-11:
+        notes.append(
+            f"there is rounding of relative size {tol.noise:.0e} in the loss or the gradient (float32 inside?); "
+            "smaller errors cannot be told from it."
+        )
+    table = tuple(
+        Tried(e.point.name, e.point.n, e.loss, max(agreement.relative_errors(e, sizes), default=0.0))
+        for e in usable
+    )
+    smallest = agreement.smallest_detectable(usable, tol)
+    return Report(ok, tuple(leaves), tuple(findings), smallest, table, tuple(notes))
+
+
+_SPECIAL = ("the given point", "the given point, other examples", "small parameters")
+
+
+def _call(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wrong:
+    try:
+        return agreement.evaluate(problem, store, point)
+    except Exception as error:
+        error.add_note(f"jaxgrad: your gradient raised this at {point.name}.")
+        raise
+
+
+def _quiet(problem: Problem, store: Kernel, point: Point) -> Evaluation | None:
+    """An evaluation far away, where a gradient may well refuse to work."""
+    try:
+        found = agreement.evaluate(problem, store, point)
+    except Exception:
+        return None
+    return None if isinstance(found, Wrong) else found
+
+
+def _repeats(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+    return all(
+        np.allclose(x, y, rtol=1e-12, atol=1e-14 * float(np.max(np.abs(x), initial=0.0)), equal_nan=True)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+
+
+def _structure(problem: Problem, store: Kernel, wrong: Wrong) -> Report:
+    """The report on a gradient that is not of the form of the parameters."""
+    loss, true = truth(store, problem.leaves, problem.data)
+    findings: list[Finding] = []
+    if wrong.transposed and len(wrong.values) == len(true):
+        right = [
+            v.shape == t.shape or (v.T.shape == t.shape and np.allclose(v.T, t, rtol=1e-6, atol=1e-12))
+            for v, t in zip(wrong.values, true, strict=True)
+        ]
+        if all(right):
+            for i, (v, t) in enumerate(zip(wrong.values, true, strict=True)):
+                if v.shape != t.shape:
+                    findings.append(
+                        Finding(
+                            "transposed", problem.paths[i], None, "", "",
+                            f"Your gradient of {problem.paths[i]} is the transpose of the true one: its shape is "
+                            f"{v.shape}, that of the parameter {t.shape}.",
+                        )
+                    )
+    findings.append(Finding("structure", wrong.leaf, None, "", "", wrong.sentence[0].upper() + wrong.sentence[1:]))
+    tried = (Tried("the given point", problem.n, loss, float("nan")),)
+    return Report(False, (), tuple(findings), float("nan"), tried)
+
+
+def _points(problem: Problem, store: Kernel, notes: list[str]) -> points.Plan:
+    """The points to try, and whether the batch can be resampled."""
+    rng = np.random.default_rng(20210407)
+    shapes = [leaf.shape for leaf in problem.leaves] + [np.shape(a)[1:] for a in problem.data]
+    n1, n2 = points.batch_sizes(problem.n, shapes)
+    free = problem.n is not None and _resamples(problem, store, rng, n1, notes)
+    return points.draw(problem, store, rng, (n1, n2) if free else None, truth)
+
+
+def _resamples(problem: Problem, store: Kernel, rng: np.random.Generator, size: int, notes: list[str]) -> bool:
+    """Whether both functions work with another number of examples."""
+    data = points.resample(rng, problem.data, problem.rows, problem.n, size)
+    try:
+        value, _ = truth(store, problem.leaves, data)
+    except Exception:
+        notes.append("the batch cannot be resampled to another size for this loss, so a factor of n cannot be tested.")
+        return False
+    del value
+    try:
+        if isinstance(hand(problem, problem.leaves, data), Wrong):
+            raise ValueError
+    except Exception:
+        notes.append(
+            f"your gradient only works for batches of {problem.n} examples, so a factor n cannot be told from "
+            f"{problem.n}."
+        )
+        return False
+    return True
+
+
+def _widen(
+    problem: Problem, store: Kernel, usable: Sequence[Evaluation], sizes: Sequence[float], tol: Tolerance
+) -> tuple[Tolerance, tuple[bool, ...]]:
+    """The tolerance with the rounding noise that the two functions show, if the errors could be that."""
+    total = float(np.sqrt(np.sum(np.square(sizes))))
+    small = all(
+        all(
+            error <= 3e-2 * max(size, agreement.FLOOR * total) + 1e-9 * total
+            or error <= 3e-2 * float(np.linalg.norm(true))
+            for error, size, true in zip(agreement.errors(e), sizes, e.true, strict=True)
+        )
+        for e in usable
+        if e.hand_finite
+    )
+    tiny = any(s < 1e-9 * total for s in sizes)
+    low = any(np.dtype(d).itemsize < 8 for d in _dtypes(problem, store))
+    if not (small or tiny or low):
+        return tol, ()
+    drawn = [e.point for e in usable if e.point.name not in _SPECIAL] or [e.point for e in usable]
+    noise, true_noise = agreement.noise_of(problem, store, drawn)
+    dead = tuple(s < 1e-9 * total and x > 1e-3 for s, x in zip(sizes, true_noise, strict=True))
+    if noise < 1e-11:
+        noise = 0.0
+    noise = min(noise, 1e-6 if not low else 1e-2)
+    return agreement.tolerance(sizes, noise, dead), dead
+
+
+def _dtypes(problem: Problem, store: Kernel) -> list[Any]:
+    """The floating types that the loss computes in."""
+    from jaxgrad.check.steps import low_precision
+
+    eps = low_precision(traced(store, problem.leaves, problem.data))
+    return [np.float64 if eps < 1e-12 else np.float32]
+
+
+def _explain(
+    problem: Problem,
+    store: Kernel,
+    tried: points.Plan,
+    usable: Sequence[Evaluation],
+    wrong: Sequence[int],
+    tol: Tolerance,
+    dead: tuple[bool, ...],
+    failing: Sequence[Evaluation],
+) -> list[Finding]:
+    """The findings for a gradient that is wrong at ordinary points."""
+    search: list[Evaluation] = []
+    for point in tried.search:
+        found = next((e for e in usable if e.point is point), None) or _quiet(problem, store, point)
+        if isinstance(found, Evaluation) and found.true_finite and found.hand_finite:
+            search.append(found)
+    seen = sorted({i for e in search for i in agreement.wrong_leaves(e, tol)})
+    if not search or not seen:
+        # wrong only with the examples that were given: search there
+        search = [e for e in failing if e.hand_finite][:3]
+        seen = list(wrong)
+    if not search:
+        return [words.unknown(problem, None)]
+    return list(diagnosis.explain(problem, store, search, seen, tol.noise, dead))

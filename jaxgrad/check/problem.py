@@ -1,0 +1,421 @@
+"""What the person handed over, made uniform: functions of flat lists of float64 leaves."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.check import steps
+
+
+class Spec(NamedTuple):
+    """How flat lists become the person's arguments. Hashable when their static parts are."""
+
+    params: Any
+    """Treedef of the parameters."""
+    fixed_params: tuple[Any, ...]
+    """Per leaf of `params`: the leaf itself if it is not differentiated, else `MOVES`."""
+    data: Any
+    fixed_data: tuple[Any, ...]
+    params_kinds: tuple[str, ...]
+    data_kinds: tuple[str, ...]
+    keywords: tuple[str, ...]
+    has_batch: bool
+    has_aux: bool
+
+
+class Moves(NamedTuple):
+    """Marks a leaf that is filled in from the flat list."""
+
+
+MOVES = Moves()
+
+
+class Problem(NamedTuple):
+    """A loss and a hand gradient over flat leaves, with the point that was given."""
+
+    loss: Callable[..., Any]
+    gradient: Callable[..., Any]
+    spec: Spec
+    paths: tuple[str, ...]
+    leaves: tuple[np.ndarray, ...]
+    data: tuple[Any, ...]
+    rows: tuple[bool, ...]
+    """Which data arrays are indexed by example."""
+    n: int | None
+    names: tuple[str, ...]
+    """What each data array is called: its path in the arguments."""
+
+
+class Wrong(NamedTuple):
+    """A gradient that is not one: why, and at which leaf."""
+
+    sentence: str
+    leaf: str | None
+    transposed: bool = False
+    values: tuple[np.ndarray, ...] = ()
+
+
+NO_BATCH = object()
+
+
+def prepare(
+    loss: Callable[..., Any],
+    gradient: Callable[..., Any],
+    params: Any,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    has_aux: bool,
+) -> Problem:
+    """Check and flatten the arguments; raises `TypeError` or `ValueError` that says what was wrong."""
+    for name, function in (("loss", loss), ("gradient", gradient)):
+        if not callable(function):
+            raise TypeError(
+                f"{name} must be a function {name}(params, batch); it is {_describe(function)}. "
+                + ("Pass the function itself, not its result." if name == "gradient" else "")
+            )
+    with_paths, params_tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves, kinds, fixed, paths = [], [], [], []
+    for path, leaf in with_paths:
+        name = leaf_name(path)
+        kind = _kind(leaf)
+        if kind in ("float", "numpy", "jax") and np.size(leaf) == 0:
+            raise ValueError(f"params leaf {name} is empty (shape {np.shape(leaf)}): there is nothing to differentiate.")
+        kinds.append(kind)
+        if kind in ("float", "numpy", "jax"):
+            value = np.asarray(leaf).astype(np.float64)
+            if not np.all(np.isfinite(value)):
+                bad = np.argwhere(~np.isfinite(value))[0]
+                raise ValueError(
+                    f"params leaf {name} holds {value[tuple(bad)]} at {_index(bad)}: start from finite parameters."
+                )
+            leaves.append(value)
+            fixed.append(MOVES)
+            paths.append(name)
+        else:
+            fixed.append(leaf)
+    if not leaves:
+        seen = ", ".join(f"{leaf_name(p)}: {_describe(v)}" for p, v in with_paths[:4]) or "no leaves at all"
+        raise TypeError(
+            f"params has no floating-point leaf ({seen}). Gradients need floats: "
+            "use jnp.zeros(3) or np.array([0.0, 1.0]) instead of integers."
+        )
+    data_tree_input = (arguments, keywords)
+    data_paths, data_tree = jax.tree_util.tree_flatten_with_path(data_tree_input)
+    data, data_kinds, data_fixed, data_names = [], [], [], []
+    for path, leaf in data_paths:
+        kind = _kind(leaf, data=True)
+        name = _data_name(loss, path)
+        data_kinds.append(kind)
+        if kind in ("numpy", "jax", "int-numpy", "int-jax"):
+            array = np.asarray(leaf)
+            if kind in ("numpy", "jax"):
+                array = array.astype(np.float64)
+                if not np.all(np.isfinite(array)):
+                    bad = np.argwhere(~np.isfinite(array))[0]
+                    raise ValueError(f"the batch holds {array[tuple(bad)]} in {name} at {_index(bad)}.")
+            data.append(array)
+            data_fixed.append(MOVES)
+            data_names.append(name)
+        else:
+            data_fixed.append(leaf)
+    n = next((a.shape[0] for a in data if a.ndim > 0), None)
+    if n == 0:
+        raise ValueError("the batch is empty (leading axis 0): give at least one example.")
+    rows = tuple(a.ndim > 0 and a.shape[0] == n for a in data)
+    spec = Spec(
+        params_tree,
+        tuple(fixed),
+        data_tree,
+        tuple(data_fixed),
+        tuple(kinds),
+        tuple(data_kinds),
+        tuple(keywords),
+        bool(arguments),
+        has_aux,
+    )
+    return Problem(loss, gradient, spec, tuple(paths), tuple(leaves), tuple(data), rows, n, tuple(data_names))
+
+
+def assemble(spec: Spec, leaves: Sequence[Any], data: Sequence[Any], numpy: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The person's own arguments from flat lists; with `numpy`, arrays of the kind that was given."""
+
+    def convert(value: Any, kind: str) -> Any:
+        if not numpy:
+            return value
+        if kind == "float":
+            return float(value)
+        if kind in ("jax", "int-jax"):
+            return jnp.asarray(value)
+        return np.array(value)
+
+    def fill(fixed: tuple[Any, ...], kinds: tuple[str, ...], values: Sequence[Any]) -> list[Any]:
+        feed = iter(values)
+        return [
+            convert(next(feed), kind) if isinstance(leaf, Moves) else leaf
+            for leaf, kind in zip(fixed, kinds, strict=True)
+        ]
+
+    params = jax.tree_util.tree_unflatten(spec.params, fill(spec.fixed_params, spec.params_kinds, leaves))
+    arguments, keywords = jax.tree_util.tree_unflatten(spec.data, fill(spec.fixed_data, spec.data_kinds, data))
+    return params, arguments, keywords
+
+
+class Kernel(NamedTuple):
+    """The compiled parts of one loss, kept between checks of the same function."""
+
+    function: Callable[..., Any]
+    jaxprs: dict[Any, Any]
+    compiled: dict[Any, Any]
+
+
+def scalar_loss(loss: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
+    """`loss` as a function of flat leaves and data, its auxiliary output dropped."""
+
+    def function(leaves: Sequence[Any], data: Sequence[Any]) -> Any:
+        params, arguments, keywords = assemble(spec, leaves, data, numpy=False)
+        value = loss(params, *arguments, **keywords)
+        if spec.has_aux:
+            if not (isinstance(value, tuple) and len(value) == 2):
+                raise NotScalarError(f"has_aux=True, so loss must return (value, aux); it returned {_describe(value)}.")
+            value = value[0]
+        if isinstance(value, tuple) and len(value) == 2 and np.ndim(value[0]) == 0:
+            raise NotScalarError("loss returned a pair: pass has_aux=True if it returns (value, auxiliary output).")
+        if value is None:
+            raise NotScalarError("loss returned None: is a return statement missing?")
+        leaf = jax.tree_util.tree_leaves(value)
+        if len(leaf) != 1 or leaf[0] is not value:
+            raise NotScalarError(f"loss must return one number; it returned {_describe(value)}.")
+        if np.shape(value) != ():
+            shape = np.shape(value)
+            hint = "take the mean over the batch" if len(shape) == 1 else "reduce it to one number"
+            raise NotScalarError(f"loss must return one number; it returned an array of shape {shape}: {hint}.")
+        value = jnp.asarray(value)
+        if jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise NotScalarError("loss returned a complex number: the gradient of a real loss was expected.")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise NotScalarError(f"loss must return a floating-point number; it returned {value.dtype}.")
+        return value
+
+    return function
+
+
+class NotScalarError(ValueError):
+    """The loss does not return one floating-point number."""
+
+
+@functools.lru_cache(maxsize=32)
+def _kernel(loss: Callable[..., Any], spec: Spec) -> Kernel:
+    return Kernel(scalar_loss(loss, spec), {}, {})
+
+
+def kernel(problem: Problem) -> Kernel:
+    """The kernel of this loss: from the cache if the function and its static arguments can be hashed."""
+    try:
+        return _kernel(problem.loss, problem.spec)
+    except TypeError:
+        return _kernel.__wrapped__(problem.loss, problem.spec)
+
+
+def shape_key(leaves: Sequence[Any], data: Sequence[Any]) -> Any:
+    return tuple((np.shape(a), str(np.asarray(a).dtype)) for a in (*leaves, *data))
+
+
+def traced(store: Kernel, leaves: Sequence[Any], data: Sequence[Any], fresh: bool = False) -> Any:
+    """The loss's jaxpr at these shapes.
+
+    With `fresh` it is traced anew and compared with what is known: a loss whose two traces differ
+    depends on something besides its arguments, and `ImpureError` says so.
+    """
+    key = shape_key(leaves, data)
+    if key in store.jaxprs and not fresh:
+        return store.jaxprs[key]
+    new = steps.jaxpr_of(store.function, leaves, data)
+    old = store.jaxprs.get(key)
+    if fresh and (old is None or not steps.same_trace(old, new)):
+        # Seen for the first time, or a global that the loss reads has changed since: forget, look twice.
+        store.jaxprs.clear()
+        store.compiled.clear()
+        again = steps.jaxpr_of(store.function, leaves, data)
+        if not steps.same_trace(new, again):
+            raise ImpureError
+    elif old is not None:
+        return old
+    store.jaxprs[key] = new
+    return new
+
+
+class ImpureError(ValueError):
+    """Two traces of the loss differ."""
+
+
+def truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[float, list[np.ndarray]]:
+    """Value and autodiff gradient of the loss in float64."""
+    key = ("truth", shape_key(leaves, data))
+    if key not in store.compiled:
+        function = jex.jaxpr_as_fun(traced(store, leaves, data))
+        n = len(leaves)
+        store.compiled[key] = jax.jit(jax.value_and_grad(lambda ls, ds: function(*ls, *ds)[0])), n
+    value, gradients = store.compiled[key][0](list(leaves), list(data))
+    return float(value), [np.asarray(g, dtype=np.float64) for g in gradients]
+
+
+def hand(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> list[np.ndarray] | Wrong:
+    """The person's gradient as float64 arrays in the order of the leaves, or what is wrong with its form."""
+    params, arguments, keywords = assemble(problem.spec, leaves, data, numpy=True)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = problem.gradient(params, *arguments, **keywords)
+        return match_tree(problem, params, result)
+
+
+def match_tree(problem: Problem, params: Any, result: Any) -> list[np.ndarray] | Wrong:
+    """The leaves of a returned gradient in the order of the parameters' leaves."""
+    if inspect.iscoroutine(result) or inspect.isgenerator(result):
+        return Wrong(f"`gradient` returned {_describe(result)} instead of arrays: use return, not yield.", None)
+    if result is None:
+        return Wrong("`gradient` returned None: is the `return` missing?", None)
+    found = _leaves_by_path(problem, result)
+    if isinstance(found, Wrong) and isinstance(result, tuple) and len(result) == 2:
+        # (gradient, aux) and (value, gradient), as jax.grad and jax.value_and_grad return them
+        for part, other in ((result[0], result[1]), (result[1], result[0])):
+            inner = _leaves_by_path(problem, part)
+            as_pair = part is result[0] and problem.spec.has_aux
+            as_value = part is result[1] and _is_value(other)
+            if not isinstance(inner, Wrong) and (as_pair or as_value):
+                found = inner
+                break
+    if isinstance(found, Wrong):
+        return found
+    arrays: list[np.ndarray] = []
+    problems: list[Wrong] = []
+    for path, leaf, given in zip(problem.paths, found, problem.leaves, strict=True):
+        if leaf is None:
+            return Wrong(f"`gradient` returned None for leaf {path}: return zeros if it does not matter.", path)
+        try:
+            array = np.asarray(leaf)
+            array = array.astype(np.float64) if array.dtype.kind in "biuf" or str(array.dtype) == "bfloat16" else array
+        except Exception as error:  # whatever an array-like of theirs raises
+            return Wrong(f"leaf {path} of the gradient cannot be read as an array ({error}).", path)
+        if array.dtype.kind == "c":
+            return Wrong(f"leaf {path} of the gradient is complex ({array.dtype}).", path)
+        if array.dtype != np.float64:
+            return Wrong(f"leaf {path} of the gradient is {_describe(leaf)}, not an array of numbers.", path)
+        if array.shape != given.shape:
+            flipped = array.ndim == 2 and array.shape == given.shape[::-1]
+            hint = ""
+            if array.ndim == given.ndim + 1 and array.shape[1:] == given.shape:
+                hint = " There is one axis too many: sum or average over the examples."
+            elif array.size == given.size:
+                hint = " The number of entries is right, their arrangement is not."
+            elif array.size == 1:
+                hint = " Everything was summed into one number."
+            sentence = f"leaf {path}: the gradient has shape {array.shape}, the parameter {given.shape}.{hint}"
+            problems.append(Wrong(sentence, path, transposed=flipped))
+        arrays.append(array)
+    if problems:
+        first = problems[0]
+        return first._replace(transposed=all(p.transposed for p in problems), values=tuple(arrays))
+    return arrays
+
+
+def _is_value(x: Any) -> bool:
+    return np.ndim(x) == 0 and isinstance(x, (float, int, np.generic, np.ndarray, jax.Array))
+
+
+def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
+    is_none = lambda x: x is None  # noqa: E731
+    keep = [isinstance(f, Moves) for f in problem.spec.fixed_params]
+    if jax.tree_util.tree_structure(result) == problem.spec.params:
+        return [leaf for leaf, k in zip(jax.tree_util.tree_leaves(result), keep, strict=True) if k]
+    if len(problem.paths) == 1 and problem.paths[0] == "params" and not isinstance(result, (tuple, list, dict)):
+        return [result]
+    try:
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(result, is_leaf=is_none)
+    except Exception as error:  # a tree that JAX cannot flatten, e.g. a dict with mixed keys
+        return Wrong(f"the gradient is not a tree like params ({error}).", None)
+    dummy = jax.tree_util.tree_unflatten(problem.spec.params, range(problem.spec.params.num_leaves))
+    expected = [path for path, _ in jax.tree_util.tree_flatten_with_path(dummy)[0]]
+    same_root = type(result) is type(dummy) or not isinstance(dummy, (tuple, list, dict))
+    got = {leaf_name(path): leaf for path, leaf in with_paths}
+    names = [leaf_name(path) for path, k in zip(expected, keep, strict=True) if k]
+    fixed = {leaf_name(path) for path, k in zip(expected, keep, strict=True) if not k}
+    if same_root and set(names) <= set(got) and set(got) <= set(names) | fixed:
+        return [got[name] for name in names]
+    kind = type(dummy).__name__
+    if type(result) is not type(dummy):
+        ours = f"params is a {kind} with {', '.join(names)}"
+        order = ""
+        flat = [leaf for _, leaf in with_paths]
+        if len(flat) == len(names):
+            order = " The number of leaves agrees: return it in the form of params."
+        return Wrong(f"`gradient` returned {_describe(result)}; {ours}.{order}", None)
+    missing = [name for name in names if name not in got]
+    extra = [name for name in got if name not in names and name not in fixed]
+    parts = []
+    if missing:
+        parts.append(f"misses {', '.join(missing)}")
+    if extra:
+        parts.append(f"has {', '.join(extra)} besides")
+    what = " and ".join(parts) or "has another structure than params"
+    return Wrong(f"the gradient {what}; params has {', '.join(names)}.", missing[0] if missing else None)
+
+
+def leaf_name(path: Any) -> str:
+    """A key path as a person writes it: `W1`, `layers.0.W`; `params` for a bare array."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator=".") or "params"
+
+
+def _data_name(loss: Callable[..., Any], path: Any) -> str:
+    """A data leaf as the person writes it: the name of the loss's argument and the path inside it."""
+    if getattr(path[0], "idx", None) == 1:  # a keyword
+        return leaf_name(path[1:])
+    position = getattr(path[1], "idx", 0)
+    try:
+        names = list(inspect.signature(loss).parameters)
+        argument = names[position + 1]
+    except (TypeError, ValueError, IndexError):
+        argument = "batch"
+    inner = leaf_name(path[2:]) if len(path) > 2 else ""
+    return argument if not inner else f"{argument}.{inner}" if not inner[0].isdigit() else f"{argument}[{inner}]"
+
+
+def _kind(leaf: Any, data: bool = False) -> str:
+    if isinstance(leaf, (bool, str, bytes)) or leaf is None:
+        return "fixed"
+    if isinstance(leaf, (float, int)) and not isinstance(leaf, np.generic):
+        return "fixed" if data else "float"
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        if leaf.dtype.kind == "f":
+            return "numpy"
+        return "int-numpy" if data and leaf.dtype.kind in "biu" else "fixed"
+    if isinstance(leaf, jax.Array):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return "jax"
+        plain = jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool
+        return "int-jax" if data and plain else "fixed"
+    return "fixed"
+
+
+def _index(index: Any) -> str:
+    return "[" + ", ".join(str(int(i)) for i in index) + "]" if len(index) else "the only entry"
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "None"
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"an array of shape {tuple(shape)} and dtype {getattr(value, 'dtype', '?')}"
+    if isinstance(value, dict):
+        return f"a dict with {', '.join(map(str, value)) or 'no keys'}"
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return f"a {type(value).__name__} of {len(value)}"
+    article = "an" if type(value).__name__[0].lower() in "aeiou" else "a"
+    return f"{article} {type(value).__name__}"

@@ -1,0 +1,487 @@
+"""Findings in the words of a derivation: which step, which line, what was done to it."""
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxgrad.check import faults as catalogue_of
+from jaxgrad.check.faults import Fault, Term
+from jaxgrad.check.problem import Problem
+from jaxgrad.check.report import Finding
+from jaxgrad.check.source import Where, locate
+from jaxgrad.check.steps import Program
+
+NOWHERE = Where("", "", "", 0)
+
+
+def place_of(s: Any, fault: Fault) -> Where:
+    """Where the step of a fault is written."""
+    elementwise = fault.piece >= 0
+    return locate(s.program, fault.members, elementwise)
+
+
+def unknown(problem: Problem, leaf: int | None) -> Finding:
+    """No single fault, pair of faults or factor explains it."""
+    path = None if leaf is None else problem.paths[leaf]
+    part = "The gradient" if path is None else f"Leaf {path}"
+    return Finding(
+        "unknown", path, None, "", "",
+        f"{part} is wrong, and no one or two mistakes that this checker knows give these numbers. "
+        "Check the leaf with the largest cosine first, or tag intermediate values and use check_backprop.",
+    )
+
+
+def scale(problem: Problem, s: Any, factor: str, leaf: int | None, leaves: Sequence[int]) -> Finding:
+    """The gradient, or one leaf of it, times one factor."""
+    path = None if leaf is None else problem.paths[leaf]
+    whose = "Your gradient" if path is None else f"Your gradient of {path}"
+    place = _scale_place(s, factor, leaves)
+    at = f" (`{place.expression}`, {place.where})" if place.where else ""
+    if factor == "-1":
+        sentence = f"{whose} has the wrong sign everywhere: it points downhill."
+        if place.where:
+            sentence += f" One inner derivative of -1 is missing or doubled; here it can come from{at[1:]}."
+        return Finding("sign", path, "-1", place.where, place.expression, sentence)
+    sentence = f"{whose} is {_times(factor)} the true one. {_scale_reason(factor, at)}"
+    return Finding("scale", path, factor, place.where, place.expression, sentence.strip())
+
+
+def _times(factor: str) -> str:
+    spoken = {"2": "twice", "1/2": "half", "-2": "minus twice", "-1/2": "minus half"}
+    return spoken.get(factor, f"{factor} times")
+
+
+def _scale_reason(factor: str, at: str) -> str:
+    bare = factor.lstrip("-")
+    if bare == "n":
+        return f"It is the exact gradient of the sum over the examples; this loss is their mean{at}: divide by n."
+    if bare == "1/n":
+        return f"You divided by the number of examples n once too often{at}."
+    if bare == "1/2":
+        return f"It is the exact gradient of 1/2 of this loss: the factor 2 of a square's derivative is missing{at}."
+    if bare == "2":
+        return f"It is the exact gradient of twice this loss: a factor 2 too many, or a 1/2 of the loss left out{at}."
+    if bare == "1/log(2)":
+        return f"It is the gradient of a loss in log2; this loss uses the natural logarithm{at}."
+    if bare == "log(2)":
+        return f"It is the gradient for the natural logarithm; this loss uses log2{at}."
+    if bare in ("d", "k", "h"):
+        what = {"d": "features d", "k": "outputs k", "h": "hidden units h"}[bare]
+        return f"The loss averages over the number of {what} too, and your gradient does not{at}."
+    if bare in ("1/d", "1/k", "1/h"):
+        what = {"d": "features d", "k": "outputs k", "h": "hidden units h"}[bare[2:]]
+        return f"You averaged over the number of {what} too; the loss does not{at}."
+    if re.fullmatch(r"n/\d+|\d+/n", bare):
+        number = bare.replace("n", "").replace("/", "")
+        return f"The number {number} is written into your gradient where n, the number of examples, belongs{at}."
+    if bare in ("n/(n-1)", "(n-1)/n"):
+        return f"One of the two divides by n - 1 and the other by n{at}."
+    return f"A constant factor is missing or too many{at}." if at else "A constant factor is missing or too many."
+
+
+def _scale_place(s: Any, factor: str, leaves: Sequence[int]) -> Where:
+    """The last step whose own derivative is the missing or extra factor; else where the leaf is used."""
+    program: Program = s.program
+    bare = factor.lstrip("-")
+    names: tuple[str, ...] = ()
+    if bare == "1" and factor.startswith("-"):
+        names = ("sub", "neg")
+    elif bare in ("2", "1/2"):
+        names = ("integer_pow", "square", "pow")
+    elif "n" in bare or bare in ("d", "k", "h", "1/d", "1/k", "1/h"):
+        names = ("div", "reduce_sum")
+    elif "log" in bare:
+        names = ("log", "log1p", "div")
+    on_path = _shared_steps(s, leaves)
+    for k in reversed(on_path):
+        step = program.steps[k]
+        if step.primitive not in names:
+            continue
+        if step.primitive == "sub" and step.inputs[1] not in program.moving and factor == "-1":
+            continue
+        if step.primitive == "div" and step.inputs[1] in program.varying:
+            continue
+        return locate(program, [k])
+    halves = [k for k in on_path if program.steps[k].primitive == "mul"]
+    if bare in ("2", "1/2") and halves:
+        return locate(program, [halves[-1]])
+    if factor == "-1":
+        subs = [k for k in on_path if program.steps[k].primitive == "sub"]
+        if subs:
+            return locate(program, [subs[-1]])
+    if len(leaves) < len(s.program.leaves):
+        return _use_of(s, leaves[0])
+    return locate(program, [on_path[-1]]) if on_path else NOWHERE
+
+
+def _shared_steps(s: Any, leaves: Sequence[int]) -> list[int]:
+    """The steps through which the gradient of each of these leaves flows."""
+    program: Program = s.program
+    out = []
+    reach: list[set[int]] = []
+    for leaf in leaves:
+        touched = {program.leaves[leaf]}
+        for step in program.steps:
+            if touched & set(step.inputs):
+                touched |= {o for o in step.outputs if o in program.moving}
+        reach.append(touched)
+    live = set(s.replay.adjoints)
+    for k, step in enumerate(program.steps):
+        if step.frames and all(t & set(step.inputs) for t in reach) and live & set(step.outputs):
+            out.append(k)
+    return out
+
+
+def _use_of(s: Any, leaf: int) -> Where:
+    program: Program = s.program
+    slot = program.leaves[leaf]
+    aliases = {slot}
+    for k, step in enumerate(program.steps):
+        if aliases & set(step.inputs) and step.frames:
+            if step.primitive in ("broadcast_in_dim", "reshape", "transpose", "squeeze", "convert_element_type"):
+                aliases |= set(step.outputs)
+                continue
+            return locate(program, [k])
+    return NOWHERE
+
+
+def zero(problem: Problem, s: Any, leaf: int | None, leaves: Sequence[int]) -> Finding:
+    if leaf is None:
+        place = _scale_place(s, "1", leaves)
+        return Finding(
+            "missing-term", None, None, place.where, place.expression,
+            "Your gradient is zero everywhere; the loss does depend on the parameters.",
+        )
+    place = _use_of(s, leaf)
+    path = problem.paths[leaf]
+    at = f" in `{place.statement}` ({place.where})" if place.where else ""
+    sentence = f"Your gradient of {path} is zero: its contribution to the loss{at} was left out."
+    return Finding("missing-term", path, None, place.where, place.expression, sentence)
+
+
+def moved(problem: Problem, s: Any, leaf: int, name: str) -> Finding:
+    place = _use_of(s, leaf)
+    path = problem.paths[leaf]
+    how = {
+        "transposed": f"Your gradient of {path} is the transpose of the true one",
+        "column order": f"Your gradient of {path} has the right numbers filled in by columns instead of by rows",
+        "row order": f"Your gradient of {path} has the right numbers read by columns instead of by rows",
+        "upside down": f"Your gradient of {path} has its rows in reverse order",
+        "mirrored": f"Your gradient of {path} has its columns in reverse order",
+    }[name]
+    extra = ""
+    if name == "transposed" and place.where:
+        extra = f": for `{place.expression}` it is (input)^T times adjoint, not adjoint^T times input"
+    return Finding("transposed", path, None, place.where, place.expression, how + extra + ".")
+
+
+def swapped(problem: Problem, s: Any, leaves: Sequence[int], order: Sequence[int]) -> Finding:
+    pairs = [f"{problem.paths[a]} holds that of {problem.paths[b]}" for a, b in zip(leaves, order, strict=True)]
+    place = _use_of(s, leaves[0])
+    sentence = "The leaves are right but in the wrong place: " + ", ".join(pairs) + "."
+    path = problem.paths[leaves[0]] if len(leaves) == 1 else None
+    return Finding("swapped-leaves", path, None, place.where, place.expression, sentence)
+
+
+def _one_leaf(problem: Problem, leaves: Sequence[int], restricted: bool) -> str | None:
+    return problem.paths[leaves[0]] if len(leaves) == 1 and (restricted or len(problem.paths) > 1) else None
+
+
+def _only(problem: Problem, leaves: Sequence[int], restricted: bool) -> str:
+    if not restricted:
+        return ""
+    return f" (in the gradient of {', '.join(problem.paths[i] for i in leaves)} only)"
+
+
+def fault(problem: Problem, s: Any, f: Fault, leaves: Sequence[int], restricted: bool) -> Finding:
+    """One faulty step."""
+    place = place_of(s, f)
+    sentence = _fault_sentence(problem, s, f, place) + _only(problem, leaves, restricted)
+    return Finding(
+        f.kind, _one_leaf(problem, leaves, restricted), None, place.where, place.expression, sentence + "."
+    )
+
+
+def short(s: Any, f: Fault) -> str:
+    """A fault in a few words, for the list of equivalents."""
+    place = place_of(s, f)
+    what = {
+        "missing-derivative": "derivative left out",
+        "extra-derivative": "a derivative too many",
+        "wrong-argument": "derivative taken at the output",
+        "wrong-derivative": "derivative of another function",
+        "missing-factor": "a factor left out",
+        "wrong-value": "another value used",
+        "transposed": "a matrix not transposed",
+        "missing-term": "a contribution left out",
+    }.get(f.kind, f.kind)
+    return f"{what} in `{place.expression}` ({place.where})" if place.where else what
+
+
+def _names(problem: Problem, s: Any, f: Fault) -> tuple[str, str, str]:
+    """How the function, its input and its output are called."""
+    piece = s.todo.pieces[f.piece]
+    known = catalogue_of.known_function(piece, s.replay) if piece.elementwise else None
+    step = s.program.steps[f.members[-1]]
+    function = known.name if known is not None else step.name if len(f.members) == 1 else "f"
+    function = {"logistic": "sigmoid", "integer_pow": "power", "log1p": "log1p", "max": "max"}.get(function, function)
+    return function, spelled(problem, s, piece.start), spelled(problem, s, piece.end)
+
+
+def _fault_sentence(problem: Problem, s: Any, f: Fault, place: Where) -> str:
+    at = f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+    if f.piece >= 0:
+        return _piece_sentence(problem, s, f, place, at)
+    step = s.program.steps[f.members[-1]]
+    if f.product >= 0:
+        return _product_sentence(problem, s, f, place, at)
+    value = spelled(problem, s, step.outputs[0])
+    if f.detail[0] == "mask":
+        other = spelled(problem, s, f.detail[1])
+        return (
+            f"In {at} the adjoint of `{value}` was multiplied by `{other}`: where that is zero the contribution "
+            "was left out, and everything but those entries is right"
+        )
+    if f.detail[0] == "value":
+        return f"In {at} the adjoint of `{value}` was multiplied by `{value}` itself, which does not belong there"
+    name, formula = f.detail[1], f.detail[2]
+    inside = formula.replace("a", value).replace("z", value) if f.detail[0] == "output" and len(value) < 3 else ""
+    formula = f" = {inside or formula}" if formula else ""
+    return (
+        f"At {at} you multiplied by the derivative of {name}{formula}, but there is no {name} to differentiate: "
+        f"`{value}` goes on unchanged, or this derivative is already in the adjoint"
+    )
+
+
+def _piece_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str) -> str:
+    function, z, a = _names(problem, s, f)
+    piece = s.todo.pieces[f.piece]
+    if not piece.elementwise:
+        name = place.expression or a
+        if f.kind == "missing-derivative":
+            return f"In {at} the derivative is missing: the adjoint was passed through `{name}` unchanged"
+        why = "every output depends on several inputs, so its Jacobian has entries off the diagonal"
+        how = {
+            "diagonal": "you kept only the diagonal of the Jacobian",
+            "times output": "you multiplied the adjoint by the output and left out the sum over the others",
+            "sigmoid": "you used a (1 - a), the derivative of a sigmoid",
+        }[f.detail[0]]
+        return f"In {at} {how}: {why}"
+    true = {
+        "sigmoid": f"sigmoid'({z}) = a (1 - a)" if a == "a" else f"sigmoid'({z}) = sigmoid (1 - sigmoid)",
+        "tanh": f"tanh'({z}) = 1 - tanh({z})^2",
+        "relu": f"relu'({z}) = 1 where {z} > 0, else 0",
+        "square": f"the factor 2 ({z})",
+        "exp": f"exp({z})",
+        "log": f"1/({z})",
+        "abs": f"sign({z})",
+    }.get(function, "")
+    if function == "sigmoid" and re.fullmatch(r"\w+", a):
+        true = f"sigmoid'({z}) = {a} (1 - {a})"
+    slope = f"the derivative {true}" if true else f"the derivative of `{place.expression or a}` by `{z}`"
+    if f.kind == "missing-derivative":
+        return f"In {at} {slope} is missing: you passed the adjoint on unchanged"
+    if f.kind == "extra-derivative":
+        return f"In {at} {slope} is applied twice"
+    if f.kind == "wrong-argument":
+        return (
+            f"In {at} the derivative of {function} is taken at the step's output `{a}` instead of its input "
+            f"`{z}`: {true or 'it belongs at the input'}"
+        )
+    if f.kind == "wrong-value":
+        other = spelled(problem, s, f.detail[1])
+        if f.detail[0] == "formula":
+            formula = {"sigmoid": f"{other} (1 - {other})", "tanh": f"1 - {other}^2"}.get(f.detail[2], "the formula")
+            return f"In {at} you used {formula} where the output `{a}` belongs: {true or 'take the value of this step'}"
+        return f"In {at} the derivative is taken at `{other}` instead of `{z}`"
+    if f.kind == "missing-factor":
+        return f"In {at} a factor of the derivative is missing: you used 1 - {a}, it is {true or 'a product'}"
+    how, text = f.detail[0], f.detail[1]
+    if how == "itself":
+        if function == "sigmoid":
+            return f"In {at} you multiplied by `{a}` itself; {true}, the factor (1 - {a}) is missing"
+        return f"In {at} you multiplied by the value `{a}` itself instead of its derivative{': ' + true if true else ''}"
+    if how == "input":
+        return f"In {at} you multiplied by the input `{z}` instead of the derivative{': ' + true if true else ''}"
+    if how == "abs":
+        return f"In {at} the sign of the derivative is lost{': ' + true if true else ''}"
+    if how == "inverse":
+        return f"In {at} you multiplied by one over the derivative{': it is ' + true if true else ''}"
+    if how == "slip":
+        return f"In {at} you used {text} as the derivative{': it is ' + true if true else ''}"
+    if how == "other side":
+        return f"In {at} the condition is the wrong way round: the derivative is 1 where yours is 0"
+    return (
+        f"In {at} you used the derivative of {how} ({text}); the function is "
+        f"{function if function != 'f' else '`' + (place.expression or a) + '`'}"
+        + (f" and {true}" if true else "")
+    )
+
+
+def _product_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str) -> str:
+    product = s.todo.products[f.product]
+    step = s.program.steps[product.step]
+    texts = operands(place.expression)
+    mine = texts[product.operand] if len(texts) == 2 else spelled(problem, s, step.inputs[product.operand])
+    other = texts[product.partner] if len(texts) == 2 else spelled(problem, s, step.inputs[product.partner])
+    matrix = step.primitive == "dot_general"
+    factor = f"{other}^T" if matrix else other
+    kind = f.detail[0]
+    if kind in ("ones", "passed"):
+        return (
+            f"In {at} the factor `{factor}` is missing: going back to `{mine}`, the adjoint must be multiplied "
+            f"by it, and you passed the adjoint on without it"
+        )
+    if kind == "transposed":
+        return f"In {at} the matrix `{other}` is not transposed on the way back to `{mine}`: it must be `{other}^T`"
+    if kind == "flipped":
+        return f"In {at} the kernel `{other}` is flipped on the way back to `{mine}`"
+    if kind == "rolled":
+        return f"In {at} the rows of `{other}` are shifted by one against those of the adjoint, going back to `{mine}`"
+    used = spelled(problem, s, f.detail[1])
+    return f"In {at} you used `{used}` where `{other}` belongs, going back to `{mine}`"
+
+
+def term(
+    problem: Problem, s: Any, t: Term, factor: str, leaves: Sequence[int], restricted: bool
+) -> Finding:
+    """One operand's contribution left out, negated or scaled."""
+    program: Program = s.program
+    step = program.steps[t.step]
+    slot = step.inputs[t.operand]
+    place = locate(program, [t.step])
+    texts = operands(place.expression)
+    name = texts[t.operand] if len(texts) == 2 else spelled(problem, s, slot)
+    if step.primitive in ("add", "sub", "add_any", "concatenate"):
+        # A term of a sum is written where it is made, not where it is added.
+        maker = next((k for k, m in enumerate(program.steps) if slot in m.outputs), None)
+        if maker is not None and program.steps[maker].frames:
+            made = locate(program, [maker])
+            if made.where:
+                place = made
+    whole = f"`{place.statement or place.expression}` ({place.where})" if place.where else "the loss"
+    only = _only(problem, leaves, restricted)
+    leaf = _one_leaf(problem, leaves, restricted)
+    reach = ", ".join(problem.paths[i] for i in leaves)
+    tail = f" It reaches {reach}." if leaf is None and len(leaves) < len(problem.paths) else ""
+    if factor == "0":
+        sentence = f"The contribution of `{name}` in {whole} is left out{only}.{tail}"
+        return Finding("missing-term", leaf, None, place.where, place.expression, sentence)
+    if factor == "-1":
+        sentence = f"The contribution of `{name}` in {whole} has the wrong sign{only}.{tail}"
+        return Finding("negated-term", leaf, "-1", place.where, place.expression, sentence)
+    sentence = f"The contribution of `{name}` in {whole} is {_times(factor)} what it should be{only}.{tail}"
+    return Finding("scaled-term", leaf, factor, place.where, place.expression, sentence)
+
+
+def added(problem: Problem, s: Any, factors: Mapping[int, str], name: str) -> tuple[Finding, ...]:
+    """A multiple of the parameters, of their signs, or a constant on top of the right gradient."""
+    del s
+    values = set(factors.values())
+    what = {
+        "params": lambda p: f"{p}",
+        "sign": lambda p: f"sign({p})",
+        "one": lambda p: "1",
+        "square": lambda p: f"{p}^2",
+    }[name]
+    why = {
+        "params": "the derivative of a penalty on its square, which is not in this loss",
+        "sign": "the derivative of a penalty on its absolute value, which is not in this loss",
+        "one": "a constant that is not in this loss",
+        "square": "a term that is not in this loss",
+    }[name]
+
+    def sentence(paths: str, factor: str, symbol: str) -> str:
+        times = "" if factor == "1" else f"{factor} times "
+        return f"Your gradient of {paths} is the true one plus {times}{symbol}: {why}."
+
+    if len(values) == 1 and len(factors) > 1:
+        factor = next(iter(values))
+        paths = ", ".join(problem.paths[i] for i in factors)
+        return (Finding("additive", None, factor, "", "", sentence(paths, factor, what("the leaf"))),)
+    return tuple(
+        Finding("additive", problem.paths[i], f, "", "", sentence(problem.paths[i], f, what(problem.paths[i])))
+        for i, f in factors.items()
+    )
+
+
+def entries(problem: Problem, s: Any, leaf: int, where: np.ndarray, factor: str | None) -> Finding:
+    path = problem.paths[leaf]
+    spots = ", ".join("[" + ", ".join(str(int(i)) for i in index) + "]" for index in where[:4])
+    if len(where) > 4:
+        spots += f" and {len(where) - 4} more"
+    many = "entry" if len(where) == 1 else "entries"
+    are = "is" if len(where) == 1 else "are"
+    how = {None: "wrong", "0": "zero", "-1": "of the wrong sign"}.get(factor, f"{_times(factor or '')} the true value")
+    place = _use_of(s, leaf)
+    sentence = f"{path} is right but for the {many} {spots}, which {are} {how}."
+    shown = None if factor in (None, "0") else factor
+    return Finding("entries", path, shown, place.where, place.expression, sentence)
+
+
+def sliced(
+    problem: Problem, s: Any, t: Term, weights: Sequence[np.ndarray], by_rows: bool, leaves: Sequence[int]
+) -> Finding:
+    """Examples or classes with the wrong weight."""
+    program: Program = s.program
+    place = locate(program, [t.step])
+    w = weights[0]
+    odd = np.nonzero(np.abs(w - 1) > 1e-5)[0]
+    value = float(w[odd[0]])
+    what = "example" if by_rows else "output"
+    first = all(np.nonzero(np.abs(x - 1) > 1e-5)[0].tolist() == [0] for x in weights)
+    last = all(np.nonzero(np.abs(x - 1) > 1e-5)[0].tolist() == [len(x) - 1] for x in weights)
+    if first or last:
+        which = f"the {'first' if first else 'last'} {what}"
+    else:
+        shown = ", ".join(str(int(i)) for i in odd[:5]) + (" ..." if len(odd) > 5 else "")
+        which = f"{what}{'s' if len(odd) > 1 else ''} {shown}"
+    leaf = _one_leaf(problem, leaves, True)
+    inside = f" in `{place.statement or place.expression}` ({place.where})" if place.where else ""
+    whose = "" if leaf is None else f" (in the gradient of {leaf})"
+    if abs(value) < 1e-5:
+        sentence = f"The contribution of {which}{inside} is left out{whose}."
+        return Finding("missing-term", leaf, None, place.where, place.expression, sentence)
+    if abs(value + 1) < 1e-5:
+        sentence = f"The contribution of {which}{inside} has the wrong sign{whose}."
+        return Finding("negated-term", leaf, "-1", place.where, place.expression, sentence)
+    sentence = f"The contribution of {which}{inside} counts {value:.6g} times{whose}."
+    factor = f"{value:.0f}" if abs(value - round(value)) < 1e-5 else f"{value:.6g}"
+    return Finding("scaled-term", leaf, factor, place.where, place.expression, sentence)
+
+
+def operands(expression: str) -> list[str]:
+    """The two operands of `a @ b`, `a * b`, `jnp.dot(a, b)`, ... as written; else an empty list."""
+    try:
+        node = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        return []
+    if isinstance(node, ast.BinOp):
+        return [ast.unparse(node.left), ast.unparse(node.right)]
+    if isinstance(node, ast.Call):
+        args = [a for a in node.args if not (isinstance(a, ast.Constant) and isinstance(a.value, str))]
+        if len(args) == 2:
+            return [ast.unparse(a) for a in args]
+    return []
+
+
+def spelled(problem: Problem, s: Any, slot: int) -> str:
+    """How a value is called in the person's code: its leaf, its variable, else its expression."""
+    program: Program = s.program
+    if slot in program.leaves:
+        return problem.paths[program.leaves.index(slot)]
+    if slot in program.data:
+        return problem.names[program.data.index(slot)]
+    maker = next((k for k, m in enumerate(program.steps) if slot in m.outputs), None)
+    if maker is None:
+        return "a constant"
+    place = locate(program, [maker])
+    if not place.expression:
+        return program.steps[maker].name
+    match = re.fullmatch(r"(\w+)(?:\s*:\s*[^=]+)?\s*=\s*(.+)", place.statement)
+    if match and match.group(2).strip() == place.expression.strip():
+        return match.group(1)
+    return place.expression

@@ -219,12 +219,11 @@ def _target(table: Table, task: str | None) -> tuple[np.ndarray, str, tuple[str,
 def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (over n) of each column of `x[n, d]`, in float64.
 
-    Each column is first divided by its largest entry, so nothing over- or underflows on the way.
+    Each column is first brought below 1 by a power of two, which is exact, so nothing over- or underflows.
     """
-    largest = np.abs(x).max(axis=0).astype(np.float64)
-    largest[largest == 0] = 1.0
-    unit = x / largest
-    return unit.mean(axis=0) * largest, unit.std(axis=0) * largest
+    exponent = np.frexp(np.abs(x).max(axis=0))[1]
+    unit = np.ldexp(x.astype(np.float64), -exponent)
+    return np.ldexp(unit.mean(axis=0), exponent), np.ldexp(unit.std(axis=0), exponent)
 
 
 def _affine(raw: np.ndarray, mean: Any, scale: Any) -> np.ndarray:

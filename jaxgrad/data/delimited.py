@@ -2,12 +2,13 @@
 
 import csv
 import gzip
+import io
 import math
 import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def read_columns(path: Path, target: str | int | None = None) -> Columns:
     return Columns(values, names, ())
 
 
-def _open(path: Path) -> TextIO:
+def _open(path: Path) -> io.TextIOWrapper:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")

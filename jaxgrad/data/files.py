@@ -5,9 +5,9 @@ import math
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -100,18 +100,19 @@ def _column_number(target: str | int | None, names: Sequence[str], file: str) ->
 
 
 def _read_npz(path: Path, target: str | int | None) -> Table:
-    archive = _numpy(path, lambda: np.load(path, allow_pickle=False))
-    if isinstance(archive, np.ndarray):
-        raise ValueError(f"{path.name} holds a single npy array, not an npz archive; rename it to .npy")
-    with archive:
+    with path.open("rb") as file:
+        with _plain_errors(path):
+            archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError(f"{path.name} holds a single npy array, not an npz archive; rename it to .npy")
         there = archive.files
         x_name = next((name for name in ("x", "X") if name in there), "")
         y_name = next((name for name in (("y", "Y") if target is None else (str(target),)) if name in there), "")
         if not x_name or not y_name or x_name == y_name:
             wanted = "x (or X) and y" if target is None else f"x (or X) and, as the target, {target!r}"
             raise ValueError(f"{path.name} must hold the arrays {wanted}; it holds: {', '.join(there) or 'none'}")
-        x = _numpy(path, lambda: archive[x_name])
-        y = _numpy(path, lambda: archive[y_name])
+        with _plain_errors(path):
+            x, y = archive[x_name], archive[y_name]
     notes: tuple[str, ...] = ()
     if x.ndim > 2:
         width = math.prod(x.shape[1:])
@@ -133,7 +134,8 @@ def _read_npz(path: Path, target: str | int | None) -> Table:
 
 
 def _read_npy(path: Path, target: str | int | None) -> Table:
-    table = _numpy(path, lambda: np.load(path, allow_pickle=False))
+    with path.open("rb") as file, _plain_errors(path):
+        table = np.load(file, allow_pickle=False)
     if not isinstance(table, np.ndarray):
         raise ValueError(f"{path.name} holds an npz archive, not a single array; rename it to .npz")
     if table.ndim != 2:
@@ -144,10 +146,11 @@ def _read_npy(path: Path, target: str | int | None) -> Table:
     return Table(np.delete(table, at, axis=1), table[:, at], names[:at] + names[at + 1 :], names[at], path.name)
 
 
-def _numpy(path: Path, read: Callable[[], Any]) -> Any:
-    """`read()`, with what numpy says of a bad file made plain. Pickles are never opened: they can run code."""
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """What numpy says of a bad file, made plain. Pickles are never opened (`allow_pickle=False`): they run code."""
     try:
-        return read()
+        yield
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if "Object arrays" in str(error):
             raise ValueError(

@@ -90,11 +90,12 @@ def logistic_problem(
     shift = rng.standard_normal() if bias else 0.0
     y = (rng.random(n) < _sigmoid(signal * t + shift)).astype(np.float64)
     directions = np.column_stack([t, np.ones(n)]) if bias else t[:, None]
+    no_minimum = ValueError(
+        f"with n = {n} and signal = {signal} the labels drawn can be separated, or nearly so, and the logloss has "
+        "no minimum that could be computed; take more examples, a weaker signal or another key"
+    )
     if _separable(t, y, bias):
-        raise ValueError(
-            f"with n = {n} and signal = {signal} the labels drawn can be separated, so the logloss has no "
-            "minimum; take more examples, a weaker signal or another key"
-        )
+        raise no_minimum
     fit = _logistic_fit(directions, y)
     p = _sigmoid(directions @ fit)
     e = p - y
@@ -108,13 +109,18 @@ def logistic_problem(
     if bias:  # centre with the curvature as weights: the bias no longer couples with the weights
         centre = curvature @ X
         X, b = X - centre, fit[1] + w @ centre
-    # X -> X L⁻ᵀ Q Λ^½ Rᵀ has the weighted second moment R Λ Rᵀ, where L Lᵀ is the one it has now.
-    L = np.linalg.cholesky(X.T @ (X * curvature[:, None]))
+    # X L⁻ᵀ, with L Lᵀ the weighted second moment of X, has the second moment I; the second round removes the
+    # rounding of the first. Then X Q Λ^½ Rᵀ has R Λ Rᵀ. Logits do not change: the weights take the inverse map.
+    for _ in range(2):
+        try:
+            L = np.linalg.cholesky(X.T @ (X * curvature[:, None]))
+        except np.linalg.LinAlgError:
+            raise no_minimum from None
+        X, w = np.linalg.solve(L, X.T).T, L.T @ w
     Q = _orthonormal(rng.standard_normal((d, d)))
     R = _orthonormal(rng.standard_normal((d, d))) if rotate else np.eye(d)
     root = np.sqrt(_spectrum(d, condition))
-    X = (np.linalg.solve(L, X.T).T @ Q * root) @ R.T
-    w = R @ ((Q.T @ (L.T @ w)) / root)
+    X, w = (X @ Q * root) @ R.T, R @ ((Q.T @ w) / root)
     return Batch(X.astype(dtype), y.astype(dtype)), Linear(w.astype(dtype), np.asarray(b, dtype) if bias else None)
 
 
@@ -162,15 +168,16 @@ def _logistic_fit(directions: np.ndarray, y: np.ndarray) -> np.ndarray:
         z = directions @ theta
         return float(np.mean(np.logaddexp(0.0, z) - y * z))
 
-    theta = np.zeros(directions.shape[1])
+    theta, small = np.zeros(directions.shape[1]), False
     for _ in range(200):
         p = _sigmoid(directions @ theta)
         gradient = directions.T @ (p - y)
         step = np.linalg.solve(directions.T @ (directions * (p * (1 - p))[:, None]), gradient)
-        size = 1.0
-        while size > 1e-6 and loss(theta - size * step) > loss(theta):
-            size /= 2
-        if size <= 1e-6 or np.abs(step).max() <= 1e-15 * max(1.0, np.abs(theta).max()):
+        while loss(theta - step) > loss(theta) + 1e-12:  # more than rounding can do
+            step = step / 2
+        theta = theta - step
+        if small:
             break
-        theta = theta - size * step
+        # Convergence is quadratic: one more step after one this small ends at rounding.
+        small = np.abs(step).max() <= 1e-8 * max(1.0, np.abs(theta).max())
     return theta

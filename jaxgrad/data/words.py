@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 def nearest(name: str, there: Sequence[str]) -> str:
     """` (did you mean 'a' or 'b'?)`, or nothing if no name is close."""
@@ -23,6 +25,6 @@ def few(values: Sequence[Any] | Any) -> str:
     return ", ".join(show(v) for v in values[:3]) + (", ..." if len(values) > 3 else "")
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
+def count(number: int | np.integer, noun: str, plural: str = "") -> str:
     """`1 row`, `2,000 rows`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -338,7 +338,6 @@ def test_mean_loss_of_real_runs_is_the_exact_expectation(runs, configuration):
 @pytest.mark.parametrize(
     ("fault", "configuration"),
     [
-        ("eta off by 2 %", ("with replacement", 30)),
         ("eta off by 2 %", ("distinct", 30)),
         ("1/n dropped", ("with replacement", 5)),
         ("gamma of the other sampling", ("distinct", 30)),

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import experiments
 from experiments import Entry, catalogue
 
+INSTALL = 'run: python -m pip install -e ".[study]"'
+
 try:
     import tyro
     from tyro import conf
 except ModuleNotFoundError:
-    sys.exit('error: the study needs more than the library; run: python -m pip install -e ".[study]"')
+    sys.exit(f"error: the study needs more than the library; {INSTALL}")
 
 if TYPE_CHECKING:
     from experiments.report import Chapter
@@ -93,8 +95,8 @@ class Plan(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, do it, and return the exit status."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         if arguments.names[:1] == ("list",):
             status = show_list(arguments)
         elif arguments.names[:1] == ("report",):
@@ -204,10 +206,7 @@ def redraw(arguments: Arguments) -> int:
 
     if not results.saved(out):
         raise Unusable(f"there are no results in {out}; run `python -m experiments` first")
-    try:
-        chapters = report.load(out)
-    except (ValueError, OSError) as error:
-        raise Unusable(str(error)) from error
+    chapters = load(out)
     for path in report.draw(out, chapters):
         print(path)
     publish(out, chapters)
@@ -243,12 +242,14 @@ def run(plan: Plan) -> int:
                 return INTERRUPTED
             except Exception as error:
                 if is_the_persons(error, plan):
-                    raise Unusable(f"{entry.name}: {error}") from error
+                    missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
+                    hint = f"; {INSTALL}" if missing else ""
+                    raise Unusable(f"{entry.name}: {error}{hint}") from error
                 failed.append(entry.name)
                 line(f"{entry.name} failed: {short_traceback(error)}")
-    from experiments import report, results
+    from experiments import results
 
-    chapters = report.load(plan.out)
+    chapters = load(plan.out)
     publish(plan.out, chapters)
     if plan.out.resolve() == RESULTS and device == "cpu":
         results.environment(RESULTS)
@@ -294,6 +295,16 @@ def run_one(
     results.write(plan.out, entry.name, device, config, numbers, module.claims(numbers), times)
     plots.save(figure, plan.out / entry.name, report.figure_stem(device))
     return times
+
+
+def load(out: Path) -> list["Chapter"]:
+    """All results in a folder; one that cannot be read is the person's to mend, and its error says how."""
+    from experiments import report
+
+    try:
+        return report.load(out)
+    except (ValueError, OSError) as error:
+        raise Unusable(f"no report was written: {error}") from error
 
 
 def publish(out: Path, chapters: list["Chapter"]) -> None:
@@ -392,4 +403,9 @@ def short_traceback(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if exit_status == INTERRUPTED:
+        # Without this, Python would wait for the program that the device still runs.
+        sys.stdout.flush()
+        os._exit(exit_status)
+    sys.exit(exit_status)

@@ -489,6 +489,19 @@ class TestCommand:
         assert command.main(["line"]) == 2
         assert capsys.readouterr().err.splitlines()[-1] == "error: line: pip install river"
 
+    def test_a_package_that_an_experiment_imports_is_named_with_the_command(self, study, capsys):
+        (study / "package" / "line.py").write_text(FAKE.replace("import numpy", "import nowhere\nimport numpy"))
+        assert command.main(["line"]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == f"error: line: No module named 'nowhere'; {command.INSTALL}"
+
+    def test_a_damaged_result_of_another_experiment_is_told_after_a_run(self, study, capsys):
+        (study / "results" / "bare").mkdir(parents=True)
+        (study / "results" / "bare" / "cpu.json").write_text("{")
+        assert command.main(["line"]) == 2
+        assert "error: no report was written: no result of bare on cpu" in capsys.readouterr().err
+        assert ("line", "cpu") in results.saved(study / "results")
+
     def test_the_list_says_what_each_shows_and_takes(self, study, capsys):
         assert command.main(["list"]) == 0
         assert capsys.readouterr().out.splitlines() == [
@@ -723,3 +736,39 @@ def test_every_experiment_runs_at_its_quick_size(name, tmp_path):
     report.draw(tmp_path, [chapter])
     assert (tmp_path / name / "figure.svg").read_bytes() == figure
     assert sum(path.stat().st_size for path in (tmp_path / name).iterdir()) < 3e6
+
+
+@pytest.mark.skipif(not results.saved(ROOT / "results"), reason="no results are committed yet")
+class TestCommitted:
+    @pytest.fixture
+    def copy(self, tmp_path):
+        shutil.copytree(ROOT / "results", tmp_path / "results")
+        shutil.copy(ROOT / "README.md", tmp_path)
+        return tmp_path
+
+    def test_the_report_and_the_front_page_are_those_of_the_data(self, copy):
+        """Every published number is generated: doing it again changes no text and no claim."""
+        folder = copy / "results"
+        before = contents(copy)
+        subprocess.run(
+            [sys.executable, "-m", "experiments", "report", "--out", str(folder)],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
+        changed = {path for path, old in contents(copy).items() if before.get(path) != old}
+        # Pixels may differ under another matplotlib; which figures there are may not.
+        assert {path for path in changed if path.suffix not in (".svg", ".png") or path not in before} == set()
+        assert not report.front_page(copy / "README.md", folder, report.load(folder))
+
+    def test_every_link_leads_somewhere(self, copy):
+        for page in (copy / "README.md", copy / "results" / "README.md"):
+            for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text()):
+                target = (page.parent / link).relative_to(copy)
+                assert (ROOT / target).exists(), f"{page.name}: {link}"
+
+    def test_the_results_are_small_and_tell_no_path(self):
+        files = contents(ROOT / "results")
+        assert sum(map(len, files.values())) < 10e6
+        told = re.compile(rb"/(home|root|tmp|work|usr|Users)/")
+        assert [path for path, content in files.items() if path.suffix != ".png" and told.search(content)] == []

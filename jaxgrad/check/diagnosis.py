@@ -18,10 +18,10 @@ from jaxgrad.check import words
 from jaxgrad.check.agreement import Evaluation
 from jaxgrad.check.factors import name_factor
 from jaxgrad.check.faults import Fault, Term
-from jaxgrad.check.problem import Kernel, Problem, traced
-from jaxgrad.check.replay import Plan, Replay, analysis, faulty_gradient, forward, plan, pull_product
+from jaxgrad.check.problem import Kernel, Problem, program_at, shape_key
+from jaxgrad.check.replay import Plan, Replay, analysis, faulty_gradient, forward, plan, pull_product, quick_jit
 from jaxgrad.check.report import Finding
-from jaxgrad.check.steps import Program, flatten
+from jaxgrad.check.steps import Program
 
 
 class Sample(NamedTuple):
@@ -81,13 +81,12 @@ def explain(
 def sample(problem: Problem, store: Kernel, evaluation: Evaluation, rng: np.random.Generator) -> Sample:
     """Run the analysis at one point."""
     point = evaluation.point
-    closed = traced(store, point.leaves, point.data)
-    key = ("analysis", id(closed))
+    key = ("analysis", shape_key(point.leaves, point.data))
     if key not in store.compiled:
-        program = flatten(closed, len(point.leaves))
+        program = program_at(store, point.leaves, point.data)
         todo = plan(program, point.n)
-        store.compiled[key] = (program, todo, analysis(program, todo), closed)
-    program, todo, run, _ = store.compiled[key]
+        store.compiled[key] = (program, todo, analysis(program, todo))
+    program, todo, run = store.compiled[key]
     directions, owner = _directions(point.leaves, program, rng)
     replay = run(list(point.leaves), list(point.data), list(directions))
 
@@ -248,11 +247,15 @@ def _search(case: Case, leaves: tuple[int, ...], pairs: bool = True) -> Explanat
             best += attempt(case, leaves)
     if best:
         return min(best, key=lambda e: e.cost)
-    for attempt in (_one_fault, _one_term, _one_leaf, _added, _entries):
+    for attempt in (_one_fault, _one_term, _added, _entries):
         best += attempt(case, leaves)
     if best:
         return min(best, key=lambda e: e.cost)
-    for attempt in (_similar_faults, _fault_and_factor, _term_and_factor, _slices):
+    for attempt in (_fault_and_factor, _each_leaf, _term_and_factor):
+        best += attempt(case, leaves)
+    if best:
+        return min(best, key=lambda e: e.cost)
+    for attempt in (_slices, _similar_faults):
         best += attempt(case, leaves)
         if best:
             return min(best, key=lambda e: e.cost)
@@ -333,20 +336,33 @@ def _scaled_all(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     return []
 
 
-def _one_leaf(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
-    """Several but not all leaves by one factor, where no single step explains it."""
-    if len(leaves) == 1 or len(leaves) == len(case.problem.leaves):
+def _each_leaf(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """Every wrong leaf by a factor of its own."""
+    if len(leaves) == 1:
         return []
-    c, misfit = _fit(case, leaves, lambda s: s.true[None, :])
-    factor = _named(case, c[0]) if misfit[0] <= 1 else None
+    found: list[Finding] = []
+    cost = 0.0
+    for leaf in leaves:
+        c, misfit = _fit(case, (leaf,), lambda s: s.true[None, :])
+        factor = _named(case, c[0]) if misfit[0] <= 1 else None
+        if factor is None or not (_exact(factor) or factor == "0"):
+            return []
+        s = case.samples[0]
+        if factor == "0":
+            found.append(words.zero(case.problem, s, leaf, (leaf,)))
+        else:
+            found.append(words.scale(case.problem, s, factor, leaf, (leaf,)))
+        cost += 2.0 + _complexity(factor)
+    return [Explanation(26.0 + cost, leaves, tuple(found))]
+
+
+def _complexity(factor: str | None) -> float:
+    """How many mistakes a factor stands for, roughly."""
     if factor is None:
-        return []
-    s = case.samples[0]
-    if factor == "0":
-        found = tuple(words.zero(case.problem, s, leaf, (leaf,)) for leaf in leaves)
-    else:
-        found = tuple(words.scale(case.problem, s, factor, leaf, (leaf,)) for leaf in leaves)
-    return [Explanation(19.0, leaves, found)]
+        return 9.0
+    if factor in ("0", "-1", "2", "1/2", "n", "1/n"):
+        return 0.0
+    return 2.0 + (0.0 if _exact(factor) else 4.0)
 
 
 def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
@@ -517,7 +533,7 @@ def _added(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
                 cs.append(c)
             if len(cs) < len(case.samples):
                 break
-            factor = _named(case, np.array(cs), 1e-5 if case.noise < 1e-11 else 3e-2)
+            factor = _named(case._replace(dims={}), np.array(cs), 1e-5 if case.noise < 1e-11 else 3e-2)
             if factor is None:
                 break
             factors[leaf] = factor
@@ -534,7 +550,8 @@ def _entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     findings = []
     for leaf in leaves:
         bad = None
-        for s in case.samples:
+        same = [s for s in case.samples if s.evaluation.true[leaf].shape == case.samples[0].evaluation.true[leaf].shape]
+        for s in same:
             e = s.evaluation
             gap = np.abs(e.hand[leaf] - e.true[leaf])
             limit = max(1e-9, 1e3 * case.noise) * float(np.max(np.abs(e.true[leaf])) or 1.0)
@@ -547,7 +564,7 @@ def _entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         if size < 2 or count == 0 or count > max(1, min(8, size // 3)):
             return []
         ratios = []
-        for s in case.samples:
+        for s in same:
             with np.errstate(all="ignore"):
                 ratios.append(s.evaluation.hand[leaf][bad] / s.evaluation.true[leaf][bad])
         ratio = np.concatenate(ratios)
@@ -658,12 +675,14 @@ def replayed(case: Case, s: Sample, chosen: Sequence[int]) -> list[Any]:
     def value_fault(pairs: list[tuple[int, Any]]):
         return lambda adjoint: [(slot, adjoint * ratio) for slot, ratio in pairs]
 
-    return faulty_gradient(
-        s.program,
-        values,
-        {k: step_fault(k, which) for k, which in at_step.items()},
-        {slot: value_fault(pairs) for slot, pairs in at_value.items()},
-    )
+    return quick_jit(
+        lambda held: faulty_gradient(
+            s.program,
+            held,
+            {k: step_fault(k, which) for k, which in at_step.items()},
+            {slot: value_fault(pairs) for slot, pairs in at_value.items()},
+        )
+    )(values)
 
 
 def _fault_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
@@ -684,7 +703,7 @@ def _fault_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     first = words.fault(case.problem, s, case.faults[m], leaves, restricted=not everything)
     leaf = None if everything and len(leaves) == len(case.problem.leaves) else leaves[0] if len(leaves) == 1 else None
     second = words.scale(case.problem, s, factor, leaf, leaves)
-    return [Explanation(25 + case.faults[m].cost, leaves, (first, second))]
+    return [Explanation(25 + 0.5 * case.faults[m].cost + _complexity(factor), leaves, (first, second))]
 
 
 def _term_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
@@ -717,14 +736,15 @@ def _term_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         if not (_exact(factor) and _exact(inner)) or factor in ("0", "1"):
             continue
         assert factor is not None and inner is not None
-        hits.append((_term_cost(case, m, inner, True), m, factor, inner))
+        cost = _term_cost(case, m, inner, True) + _complexity(factor) + _complexity(inner)
+        hits.append((cost, m, factor, inner))
     if not hits:
         return []
-    _, m, factor, inner = min(hits)
+    cost, m, factor, inner = min(hits)
     s = case.samples[0]
     first = words.term(case.problem, s, case.terms[m], inner, leaves, restricted=False)
     leaf = leaves[0] if len(leaves) == 1 and len(case.problem.leaves) > 1 else None
-    return [Explanation(30.0, leaves, (first, words.scale(case.problem, s, factor, leaf, leaves)))]
+    return [Explanation(29.0 + cost, leaves, (first, words.scale(case.problem, s, factor, leaf, leaves)))]
 
 
 def _slices(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:

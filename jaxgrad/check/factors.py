@@ -21,6 +21,8 @@ def name_factor(
 ) -> str | None:
     """The exact form of a factor seen as `(batch size, value)` pairs, or None if it is not one number.
 
+    A factor that is 1 but for a small error is given as a decimal with all its digits.
+
     Forms: ±a/b, times a power of n, times or over one of `dims` (or its root), log(2), log(10), pi, sqrt(2);
     n/(n-1) and (n-1)/n; else a decimal when it does not change with n. The power of n comes from the
     values at different n, so that n is told from a number that happens to be equal to it.
@@ -35,6 +37,8 @@ def name_factor(
     means = {n: float(np.mean(v)) for n, v in by_size.items()}
     if any(abs(v - means[n]) > tol * abs(means[n]) for n, v in samples):
         return None
+    if np.all(np.abs(np.abs(values) - 1) <= tol) and np.all(np.abs(np.abs(values) - 1) > 1e-10):
+        return f"{float(np.mean(values)):.12g}"
     forms = [_power(p) for p in (0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0)]
     forms += [("n-1", "", lambda n: n - 1.0), ("n", "(n-1)", lambda n: n / (n - 1.0))]
     forms += [("(n-1)", "n", lambda n: (n - 1.0) / n), ("", "(n-1)", lambda n: 1.0 / (n - 1.0))]
@@ -53,8 +57,8 @@ def name_factor(
             continue
         named = _name_constant(base, dims, tol, hard=known[0] if single and known and number == 0 else None)
         if named is None:
-            if number == 0 and not single:
-                return f"{base:.6g}"
+            if not single:
+                return f"{base:.6g}" if number == 0 else _with_n(base, top, bottom)
             continue
         cost, sign, tops, bottoms = named
         text = sign + _join([t for t in (*tops, top) if t], [b for b in (*bottoms, bottom) if b])
@@ -68,23 +72,19 @@ def name_factor(
     first = next(iter(means.values()))
     if len(means) == 1 or max(means.values()) - min(means.values()) <= tol * abs(first):
         return f"{first:.6g}"
-    return _hard_coded(means, tol)
-
-
-def _hard_coded(means: Mapping[int | None, float], tol: float) -> str | None:
-    """A factor n/m or m/n with a number m that is written into the code."""
-    known = [(n, v) for n, v in means.items() if n is not None]
-    for power in (1.0, -1.0):
-        rest = [v / n**power for n, v in known]
-        if len(known) > 1 and max(rest) - min(rest) <= tol * abs(rest[0]):
-            number = abs(rest[0]) ** -power
-            sign = "-" if rest[0] < 0 else ""
-            if abs(number - round(number)) <= tol * number:
-                number = round(number)
-                return f"{sign}n/{number}" if power > 0 else f"{sign}{number}/n"
-            top = f"{abs(rest[0]):.6g}"
-            return f"{sign}{top}n" if power > 0 else f"{sign}{top}/n"
     return None
+
+
+def _with_n(base: float, top: str, bottom: str) -> str | None:
+    """A decimal times a power of n; a whole number m as in n/m is one written into the code."""
+    inverse = 1 / abs(base)
+    sign = "-" if base < 0 else ""
+    if top == "n" and abs(inverse - round(inverse)) <= 1e-6 * inverse:
+        return f"{sign}n/{round(inverse)}"
+    if bottom == "n" and abs(abs(base) - round(abs(base))) <= 1e-6 * abs(base):
+        return f"{sign}{round(abs(base))}/n"
+    text = f"{abs(base):.6g}"
+    return sign + (f"{text} {top}" if top else text) + (f"/{bottom}" if bottom else "")
 
 
 def _power(p: float):
@@ -100,7 +100,9 @@ def _name_constant(
 
     def fraction(x: float) -> Fraction | None:
         guess = Fraction(x).limit_denominator(12)
-        return guess if guess.numerator <= 12 and guess > 0 and abs(float(guess) - x) <= tol * x else None
+        if guess.denominator % 5 == 0 or (guess.numerator > 12 or guess <= 0):
+            return None  # tenths read better as decimals
+        return guess if abs(float(guess) - x) <= tol * x else None
 
     def tokens(f: Fraction) -> tuple[tuple[str, ...], tuple[str, ...]]:
         top = (str(f.numerator),) if f.numerator != 1 else ()

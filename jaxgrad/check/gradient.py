@@ -52,7 +52,7 @@ def check_gradient(
         warnings.simplefilter("ignore", RuntimeWarning)
         problem = prepare(loss, gradient, params, arguments, kwargs, has_aux)
         store = kernel(problem)
-        _trace_given(problem, store)
+        trace_given(problem, store)
         return _check(problem, store)
 
 
@@ -74,7 +74,7 @@ def assert_gradient(
         raise AssertionError("\n" + text(report, color=False))
 
 
-def _trace_given(problem: Problem, store: Kernel) -> None:
+def trace_given(problem: Problem, store: Kernel) -> None:
     """Trace the loss at the given point, twice if it is new, and say in words why that fails."""
     try:
         traced(store, problem.leaves, problem.data, fresh=True)
@@ -235,11 +235,18 @@ def _points(problem: Problem, store: Kernel, notes: list[str]) -> points.Plan:
     rng = np.random.default_rng(20210407)
     shapes = [leaf.shape for leaf in problem.leaves] + [np.shape(a)[1:] for a in problem.data]
     n1, n2 = points.batch_sizes(problem.n, shapes)
-    free = problem.n is not None and _resamples(problem, store, rng, n1, notes)
+    free = problem.n is not None and resamples(problem, store, rng, n1, notes)
     return points.draw(problem, store, rng, (n1, n2) if free else None, truth)
 
 
-def _resamples(problem: Problem, store: Kernel, rng: np.random.Generator, size: int, notes: list[str]) -> bool:
+def resamples(
+    problem: Problem,
+    store: Kernel,
+    rng: np.random.Generator,
+    size: int,
+    notes: list[str],
+    call: Callable[..., Any] = hand,
+) -> bool:
     """Whether both functions work with another number of examples."""
     data = points.resample(rng, problem.data, problem.rows, problem.n, size)
     try:
@@ -249,7 +256,7 @@ def _resamples(problem: Problem, store: Kernel, rng: np.random.Generator, size: 
         return False
     del value
     try:
-        if isinstance(hand(problem, problem.leaves, data), Wrong):
+        if isinstance(call(problem, problem.leaves, data), Wrong):
             raise ValueError
     except Exception:
         notes.append(
@@ -307,7 +314,10 @@ def _explain(
 ) -> list[Finding]:
     """The findings for a gradient that is wrong at ordinary points."""
     search: list[Evaluation] = []
-    for point in tried.search:
+    more: list[Point] = []
+    if tried.second is not None:
+        more = points.generic(problem, store, np.random.default_rng(4), tried.second, truth, 2)
+    for point in [*tried.generic, *more]:
         found = next((e for e in usable if e.point is point), None) or _quiet(problem, store, point)
         if isinstance(found, Evaluation) and found.true_finite and found.hand_finite:
             search.append(found)

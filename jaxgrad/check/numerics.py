@@ -11,12 +11,11 @@ import numpy as np
 from jaxgrad.check import agreement
 from jaxgrad.check.agreement import Evaluation, Tolerance
 from jaxgrad.check.points import Point
-from jaxgrad.check.problem import Kernel, Problem, Wrong, assemble, hand, match_tree, traced, truth
-from jaxgrad.check.replay import forward
+from jaxgrad.check.problem import Kernel, Problem, Wrong, assemble, hand, program_at, truth
+from jaxgrad.check.replay import forward, quick_jit
 from jaxgrad.check.report import Finding
 from jaxgrad.check.source import Where, describe, locate
-from jaxgrad.check.steps import Program, _is_library, flatten, trace
-from jaxgrad.check.steps import Place
+from jaxgrad.check.steps import Place, Program, is_library, trace
 
 
 # ------------------------------------------------------------------------------------------ kinks
@@ -30,7 +29,7 @@ def kink(
     places: list[tuple[Where, str, int]] = []
     fine = True
     for e in failing:
-        program = flatten(traced(store, e.point.leaves, e.point.data), len(problem.leaves))
+        program = program_at(store, e.point.leaves, e.point.data)
         found = _kinks(program, e.point)
         if not found:
             return [], False
@@ -56,7 +55,7 @@ def kink(
 
 
 def _kinks(program: Program, point: Point) -> list[tuple[Where, str, int]]:
-    values = jax.device_get(jax.jit(lambda ls, ds: forward(program, ls, ds))(list(point.leaves), list(point.data)))
+    values = jax.device_get(quick_jit(lambda ls, ds: forward(program, ls, ds))(list(point.leaves), list(point.data)))
     found = []
     for k, step in enumerate(program.steps):
         if not set(step.inputs) & program.moving:
@@ -186,8 +185,8 @@ def _largest_logit(
     problem: Problem, store: Kernel, leaves: Sequence[np.ndarray], data: Sequence[Any]
 ) -> tuple[str, float] | None:
     """The largest input, in size, of the first sigmoid or exponential of the loss."""
-    program = flatten(traced(store, leaves, data), len(leaves))
-    values = jax.device_get(jax.jit(lambda ls, ds: forward(program, ls, ds))(list(leaves), list(data)))
+    program = program_at(store, leaves, data)
+    values = jax.device_get(quick_jit(lambda ls, ds: forward(program, ls, ds))(list(leaves), list(data)))
     for k, step in enumerate(program.steps):
         names = set(step.inner)
         if names & {"logistic", "exp", "tanh", "log1p"} and set(step.inputs) & program.moving:
@@ -295,7 +294,7 @@ def _numpy_mechanism(
             with np.errstate(**setting):
                 problem.gradient(params, *arguments, **keywords)
         except FloatingPointError as error:
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
             if not frames:
                 return Where("", "", "", 0), "", ""
             f = frames[-1]
@@ -313,7 +312,7 @@ def _numpy_mechanism(
 
 
 def _first_use(problem: Problem, store: Kernel, e: Evaluation) -> Where:
-    program = flatten(traced(store, e.point.leaves, e.point.data), len(problem.leaves))
+    program = program_at(store, e.point.leaves, e.point.data)
     for k, step in enumerate(program.steps):
         if set(step.inner) & {"logistic", "exp", "tanh", "log", "log1p", "sqrt"} and step.frames:
             return locate(program, [k], elementwise=True)
@@ -364,7 +363,7 @@ def custom_rules(
     problem: Problem, store: Kernel, usable: Sequence[Evaluation], tol: Tolerance, agrees: bool
 ) -> list[Finding]:
     """A custom derivative rule of the loss that central differences contradict."""
-    program = flatten(traced(store, problem.leaves, problem.data), len(problem.leaves))
+    program = program_at(store, problem.leaves, problem.data)
     rules = [k for k, s in enumerate(program.steps) if s.primitive.startswith("custom_") and set(s.inputs) & program.moving]
     if not rules:
         return []
@@ -378,7 +377,7 @@ def custom_rules(
     if not abs(slope - auto) > 1e-5 * scale + 10 * doubt + 1e3 * tol.noise * scale:
         return []
     for k in rules:
-        where = _contradicted(program, k, e.point, len(problem.leaves), store)
+        where = _contradicted(k, e.point, store)
         if where is None:
             continue
         mine = float(sum(np.sum(g * x) for g, x in zip(e.hand, u, strict=True)))
@@ -394,10 +393,9 @@ def custom_rules(
     return []
 
 
-def _contradicted(program: Program, k: int, point: Point, n_leaves: int, store: Kernel) -> Where | None:
+def _contradicted(k: int, point: Point, store: Kernel) -> Where | None:
     """Where step k is written, if its rule and its values disagree at this point."""
-    del n_leaves
-    program = flatten(traced(store, point.leaves, point.data), len(point.leaves))
+    program = program_at(store, point.leaves, point.data)
     values = forward(program, [jnp.asarray(p) for p in point.leaves], [jnp.asarray(d) for d in point.data])
     step = program.steps[k]
     arguments = [values[s] for s in step.inputs]

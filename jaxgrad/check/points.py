@@ -66,14 +66,16 @@ def scaled(leaves: Sequence[np.ndarray], factor: float) -> tuple[np.ndarray, ...
 
 
 class Plan(NamedTuple):
-    """All points of a check, by what they are for."""
+    """The points of a check, by what they are for."""
 
     moderate: tuple[Point, ...]
     """For the verdict, besides the given point."""
-    search: tuple[Point, ...]
-    """For the diagnosis: generic positions, at two batch sizes if possible."""
+    generic: tuple[Point, ...]
+    """Those of them in generic position, for the diagnosis."""
     saturated: tuple[Point, ...]
     """Far out, where formulas that are right on paper overflow."""
+    second: int | None
+    """Another batch size for the diagnosis, or None if the batch must stay as it is."""
 
 
 Truth = Callable[..., tuple[float, list[np.ndarray]]]
@@ -82,63 +84,70 @@ Truth = Callable[..., tuple[float, list[np.ndarray]]]
 def draw(
     problem: Any, store: Any, rng: np.random.Generator, sizes: tuple[int, int] | None, truth: Truth
 ) -> Plan:
-    """The points of a check. `sizes` are the two small batch sizes, or None if the batch must stay as it is."""
-    first, second = sizes if sizes is not None else (problem.n, problem.n)
-
-    def batch(size: int | None) -> tuple[Any, ...]:
-        if sizes is None or size is None:
-            return problem.data
-        return resample(rng, problem.data, problem.rows, problem.n, size)
-
-    def usable(leaves: Sequence[np.ndarray], data: Sequence[Any]) -> float:
-        """How evenly the gradient is spread over the leaves; -1 if it is not finite."""
-        value, gradient = truth(store, leaves, data)
-        sizes_ = [float(np.linalg.norm(g)) * (float(np.linalg.norm(p)) or 1.0) for g, p in zip(gradient, leaves, strict=True)]
-        if not np.isfinite(value) or not np.all(np.isfinite(sizes_)):
-            return -1.0
-        live = [x for x in sizes_ if x > 0]
-        return min(live) / max(live) if live else 0.0
-
-    def generic(size: int | None, tries: int = 6) -> Point | None:
-        """Parameters of ordinary size, shrunk until no unit is saturated."""
-        data = batch(size)
-        best: tuple[float, Point] | None = None
-        for scale in (1.0, 0.3, 0.1, 0.01, 1e-3, 3.0)[:tries]:
-            leaves = anywhere(rng, problem.leaves, scale)
-            quality = usable(leaves, data)
-            if quality >= 0 and (best is None or quality > best[0]):
-                best = (quality, Point("drawn parameters", size, leaves, data))
-            if quality > 1e-6:
-                break
-        return best[1] if best is not None else None
-
-    def close(size: int | None, spread: float) -> Point:
-        return Point("parameters near the given ones", size, near(rng, problem.leaves, spread), batch(size))
-
-    n1a, n1b, n1c = generic(first), generic(first), close(first, 0.5)
-    n2a, n2b = generic(second), close(second, 0.5)
-    if n1a is None:
-        n1a, n1b, n2a = close(first, 0.3), close(first, 0.4), close(second, 0.3)
-    assert n1a is not None
-    ordinary = [p for p in (n1a, n1b, n1c) if p is not None]
-    search = [*ordinary, *[p for p in (n2a, n2b) if p is not None]]
-
+    """The points of a verdict. `sizes` are two small batch sizes, or None if the batch must stay as it is."""
+    first = sizes[0] if sizes is not None else None
+    ordinary = generic(problem, store, rng, first, truth)
+    start, last = ordinary[0], ordinary[-1]
+    size = start.n
     moderate = [
-        Point("the given point, other examples", first, problem.leaves, batch(first)),
+        Point("the given point, other examples", size, problem.leaves, _batch(problem, rng, first)),
         Point("perturbed parameters", problem.n, near(rng, problem.leaves, 0.1), problem.data),
         *ordinary,
-        Point("small parameters", first, scaled(ordinary[0].leaves, 0.1), ordinary[0].data),
-        Point("large parameters", first, scaled(ordinary[-1].leaves, 3.0), ordinary[-1].data),
+        Point("small parameters", size, scaled(start.leaves, 0.1), start.data),
+        Point("large parameters", size, scaled(last.leaves, 3.0), last.data),
     ]
-    trained = _descend(store, truth, ordinary[-1])
+    trained = _descend(store, truth, last)
     if trained is not None:
         moderate.append(trained)
-    far = ordinary[0]
     saturated = [
-        Point(f"parameters {t:g} times larger", far.n, scaled(far.leaves, t), far.data)
+        Point(f"parameters {t:g} times larger", size, scaled(start.leaves, t), start.data)
         for t in (10.0, 30.0, 100.0, 1000.0)
     ]
-    return Plan(tuple(moderate), tuple(search), tuple(saturated))
+    return Plan(tuple(moderate), tuple(ordinary), tuple(saturated), sizes[1] if sizes is not None else None)
+
+
+def generic(
+    problem: Any, store: Any, rng: np.random.Generator, size: int | None, truth: Truth, count: int = 3
+) -> list[Point]:
+    """`count` points in generic position with `size` examples (None: the batch as it is).
+
+    All but the last have Gaussian parameters, shrunk until no unit is saturated; the last, and all of them if
+    the loss is not finite elsewhere, keeps the signs of the given ones.
+    """
+    n = problem.n if size is None else size
+    points: list[Point] = []
+    for _ in range(count - 1):
+        data = _batch(problem, rng, size)
+        best: tuple[float, Point] | None = None
+        for scale in (1.0, 0.3, 0.1, 0.01, 1e-3, 3.0):
+            leaves = anywhere(rng, problem.leaves, scale)
+            quality = _spread(truth(store, leaves, data), leaves)
+            if quality >= 0 and (best is None or quality > best[0]):
+                best = (quality, Point("drawn parameters", n, leaves, data))
+            if quality > 1e-6:
+                break
+        if best is None:
+            points.append(Point("parameters near the given ones", n, near(rng, problem.leaves, 0.3), data))
+        else:
+            points.append(best[1])
+    close = Point("parameters near the given ones", n, near(rng, problem.leaves, 0.5), _batch(problem, rng, size))
+    return [*points, close]
+
+
+def _batch(problem: Any, rng: np.random.Generator, size: int | None) -> tuple[Any, ...]:
+    return problem.data if size is None else resample(rng, problem.data, problem.rows, problem.n, size)
+
+
+def _spread(at: tuple[float, list[np.ndarray]], leaves: Sequence[np.ndarray]) -> float:
+    """How evenly a gradient is spread over the leaves, in (0, 1]; -1 if it is not finite."""
+    value, gradient = at
+    sizes = [
+        float(np.linalg.norm(g)) * (float(np.linalg.norm(p)) or 1.0) for g, p in zip(gradient, leaves, strict=True)
+    ]
+    if not np.isfinite(value) or not np.all(np.isfinite(sizes)):
+        return -1.0
+    live = [x for x in sizes if x > 0]
+    return min(live) / max(live) if live else 0.0
 
 
 def _descend(store: Any, truth: Truth, start: Point) -> Point | None:

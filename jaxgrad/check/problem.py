@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.check import steps
+from jaxgrad.check.replay import quick_jit
 
 
 class Spec(NamedTuple):
@@ -260,10 +261,17 @@ def truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[fl
     key = ("truth", shape_key(leaves, data))
     if key not in store.compiled:
         function = jex.jaxpr_as_fun(traced(store, leaves, data))
-        n = len(leaves)
-        store.compiled[key] = jax.jit(jax.value_and_grad(lambda ls, ds: function(*ls, *ds)[0])), n
-    value, gradients = store.compiled[key][0](list(leaves), list(data))
+        store.compiled[key] = quick_jit(jax.value_and_grad(lambda ls, ds: function(*ls, *ds)[0]))
+    value, gradients = store.compiled[key](list(leaves), list(data))
     return float(value), [np.asarray(g, dtype=np.float64) for g in gradients]
+
+
+def program_at(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> steps.Program:
+    """The steps of the loss at these shapes."""
+    key = ("program", shape_key(leaves, data))
+    if key not in store.compiled:
+        store.compiled[key] = steps.flatten(traced(store, leaves, data), len(leaves))
+    return store.compiled[key]
 
 
 def hand(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> list[np.ndarray] | Wrong:

@@ -11,6 +11,7 @@ each step contributes to each operand) therefore give *every* single-fault gradi
 `faulty_gradient` does the replay itself, with any number of faults, for those that sit on one path.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -106,8 +107,28 @@ def analysis(program: Program, todo: Plan) -> Callable[..., Replay]:
             "alternatives": alternatives,
         }
 
-    compiled = jax.jit(run)
+    compiled = quick_jit(run)
     return lambda leaves, data, directions: Replay(**jax.device_get(compiled(leaves, data, directions)))
+
+
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` that spends little on optimising: what is compiled here runs a few times on a few rows."""
+    return jax.jit(function, compiler_options=_quick_options())
+
+
+@functools.lru_cache(maxsize=1)
+def _quick_options() -> dict[str, Any] | None:
+    """The compiler options that this version of XLA knows."""
+    for options in (
+        {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+        {"xla_backend_optimization_level": 0},
+    ):
+        try:
+            jax.jit(lambda x: x, compiler_options=options)(np.zeros(()))
+        except Exception:  # an unknown option is an error of the backend's own kind
+            continue
+        return options
+    return None
 
 
 def forward(program: Program, leaves: Sequence[Any], data: Sequence[Any]) -> dict[int, Any]:
@@ -142,7 +163,7 @@ def faulty_gradient(
             if out in at_value and out in adjoints:
                 for slot, extra in at_value[out](adjoints[out]):
                     adjoints[slot] = adjoints[slot] + extra if slot in adjoints else extra
-        sent = _pull(program, step, values, adjoints)
+        sent = pull(program, step, values, adjoints)
         if k in at_step and sent:
             sent = at_step[k](sent, {o: adjoints.get(o) for o in step.outputs})
         for i, extra in sent.items():
@@ -212,7 +233,7 @@ def _tangents(program: Program, values: Mapping[int, Any], directions: Sequence[
     return tangents
 
 
-def _pull(
+def pull(
     program: Program, step: Step, values: Mapping[int, Any], adjoints: Mapping[int, Any]
 ) -> dict[int, Any]:
     """What one step sends back to each moving operand: `jax.vjp` of that primitive alone."""
@@ -233,7 +254,7 @@ def _reverse(program: Program, values: Mapping[int, Any]) -> tuple[dict[int, Any
     adjoints: dict[int, Any] = {program.output: jnp.ones_like(values[program.output])}
     contributions: dict[tuple[int, int], Any] = {}
     for k in range(len(program.steps) - 1, -1, -1):
-        for i, extra in _pull(program, program.steps[k], values, adjoints).items():
+        for i, extra in pull(program, program.steps[k], values, adjoints).items():
             slot = program.steps[k].inputs[i]
             contributions[k, i] = extra
             adjoints[slot] = adjoints[slot] + extra if slot in adjoints else extra

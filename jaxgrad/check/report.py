@@ -83,7 +83,7 @@ def colored() -> bool:
     return bool(getattr(stream, "isatty", lambda: False)()) and "NO_COLOR" not in os.environ
 
 
-def _painter(color: bool):
+def painter(color: bool):
     return lambda what, *styles: (
         f"\x1b[{';'.join(_CODES[s] for s in styles)}m{what}\x1b[0m" if color and styles else str(what)
     )
@@ -91,7 +91,7 @@ def _painter(color: bool):
 
 def text(report: Report, color: bool = False) -> str:
     """The report as a person would say it; at most some thirty lines of 100 characters."""
-    paint = _painter(color)
+    paint = painter(color)
     lines: list[str] = []
     sizes = sorted({p.n for p in report.points if p.n is not None})
     tried = f"{len(report.points)} points"
@@ -103,7 +103,7 @@ def text(report: Report, color: bool = False) -> str:
         lines.append(paint("RIGHT", "green", "bold") + f"  Your gradient agrees with autodiff {digits} ({tried}).")
         lines.append(f"       An error of {report.smallest_detectable:.0e} in any leaf would have been seen.")
         for finding in report.findings:
-            lines += ["", *_finding(finding, paint)]
+            lines += ["", *finding_lines(finding, paint)]
     else:
         wrong = [leaf for leaf in report.leaves if not leaf.ok]
         total = len(report.leaves)
@@ -123,7 +123,7 @@ def text(report: Report, color: bool = False) -> str:
             if number == 1 and len(report.findings) > 1:
                 lines.append("")
                 lines.append("And besides:")
-            lines += ["", *_finding(finding, paint)]
+            lines += ["", *finding_lines(finding, paint)]
     if report.leaves and not report.ok:
         lines += ["", *_table(report.leaves, paint)]
     if report.notes:
@@ -132,7 +132,7 @@ def text(report: Report, color: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _finding(finding: Finding, paint) -> list[str]:
+def finding_lines(finding: Finding, paint) -> list[str]:
     head = paint(finding.kind, "yellow", "bold")
     if finding.leaf is not None:
         head += f" in leaf {paint(finding.leaf, 'bold')}"

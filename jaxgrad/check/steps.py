@@ -248,11 +248,11 @@ def _frames(eqn: Any, outer: tuple[Place, ...]) -> tuple[Place, ...]:
             inside.append(place)
         # Frames of another call of the same cached function: keep only what is inside the function.
         own = (inside if len(inside) < len(own) else inside[:1]) + list(outer)
-    mine = [p for p in own if not _is_library(p.file)]
+    mine = [p for p in own if not is_library(p.file)]
     return tuple(mine or own)
 
 
-def _is_library(file: str) -> bool:
+def is_library(file: str) -> bool:
     parts = os.path.abspath(file).split(os.sep)
     if "site-packages" in parts or "dist-packages" in parts:
         return True

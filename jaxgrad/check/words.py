@@ -36,14 +36,16 @@ def unknown(problem: Problem, leaf: int | None) -> Finding:
 
 def scale(problem: Problem, s: Any, factor: str, leaf: int | None, leaves: Sequence[int]) -> Finding:
     """The gradient, or one leaf of it, times one factor."""
-    path = None if leaf is None else problem.paths[leaf]
+    path = None if leaf is None or len(problem.paths) == 1 else problem.paths[leaf]
     whose = "Your gradient" if path is None else f"Your gradient of {path}"
-    place = _scale_place(s, factor, leaves)
+    place = _scale_place(s, factor, leaves) if path is None else _use_of(s, leaves[0])
     at = f" (`{place.expression}`, {place.where})" if place.where else ""
+    if path is None and len(leaves) < len(problem.paths):
+        whose = f"Your gradient of {', '.join(problem.paths[i] for i in leaves)}"
     if factor == "-1":
         sentence = f"{whose} has the wrong sign everywhere: it points downhill."
         if place.where:
-            sentence += f" One inner derivative of -1 is missing or doubled; here it can come from{at[1:]}."
+            sentence += f" An inner derivative of -1 is missing or doubled, for instance that of{at}."
         return Finding("sign", path, "-1", place.where, place.expression, sentence)
     sentence = f"{whose} is {_times(factor)} the true one. {_scale_reason(factor, at)}"
     return Finding("scale", path, factor, place.where, place.expression, sentence.strip())
@@ -112,8 +114,6 @@ def _scale_place(s: Any, factor: str, leaves: Sequence[int]) -> Where:
         subs = [k for k in on_path if program.steps[k].primitive == "sub"]
         if subs:
             return locate(program, [subs[-1]])
-    if len(leaves) < len(s.program.leaves):
-        return _use_of(s, leaves[0])
     return locate(program, [on_path[-1]]) if on_path else NOWHERE
 
 

@@ -1,7 +1,79 @@
-"""The noise of the minibatch gradient: exact, estimated, and watched along a run."""
+"""The noise of the minibatch gradient: exact, estimated, and watched along a run.
+
+For any `loss(params, batch)` that is a mean over examples, with example gradients gᵢ, their mean G and their
+covariance `Σ = (1/n) Σ (gᵢ − G)(gᵢ − G)ᵀ`, the gradient of a batch B has
+
+    E[g_B] = G,    Cov[g_B] = γ Σ,    E‖g_B − G‖² = γ tr Σ
+
+where γ (`gamma`) is all that the first two moments know of how the batch was drawn. `measure` computes tr Σ
+and the noise scales at a point exactly, from all n examples; `estimate_scale` estimates them from batches, with
+intervals; `monitor` makes a function that `descend(..., observe=...)` calls along a run.
+
+The noise scales (McCandlish et al. 2018) say up to which batch size a bigger batch pays:
+
+    B_simple = tr Σ / ‖G‖²            B_noise = tr(HΣ) / GᵀHG
+
+On ill-conditioned problems they differ by orders of magnitude, and both grow without limit towards a minimum:
+there is no single critical batch size.
+
+The example gradient is the gradient on a batch of one, so a penalty in the loss is part of each gᵢ.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from jaxgrad.sampling import check_sizes
-from jaxgrad.types import Sampling
+from jaxgrad.statistics import Interval, mean_interval, ratio_interval
+from jaxgrad.types import Key, Loss, Params, Sampling
+
+DENSE = 2000
+"""Up to this many parameters Σ and the Hessian are formed."""
+
+
+class PointNoise(NamedTuple):
+    """The exact gradient noise of a data set at one point."""
+
+    n: int
+    gradient: Params
+    """G, the full gradient, in the pytree of the parameters (float64)."""
+    gradient_squared: float
+    """‖G‖²."""
+    trace: float
+    """tr Σ: the mean of ‖gᵢ − G‖² over the examples."""
+    simple_scale: float
+    """B_simple = tr Σ/‖G‖²."""
+    curvature: float
+    """GᵀHG; NaN if not asked for."""
+    noise_curvature: float
+    """tr(HΣ); NaN if not asked for."""
+    noise_scale: float
+    """B_noise = tr(HΣ)/GᵀHG; NaN where GᵀHG <= 0, as a step along −G then has no best length."""
+
+
+class OneStep(NamedTuple):
+    """The best single SGD step at a point, to second order in its size."""
+
+    eta: float
+    decrease: float
+    """E[L(w) − L(w − eta g_B)]."""
+
+
+class ScaleEstimate(NamedTuple):
+    """Noise at a point, estimated from batches."""
+
+    scale: Interval
+    """B_simple: Fieller's interval, unbounded where the data do not bound it."""
+    trace: Interval
+    """tr Σ."""
+    gradient_squared: Interval
+    """‖G‖²; the interval may reach below zero, where the gradient drowns in its noise."""
 
 
 def gamma(sampling: Sampling, n: int) -> float:
@@ -12,7 +84,7 @@ def gamma(sampling: Sampling, n: int) -> float:
         distinct          (n − b) / (b (n − 1))
 
     The mean over a batch of *any* per-example quantity has γ times its population covariance (Cochran 1977,
-    theorem 2.2): γ is all that the first two moments of a step know of the sampling.
+    theorem 2.2). `1/γ` is the effective batch size: the number of draws with replacement that is as noisy.
 
     Raises ValueError if `b > n` for distinct indices, and for a reshuffled pass: its batches depend on
     each other, so no factor describes it over several steps (`jaxgrad.theory.reshuffling` does).
@@ -30,3 +102,288 @@ def gamma(sampling: Sampling, n: int) -> float:
         "One of its batches by itself has the law of distinct(b); for a whole path use "
         "jaxgrad.theory.reshuffling"
     )
+
+
+def example_gradients(loss: Loss, params: Params, batch: Any) -> Params:
+    """`gᵢ = ∇loss(params, batch of example i alone)`: the parameters' pytree, each leaf with an axis n in front.
+
+    Works under `jit` and `vmap`, in the precision of its arguments. It holds n copies of the parameters; the
+    functions below do not.
+    """
+    return jax.vmap(lambda example: _gradient_of_one(loss, params, example))(batch)
+
+
+def measure(loss: Loss, params: Params, batch: Any, *, curvature: bool = True, chunk: int = 1024) -> PointNoise:
+    """‖G‖², tr Σ and the noise scales at `params`, exactly, over all n examples of `batch`, in float64.
+
+    Args:
+      curvature: compute GᵀHG, tr(HΣ) and B_noise too, which forms the Hessian (at most `DENSE` parameters).
+      chunk: this many example gradients are in memory at once.
+
+    Raises ValueError with `curvature` and more than `DENSE` parameters, or for an empty batch.
+    """
+    with jax.enable_x64(True):
+        params, batch = _in_float64(params), _in_float64(batch)
+        n, size = _count(batch), ravel_pytree(params)[0].size
+        if curvature:
+            _check_dense(size, "curvature=False leaves B_noise out")
+        G, trace = _jitted_moments(params, batch, loss=loss, chunk=chunk)
+        squared = float(np.sum(np.asarray(ravel_pytree(G)[0]) ** 2))
+        along = against = math.nan
+        if curvature:
+            H = np.asarray(_jitted_hessian(params, batch, loss=loss))
+            g = np.asarray(ravel_pytree(G)[0])
+            along = float(g @ H @ g)
+            against = float(np.sum(H * np.asarray(_jitted_covariance(params, batch, loss=loss, chunk=chunk))))
+        return PointNoise(
+            n,
+            jax.tree.map(np.asarray, G),
+            squared,
+            float(trace),
+            _ratio(float(trace), squared),
+            along,
+            against,
+            _ratio(against, along),
+        )
+
+
+def covariance(loss: Loss, params: Params, batch: Any, *, chunk: int = 1024) -> np.ndarray:
+    """`Σ[p, p] = (1/n) Σ (gᵢ − G)(gᵢ − G)ᵀ` exactly, float64, parameters in the order of `ravel_pytree`.
+
+    `gamma(sampling, n) * covariance(...)` is the covariance of the batch gradient. Raises ValueError beyond
+    `DENSE` parameters.
+    """
+    with jax.enable_x64(True):
+        params, batch = _in_float64(params), _in_float64(batch)
+        _check_dense(ravel_pytree(params)[0].size, "use measure or directional_variances")
+        return np.asarray(_jitted_covariance(params, batch, loss=loss, chunk=chunk))
+
+
+def directional_variances(
+    loss: Loss, params: Params, batch: Any, directions: Params, *, chunk: int = 1024
+) -> np.ndarray:
+    """`vᵀΣv[k]` exactly, for k directions: the parameters' pytree, each leaf with an axis k in front.
+
+    Forward mode: no example gradient is formed, so any number of parameters will do.
+    """
+    with jax.enable_x64(True):
+        args = _in_float64(params), _in_float64(batch), _in_float64(directions)
+        return np.asarray(_jitted_directional(*args, loss=loss, chunk=chunk))
+
+
+def one_step(noise: PointNoise, factor: float) -> OneStep:
+    """The best step size for a batch gradient of sampling factor γ, and what it gains (McCandlish et al. 2018).
+
+    `E[L(w − ηg_B)] = L − η‖G‖² + ½η²(GᵀHG + γ tr(HΣ))`, exact for a quadratic and to O(η³) otherwise, is least at
+    `η = η_max/(1 + γ B_noise)` and gains `ΔL_max/(1 + γ B_noise)`, with `η_max = ‖G‖²/GᵀHG` and
+    `ΔL_max = ½‖G‖⁴/GᵀHG`. NaN where the curvature is not positive, or was not measured.
+    """
+    total = noise.curvature + factor * noise.noise_curvature
+    if not total > 0:
+        return OneStep(math.nan, math.nan)
+    return OneStep(noise.gradient_squared / total, 0.5 * noise.gradient_squared**2 / total)
+
+
+def estimate_scale(
+    loss: Loss,
+    params: Params,
+    batch: Any,
+    *,
+    small: Sampling,
+    big: Sampling,
+    key: Key,
+    draws: int = 100,
+    level: float = 0.95,
+) -> ScaleEstimate:
+    """B_simple, tr Σ and ‖G‖² estimated from `draws` independent pairs of batches, with intervals.
+
+    As `E‖g_B‖² = ‖G‖² + γ tr Σ`, batches of two sizes give both, without bias:
+
+        tr Σ ≈ (‖g_s‖² − ‖g_b‖²) / (γ_s − γ_b)        ‖G‖² ≈ (γ_s‖g_b‖² − γ_b‖g_s‖²) / (γ_s − γ_b)
+
+    The usual estimator (McCandlish et al. 2018, appendix A) has 1/b in place of γ: for distinct examples it is
+    biased, and its ‖G‖² is negative on average at a minimum. Means are taken before the ratio: the mean of
+    the ratios does not exist. `big` may be the full batch.
+
+    Raises ValueError for fewer than 20 draws, or samplings that do not differ in γ with `small` noisier.
+    """
+    n = _count(batch)
+    gamma_small, gamma_big = gamma(small, n), gamma(big, n)
+    if not gamma_small > gamma_big:
+        raise ValueError(
+            f"small must be the noisier of the two: its sampling factor {gamma_small:g} is not above {gamma_big:g}"
+        )
+    keys = jax.random.split(key, (2, draws))
+    few = np.asarray(squared_norms(loss, params, batch, small, keys[0]), float)
+    many = np.asarray(squared_norms(loss, params, batch, big, keys[1]), float)
+    trace = (few - many) / (gamma_small - gamma_big)
+    squared = (gamma_small * many - gamma_big * few) / (gamma_small - gamma_big)
+    return ScaleEstimate(
+        ratio_interval(trace, squared, level=level),
+        mean_interval(trace, level=level),
+        mean_interval(squared, level=level),
+    )
+
+
+@partial(jax.jit, static_argnames=("loss", "sampling"))
+def squared_norms(loss: Loss, params: Params, batch: Any, sampling: Sampling, keys: Key) -> jax.Array:
+    """`‖g_B‖²[s]` for s independent batches, one per key, in the precision of the arguments."""
+    n = _count(batch)
+    check_sizes(sampling, n)
+
+    def one(key: Key) -> jax.Array:
+        indices = sampling.indices(key, 0, n)
+        return _squared(jax.grad(loss)(params, jax.tree.map(lambda leaf: leaf[indices], batch)))
+
+    return jax.lax.map(one, keys, batch_size=16)
+
+
+def monitor(
+    loss: Loss, batch: Any, *, curvature: bool = False, chunk: int = 1024
+) -> Callable[[Params], dict[str, jax.Array]]:
+    """A pure function of the parameters, for `descend(..., observe=monitor(loss, data))`.
+
+    It returns scalars, exact over `batch` in the precision of the run: `gradient_squared` (‖G‖²), `noise_trace`
+    (tr Σ), `simple_scale` (B_simple), and with `curvature` (at most `DENSE` parameters) `noise_scale` (B_noise).
+    It works under `jit` and `vmap`, and costs about two passes of example gradients at each record point.
+    """
+    batch = jax.tree.map(jnp.asarray, batch)
+    _count(batch)
+
+    def observe(params: Params) -> dict[str, jax.Array]:
+        G, trace = _moments(loss, params, batch, chunk)
+        squared = _squared(G)
+        seen = {"gradient_squared": squared, "noise_trace": trace, "simple_scale": trace / squared}
+        if curvature:
+            g = ravel_pytree(G)[0]
+            _check_dense(g.size, "leave curvature out")
+            H = _hessian(loss, params, batch)
+            against = jnp.sum(H * _covariance(loss, params, batch, chunk))
+            seen["noise_scale"] = against / (g @ H @ g)
+        return seen
+
+    return observe
+
+
+def _gradient_of_one(loss: Loss, params: Params, example: Any) -> Params:
+    return jax.grad(loss)(params, jax.tree.map(lambda leaf: leaf[None], example))
+
+
+def _example_mean(of: Callable[[Any], Any], batch: Any, chunk: int) -> Any:
+    """`(1/n) Σ of(example i)`, `chunk` examples at a time; the last chunk is padded with weight 0."""
+    n = _count(batch)
+    chunk = min(chunk, n)
+
+    def add(total: Any, first: jax.Array) -> tuple[Any, None]:
+        rows = first + jnp.arange(chunk, dtype=jnp.int32)
+        examples = jax.tree.map(lambda leaf: leaf[jnp.minimum(rows, n - 1)], batch)
+        values = jax.vmap(of)(examples)
+
+        def weigh(sum_so_far: jax.Array, value: jax.Array) -> jax.Array:
+            return sum_so_far + jnp.tensordot((rows < n).astype(value.dtype), value, 1)
+
+        return jax.tree.map(weigh, total, values), None
+
+    one = jax.tree.map(lambda leaf: leaf[0], batch)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of, one))
+    total, _ = jax.lax.scan(add, zero, jnp.arange(0, n, chunk, dtype=jnp.int32))
+    return jax.tree.map(lambda leaf: leaf / n, total)
+
+
+def _moments(loss: Loss, params: Params, batch: Any, chunk: int) -> tuple[Params, jax.Array]:
+    """G and tr Σ, in two passes: deviations from the mean, not a difference of large squares."""
+    G = jax.grad(loss)(params, batch)
+
+    def deviation(example: Any) -> jax.Array:
+        return _squared(jax.tree.map(jnp.subtract, _gradient_of_one(loss, params, example), G))
+
+    return G, _example_mean(deviation, batch, chunk)
+
+
+def _covariance(loss: Loss, params: Params, batch: Any, chunk: int) -> jax.Array:
+    G = ravel_pytree(jax.grad(loss)(params, batch))[0]
+
+    def outer(example: Any) -> jax.Array:
+        d = ravel_pytree(_gradient_of_one(loss, params, example))[0] - G
+        return jnp.outer(d, d)
+
+    # A chunk holds this many p × p matrices.
+    return _example_mean(outer, batch, max(1, min(chunk, 4_000_000 // G.size**2)))
+
+
+def _hessian(loss: Loss, params: Params, batch: Any) -> jax.Array:
+    flat, unravel = ravel_pytree(params)
+    gradient = jax.grad(lambda w: loss(unravel(w), batch))
+
+    def row(v: jax.Array) -> jax.Array:
+        return jax.jvp(gradient, (flat,), (v,))[1]
+
+    return jax.lax.map(row, jnp.eye(flat.size, dtype=flat.dtype), batch_size=32)
+
+
+def _directional(loss: Loss, params: Params, batch: Any, directions: Params, chunk: int) -> jax.Array:
+    def slope(data: Any, v: Params) -> jax.Array:
+        return jax.jvp(lambda w: loss(w, data), (params,), (v,))[1]
+
+    mean = jax.vmap(lambda v: slope(batch, v))(directions)
+
+    def squares(example: Any) -> jax.Array:
+        one = jax.tree.map(lambda leaf: leaf[None], example)
+        return (jax.vmap(lambda v: slope(one, v))(directions) - mean) ** 2
+
+    return _example_mean(squares, batch, chunk)
+
+
+@partial(jax.jit, static_argnames=("loss", "chunk"))
+def _jitted_moments(params: Params, batch: Any, *, loss: Loss, chunk: int) -> Any:
+    return _moments(loss, params, batch, chunk)
+
+
+@partial(jax.jit, static_argnames=("loss", "chunk"))
+def _jitted_covariance(params: Params, batch: Any, *, loss: Loss, chunk: int) -> Any:
+    return _covariance(loss, params, batch, chunk)
+
+
+@partial(jax.jit, static_argnames=("loss",))
+def _jitted_hessian(params: Params, batch: Any, *, loss: Loss) -> Any:
+    return _hessian(loss, params, batch)
+
+
+@partial(jax.jit, static_argnames=("loss", "chunk"))
+def _jitted_directional(params: Params, batch: Any, directions: Params, *, loss: Loss, chunk: int) -> Any:
+    return _directional(loss, params, batch, directions, chunk)
+
+
+def _squared(tree: Params) -> jax.Array:
+    return jax.tree.reduce(jnp.add, jax.tree.map(lambda leaf: jnp.sum(leaf**2), tree))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """The quotient; inf over zero, NaN over what is negative."""
+    if denominator > 0:
+        return numerator / denominator
+    return math.inf if denominator == 0 and numerator > 0 else math.nan
+
+
+def _count(batch: Any) -> int:
+    leaves = jax.tree.leaves(batch)
+    n = {np.shape(leaf)[:1] for leaf in leaves}
+    if len(n) != 1 or n in ({()}, {(0,)}):
+        raise ValueError(
+            "the batch needs arrays that share a leading axis of at least one example; got shapes "
+            f"{[np.shape(leaf) for leaf in leaves]}"
+        )
+    return n.pop()[0]
+
+
+def _check_dense(size: int, instead: str) -> None:
+    if size > DENSE:
+        raise ValueError(f"{size} parameters are too many to form a matrix (at most {DENSE}): {instead}")
+
+
+def _in_float64(tree: Any) -> Any:
+    def convert(leaf: Any) -> jax.Array:
+        array = jnp.asarray(leaf)
+        return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+    return jax.tree.map(convert, tree)

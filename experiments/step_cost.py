@@ -81,9 +81,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
 
     def keep(name: str, timings: list[timing.Timing], steps: list[int]) -> None:
         """Seconds per step: median, low, high, `[3, points]`."""
-        numbers[name] = np.array(
-            [[t.median / s, t.low / s, t.high / s] for t, s in zip(timings, steps, strict=True)]
-        ).T
+        numbers[name] = np.array([[t.median / s, t.low / s, t.high / s] for t, s in zip(timings, steps, strict=True)]).T
 
     timed: dict[str, list[timing.Timing]] = {name: [] for name in ("full batch", *KINDS)}
     steps_of: dict[str, list[int]] = {name: [] for name in timed}

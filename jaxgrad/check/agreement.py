@@ -142,6 +142,36 @@ def noise_of(problem: Problem, store: Kernel, points: Sequence[Point]) -> tuple[
     return max(float(np.median(mine)), *live), true_noise
 
 
+def local_noise(problem: Problem, store: Kernel, point: Point) -> tuple[list[float], list[float]]:
+    """Rounding of each leaf at one point, of the true gradient and of the person's: ‖error‖, not relative.
+
+    Seventh differences along θ + k δ with |δ| = 1e-3 |θ|: steps large enough to move the last digit of 1 − p
+    for a p that is nearly 1, where that digit is all there is.
+    """
+    rng = np.random.default_rng(8)
+    weights = np.array([1.0, -7.0, 21.0, -35.0, 35.0, -21.0, 7.0, -1.0])
+    true = np.zeros((2, len(problem.paths)))
+    mine = np.zeros((2, len(problem.paths)))
+    for trial in range(2):
+        delta = [1e-3 * np.abs(leaf) * rng.standard_normal(leaf.shape) for leaf in point.leaves]
+        total_true = [np.zeros_like(p) for p in point.leaves]
+        total_mine = [np.zeros_like(p) for p in point.leaves]
+        for k, weight in enumerate(weights):
+            leaves = tuple(leaf + k * d for leaf, d in zip(point.leaves, delta, strict=True))
+            got = hand(problem, leaves, point.data)
+            if isinstance(got, Wrong):
+                return [0.0] * len(problem.paths), [0.0] * len(problem.paths)
+            with np.errstate(all="ignore"):
+                for total, gradient in ((total_true, truth(store, leaves, point.data)[1]), (total_mine, got)):
+                    for i, g in enumerate(gradient):
+                        total[i] = total[i] + weight * g
+        size = float(np.linalg.norm(weights))
+        true[trial] = [_norm(x) / size for x in total_true]
+        mine[trial] = [_norm(x) / size for x in total_mine]
+    clean = lambda x: [float(v) if np.isfinite(v) else 0.0 for v in x.max(axis=0)]  # noqa: E731
+    return clean(true), clean(mine)
+
+
 def _live(noise: list[float], gradient: Sequence[np.ndarray]) -> list[float]:
     """The noise of the leaves that are more than rounding beside the others."""
     norms = [_norm(g) for g in gradient]

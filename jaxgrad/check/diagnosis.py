@@ -410,9 +410,15 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     return out
 
 
-def _ranked(case: Case, hits: Sequence[tuple[float, int]]) -> tuple[int, list[int]]:
-    order = [m for _, m in sorted(hits)]
-    return order[0], order[1:]
+def _cost(case: Case, m: int) -> float:
+    s = case.samples[0]
+    return case.faults[m].cost + catalogue_of.implausibility(case.faults[m], s.program, s.todo, s.replay)
+
+
+def _ranked(case: Case, hits: Sequence[int]) -> tuple[float, int, list[int]]:
+    """The most plausible fault with its cost, and the others."""
+    order = sorted((_cost(case, int(m)), int(m)) for m in hits)
+    return order[0][0], order[0][1], [m for _, m in order[1:]]
 
 
 def _others(case: Case, best: Fault, rest: Sequence[int]) -> tuple[str, ...]:
@@ -439,16 +445,16 @@ def _one_fault(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     on_all = np.nonzero((misfit.max(axis=1) <= 1) & (moves > 0))[0]
     everything = tuple(leaves) == tuple(case.wrong)
     if len(on_all) and everything:
-        best, rest = _ranked(case, [(case.faults[m].cost, int(m)) for m in on_all])
+        cost, best, rest = _ranked(case, list(on_all))
         found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=False)
         found = found._replace(equivalents=_others(case, case.faults[best], rest))
-        return [Explanation(10 + 0.1 * case.faults[best].cost, leaves, (found,))]
+        return [Explanation(10 + cost, leaves, (found,))]
     on_wrong = np.nonzero((misfit[:, list(leaves)].max(axis=1) <= 1) & (moves > 0))[0]
     if len(on_wrong):
-        best, rest = _ranked(case, [(case.faults[m].cost, int(m)) for m in on_wrong])
+        cost, best, rest = _ranked(case, list(on_wrong))
         found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=True)
         found = found._replace(equivalents=_others(case, case.faults[best], rest))
-        return [Explanation(20 + 0.1 * case.faults[best].cost, leaves, (found,))]
+        return [Explanation(20 + 0.1 * cost, leaves, (found,))]
     return []
 
 
@@ -487,7 +493,9 @@ def _one_term(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         return []
     cost, m, factor, clean = min(hits)
     found = words.term(case.problem, case.samples[0], case.terms[m], factor, leaves, restricted=not clean)
-    return [Explanation(14 + cost, leaves, (found,))]
+    # A clean omission says more than a derivative of 1 that happens to contribute nothing.
+    base = 9.5 if factor == "0" and clean else 12.3
+    return [Explanation(base + cost, leaves, (found,))]
 
 
 def _term_cost(case: Case, m: int, factor: str, clean: bool) -> float:
@@ -548,6 +556,7 @@ def _added(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
 def _entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     """Right but for a few entries of each leaf."""
     findings = []
+    masks: list[tuple[int, np.ndarray, str | None]] = []
     for leaf in leaves:
         bad = None
         same = [s for s in case.samples if s.evaluation.true[leaf].shape == case.samples[0].evaluation.true[leaf].shape]
@@ -561,7 +570,8 @@ def _entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             bad = here if bad is None else bad | here
         assert bad is not None
         count, size = int(bad.sum()), bad.size
-        if size < 2 or count == 0 or count > max(1, min(8, size // 3)):
+        column = _slice_of(bad)
+        if size < 2 or count == 0 or (column is None and count > max(1, min(8, size // 3))):
             return []
         ratios = []
         for s in same:
@@ -571,8 +581,29 @@ def _entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         factor = None
         if np.all(np.isfinite(ratio)) and np.ptp(ratio) <= 1e-6 * np.max(np.abs(ratio)) + 1e-12:
             factor = name_factor([(None, float(np.mean(ratio)))], {}, 1e-6)
+        masks.append((leaf, bad, factor))
         findings.append(words.entries(case.problem, case.samples[0], leaf, np.argwhere(bad), factor))
+    slices = {_slice_of(bad) for _, bad, _ in masks if bad.ndim > 1}
+    factors = {factor for _, _, factor in masks}
+    if len(slices) == 1 and None not in slices and factors <= {"0", "-1"} and len(factors) == 1:
+        axis, index = next(iter(slices))  # type: ignore[misc]
+        if all(bad.ndim > 1 or (axis == 1 and bad[index]) for _, bad, _ in masks):
+            found = words.class_slice(case.problem, case.samples[0], leaves, axis, index, next(iter(factors)))
+            return [Explanation(14.8, leaves, (found,))]
     return [Explanation(15.0, leaves, tuple(findings))]
+
+
+def _slice_of(bad: np.ndarray) -> tuple[int, int] | None:
+    """(axis, index) if exactly one row or column of a matrix is marked (an entry of a vector counts)."""
+    if bad.ndim == 1:
+        return (1, int(np.argmax(bad))) if bad.sum() == 1 else None
+    if bad.ndim != 2:
+        return None
+    for axis in (1, 0):
+        hit = np.nonzero(bad.any(axis=1 - axis))[0]
+        if len(hit) == 1 and bad.shape[axis] > 1 and np.take(bad, hit[0], axis=axis).all():
+            return axis, int(hit[0])
+    return None
 
 
 def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
@@ -580,7 +611,9 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     groups: dict[Any, list[int]] = {}
     s = case.samples[0]
     for m, fault in enumerate(case.faults):
-        if fault.cost > 4.0 or fault.kind == "wrong-value":
+        if fault.kind not in ("missing-derivative", "wrong-argument", "transposed", "missing-factor") and not (
+            fault.kind in ("extra-derivative", "wrong-derivative") and fault.detail[0] in ("twice", "sigmoid", "tanh", "relu")
+        ):
             continue
         names = tuple(s.program.steps[k].name for k in fault.members)
         by_place = words.place_of(s, fault)
@@ -604,7 +637,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             _misfit(case, t, (t.true + t.changes[chosen].sum(axis=0))[None, :])[0, list(leaves)].max()
             for t in case.samples
         )
-        if linear <= 1 or (len(tried) < 60 and _replayed(case, chosen, leaves, first_only=True)):
+        if linear <= 1 or (len(tried) < 16 and _replayed(case, chosen, leaves, first_only=True)):
             if linear <= 1 or _replayed(case, chosen, leaves):
                 hits.append((case.faults[chosen[0]].cost - 0.1 * len(chosen), chosen))
     if not hits:
@@ -667,6 +700,8 @@ def replayed(case: Case, s: Sample, chosen: Sequence[int]) -> list[Any]:
                     sent[product.operand] = adjoint
                 else:
                     other = catalogue_of.stand_in(product, fault.label, values, s.program)
+                    if product.labels[fault.label][0] == "adjoint":
+                        adjoint = adjoint.swapaxes(-1, -2)
                     sent[product.operand] = pull_product(s.program, product, values, other, adjoint)
             return sent
 
@@ -695,15 +730,15 @@ def _fault_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         factor = _named(case, c[m])
         if factor is None or factor in ("0", "1"):
             continue
-        hits.append((case.faults[m].cost + (0 if _exact(factor) else 10), int(m), factor))
+        hits.append((_cost(case, int(m)) + (0 if _exact(factor) else 10), int(m), factor))
     if not hits:
         return []
-    _, m, factor = min(hits)
+    cost, m, factor = min(hits)
     s = case.samples[0]
     first = words.fault(case.problem, s, case.faults[m], leaves, restricted=not everything)
     leaf = None if everything and len(leaves) == len(case.problem.leaves) else leaves[0] if len(leaves) == 1 else None
     second = words.scale(case.problem, s, factor, leaf, leaves)
-    return [Explanation(25 + 0.5 * case.faults[m].cost + _complexity(factor), leaves, (first, second))]
+    return [Explanation(25 + 0.5 * cost + _complexity(factor), leaves, (first, second))]
 
 
 def _term_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
@@ -805,10 +840,14 @@ def _slice_weights(
             blocks.append(parts[mask] / scale)
             targets.append((s.hand[mask] - outside) / scale)
         a, b = np.concatenate(blocks), np.concatenate(targets)
-        if a.shape[0] < a.shape[1] + 2 or not np.all(np.isfinite(a)):
+        if not np.all(np.isfinite(a)):
             return None
+        if a.shape[0] < a.shape[1] + 2:
+            continue
         w, _, rank, _ = np.linalg.lstsq(a, b, rcond=1e-10)
-        if rank < a.shape[1] or np.linalg.norm(a @ w - b) > 1e-7 + 1e3 * case.noise:
+        if rank < a.shape[1]:
+            continue
+        if np.linalg.norm(a @ w - b) > 1e-7 + 1e3 * case.noise:
             return None
         values, counts = np.unique(np.round(w, 6), return_counts=True)
         usual = float(values[np.argmax(counts)])
@@ -821,6 +860,8 @@ def _slice_weights(
             return None
         overall += [(s.evaluation.point.n, usual) for s in group]
         all_weights.append(relative)
+    if not all_weights:
+        return None
     name = name_factor(overall, case.dims, 1e-5)
     if name is None or name == "0":
         return None

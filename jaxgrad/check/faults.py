@@ -110,6 +110,31 @@ def _width(program: Program, at: Replay) -> int:
     return at.tangents[program.leaves[0]].shape[0]
 
 
+_FAMILIES = ({"sigmoid", "tanh", "relu", "softplus"}, {"abs", "square", "relu"}, {"exp", "log"}, {"sin", "cos"})
+
+
+def implausibility(fault: Fault, program: Program, todo: Plan, at: Replay) -> float:
+    """How much more far-fetched a fault is at these values than its kind: nobody takes log(1 - p) for a relu."""
+    if fault.piece < 0 or not todo.pieces[fault.piece].elementwise or fault.kind == "missing-derivative":
+        return 0.0
+    piece = todo.pieces[fault.piece]
+    with np.errstate(all="ignore"):
+        new = np.asarray(local_change(program, todo, at, fault)) + at.derivatives[fault.piece][0]
+    if np.all(np.isfinite(new)) and new.size > 1 and np.ptp(new) <= 1e-12 * np.max(np.abs(new), initial=0.0):
+        return 6.0  # a constant: another fault says the same more simply
+    known = known_function(piece, at)
+    extra = 0.0
+    if known is None and len(fault.members) > 1:
+        extra += 1.2
+    if fault.kind == "wrong-derivative" and any(fault.detail[0] == k.name for k in KNOWN):
+        mine = known.name if known is not None else ""
+        family = any(mine in f and fault.detail[0] in f for f in _FAMILIES)
+        extra += 0.0 if family else 2.0
+    if fault.kind in ("wrong-value", "missing-factor") and fault.detail[0] in ("formula", "half"):
+        extra += 0.0 if known is not None and known.name in ("sigmoid", "tanh") else 2.0
+    return extra
+
+
 def known_function(piece: Piece, at: Replay) -> Known | None:
     """The function of `KNOWN` that a piece computes, judged by its values."""
     z, a = at.values[piece.start], at.values[piece.end]
@@ -146,6 +171,8 @@ def _walk(program: Program, todo: Plan, at: Replay | None):
                 "flipped": ("transposed", 3.2),
                 "rolled": ("wrong-value", 5.0),
                 "value": ("wrong-value", 4.0),
+                "value^T": ("wrong-value", 4.2),
+                "adjoint": ("transposed", 3.1),
             }[label]
             cost += 0.3 if other in program.leaves and step.inputs[product.partner] not in program.leaves else 0.0
             yield (
@@ -224,6 +251,9 @@ def _elementwise(program: Program, number: int, piece: Piece, at: Replay | None)
                             fault("wrong-value", 4.2, "formula", other, k.name),
                             change(lambda f=f, o=other: f(at.values[o])),  # type: ignore[union-attr]
                         )
+    for k in KNOWN[:2]:
+        # softplus'(z) = sigmoid(z), and then tanh(z) for it
+        yield fault("wrong-derivative", 3.3, "value", k.name), change(lambda k=k: k.value(z()))
     yield fault("wrong-derivative", 2.6, "itself", ""), change(a)
     yield fault("wrong-derivative", 2.8, "input", ""), change(z)
     yield fault("missing-factor", 2.5, "half", "1 - a"), change(lambda: 1 - a())
@@ -272,6 +302,9 @@ def _extra(program: Program, at: Replay | None):
         aval = program.avals[slot]
         if getattr(aval, "ndim", 0) > 0 and np.dtype(aval.dtype).kind == "f":
             by_shape.setdefault(tuple(aval.shape), []).append(slot)
+    near: dict[tuple[int, ...], list[int]] = {}
+    for slot in sorted(program.moving):
+        near.setdefault(tuple(program.avals[slot].shape), []).append(slot)
     for slot in sorted(program.moving):
         if slot not in makers or program.avals[slot].ndim == 0:
             continue
@@ -287,14 +320,20 @@ def _extra(program: Program, at: Replay | None):
             return make
 
         for known in KNOWN:
-            if known.name in ("sigmoid", "tanh", "relu", "exp", "square", "log"):
-                cost = 3.4 if known.name in ("sigmoid", "tanh", "relu") else 4.4
+            if known.name in ("sigmoid", "tanh", "relu"):
+                cost = 3.4
                 fault = Fault("extra-derivative", cost, members, ("function", known.name, known.text))
                 yield fault, change(known.slope)
                 if known.name in ("sigmoid", "tanh"):
                     fault = Fault("extra-derivative", cost + 0.1, members, ("output", known.name, known.text))
                     yield fault, change(known.from_output)  # type: ignore[arg-type]
         yield Fault("extra-derivative", 4.5, members, ("value", "", "")), change(lambda v: v)
+        for other in near.get(tuple(program.avals[slot].shape), [])[:8]:
+            if other > slot:
+                fault = Fault("extra-derivative", 3.8, members, ("other", "sigmoid", "a (1 - a)", other))
+                yield fault, change(lambda v, o=other: at.values[o] * (1 - at.values[o]))  # type: ignore[union-attr]
+                fault = Fault("extra-derivative", 3.9, members, ("log", "sigmoid", "a (1 - a)", other))
+                yield fault, change(lambda v, o=other: np.exp(at.values[o]) * (1 - np.exp(at.values[o])))  # type: ignore[union-attr]
         for other in by_shape.get(tuple(program.avals[slot].shape), [])[:4]:
             yield (
                 Fault("missing-term", 5.0, members, ("mask", other)),
@@ -320,6 +359,10 @@ def extra_factor(at: Replay, slot: int, fault: Fault) -> np.ndarray:
         return at.values[name] - 1
     if how == "value":
         return value - 1
+    if how in ("other", "log"):
+        other = at.values[fault.detail[3]]
+        other = np.exp(other) if how == "log" else other
+        return other * (1 - other) - 1
     known = next(k for k in KNOWN if k.name == name)
     if how == "function":
         return known.slope(value) - 1

@@ -129,35 +129,47 @@ def _check(problem: Problem, store: Kernel) -> Report:
         tol, dead = _widen(problem, store, usable, sizes, tol)
         failing = [e for e in usable if agreement.wrong_leaves(e, tol)]
     saturated = [e for e in (_quiet(problem, store, p) for p in tried.saturated) if e is not None]
+    far = [e for e in saturated if e.true_finite and e.hand_finite]
 
-    generic = [e for e in failing if e.hand_finite and e.point.name not in _SPECIAL]
+    # A gradient that is right at drawn parameters may still differ where one of the two has lost its digits.
+    noisy: list[tuple[Evaluation, int]] = []
+    firm: list[tuple[Evaluation, list[int]]] = []
+    drawn = [e for e in failing if e.hand_finite and e.point.name == "drawn parameters"]
+    if drawn:
+        firm = [(e, agreement.wrong_leaves(e, tol)) for e in failing if e.hand_finite]
+    else:
+        for e in [e for e in failing if e.hand_finite] + [e for e in far if agreement.wrong_leaves(e, tol)]:
+            wrong = _beyond_rounding(problem, store, e, agreement.wrong_leaves(e, tol), sizes, tol, noisy)
+            if wrong:
+                firm.append((e, wrong))
     findings: list[Finding] = []
     ok = True
-    if generic:
+    wrong = sorted({i for e, leaves in firm for i in leaves if not drawn or e.point.name == "drawn parameters"})
+    distant = {id(e) for e in far}
+    if drawn or any(e.point.name not in _SPECIAL and id(e) not in distant for e, _ in firm):
         ok = False
-        wrong = sorted({i for e in generic for i in agreement.wrong_leaves(e, tol)})
-        findings += _explain(problem, store, tried, usable, wrong, tol, dead, generic)
-    else:
-        special = [e for e in failing if e.hand_finite]
-        if special:
-            kinks, fine = numerics.kink(problem, store, special, tol)
-            if kinks:
-                findings += kinks
-                ok = ok and fine
-            else:
-                ok = False
-                wrong = sorted({i for e in special for i in agreement.wrong_leaves(e, tol)})
-                findings += _explain(problem, store, tried, usable, wrong, tol, dead, special)
-    unstable = numerics.unstable(problem, store, evaluations + saturated, saturated, sizes, tol, bool(generic))
+        findings += _explain(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm])
+    elif firm:
+        kinks, fine = numerics.kink(problem, store, [e for e, _ in firm], tol)
+        if kinks:
+            findings += kinks
+            ok = ok and fine
+        else:
+            ok = False
+            findings += _explain(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm])
+            if all(id(e) in distant for e, _ in firm) and findings[0].kind == "unknown":
+                noisy += [(e, leaves[0]) for e, leaves in firm]
+                findings, ok = [], True
+    unstable = numerics.unstable(problem, store, evaluations + saturated, noisy if not findings else [])
     if unstable:
         ok = False
         findings += unstable
     custom = numerics.custom_rules(problem, store, usable, tol, ok)
     if custom:
         ok = False
-        findings = custom if all(f.kind in ("unknown",) or generic for f in findings) else findings + custom
-    rank = [e for e in failing if e.hand_finite] or failing or usable[:1]
-    shown = first if first in rank else max(rank, key=lambda e: max(agreement.relative_errors(e, sizes), default=0))
+        findings = custom
+    rank = [e for e, _ in firm] or failing or usable[:1]
+    shown = first if any(e is first for e in rank) else max(rank, key=lambda e: max(agreement.relative_errors(e, sizes), default=0))
     leaves = agreement.compare(problem, shown, tol, sizes)
     if not all(e.true_finite for e in evaluations):
         notes.append("autodiff of your loss is itself not finite at some of the points tried; they were left out.")
@@ -177,7 +189,7 @@ def _check(problem: Problem, store: Kernel) -> Report:
     return Report(ok, tuple(leaves), tuple(findings), smallest, table, tuple(notes))
 
 
-_SPECIAL = ("the given point", "the given point, other examples", "small parameters")
+_SPECIAL = ("the given point", "the given point, other examples", "small parameters", "large parameters")
 
 
 def _call(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wrong:
@@ -186,6 +198,34 @@ def _call(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wrong:
     except Exception as error:
         error.add_note(f"jaxgrad: your gradient raised this at {point.name}.")
         raise
+
+
+def _beyond_rounding(
+    problem: Problem,
+    store: Kernel,
+    e: Evaluation,
+    wrong: Sequence[int],
+    sizes: Sequence[float],
+    tol: Tolerance,
+    noisy: list[tuple[Evaluation, int]],
+) -> list[int]:
+    """The leaves whose error at this point is more than the rounding either function shows there.
+
+    Where it is the person's rounding that is large, the point is kept in `noisy`.
+    """
+    true_noise, own_noise = agreement.local_noise(problem, store, e.point)
+    left = []
+    for i in wrong:
+        error = agreement.errors(e)[i]
+        size = float(np.linalg.norm(e.true[i]))
+        coarse = max(1e-6, 1e3 * tol.relative[i]) * size + max(1e-9, 1e3 * tol.noise) * sizes[i]
+        if error > 50 * (true_noise[i] + own_noise[i]) and not (
+            e.point.name.startswith("parameters") and e.point.name[11].isdigit() and error <= coarse
+        ):
+            left.append(i)
+        elif own_noise[i] > 10 * true_noise[i] and error > coarse:
+            noisy.append((e, i))
+    return left
 
 
 def _quiet(problem: Problem, store: Kernel, point: Point) -> Evaluation | None:
@@ -319,13 +359,24 @@ def _explain(
         more = points.generic(problem, store, np.random.default_rng(4), tried.second, truth, 2)
     for point in [*tried.generic, *more]:
         found = next((e for e in usable if e.point is point), None) or _quiet(problem, store, point)
-        if isinstance(found, Evaluation) and found.true_finite and found.hand_finite:
+        if not (isinstance(found, Evaluation) and found.true_finite and found.hand_finite):
+            continue
+        if point.name == "drawn parameters" or _quiet_digits(problem, store, found):
             search.append(found)
     seen = sorted({i for e in search for i in agreement.wrong_leaves(e, tol)})
     if not search or not seen:
         # wrong only with the examples that were given: search there
-        search = [e for e in failing if e.hand_finite][:3]
+        sizes = [e.point.n for e in failing]
+        usual = max(set(sizes), key=sizes.count)
+        search = [e for e in failing if e.point.n == usual][:3]
         seen = list(wrong)
     if not search:
         return [words.unknown(problem, None)]
     return list(diagnosis.explain(problem, store, search, seen, tol.noise, dead))
+
+
+def _quiet_digits(problem: Problem, store: Kernel, e: Evaluation) -> bool:
+    """Whether neither gradient loses digits at a point, so that an explanation can be held against it."""
+    true_noise, own_noise = agreement.local_noise(problem, store, e.point)
+    sizes = [max(float(np.linalg.norm(t)), float(np.linalg.norm(h))) for t, h in zip(e.true, e.hand, strict=True)]
+    return all(a + b <= 1e-6 * max(size, 1e-300) for a, b, size in zip(true_noise, own_noise, sizes, strict=True))

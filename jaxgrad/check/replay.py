@@ -91,8 +91,8 @@ def analysis(program: Program, todo: Plan) -> Callable[..., Replay]:
 
     def run(leaves: Sequence[Any], data: Sequence[Any], directions: Sequence[Any]) -> dict[str, Any]:
         values = forward(program, leaves, data)
-        tangents = _tangents(program, values, directions)
         adjoints, contributions = _reverse(program, values)
+        tangents = _tangents(program, values, directions, adjoints)
         derivatives = {i: _derivatives(program, piece, values, adjoints) for i, piece in enumerate(todo.pieces)}
         alternatives = {
             i: _alternatives(program, product, values, adjoints) for i, product in enumerate(todo.products)
@@ -217,7 +217,14 @@ def _differentiable(
     return operands, outs, function, [arguments[i] for i in operands]
 
 
-def _tangents(program: Program, values: Mapping[int, Any], directions: Sequence[Any]) -> dict[int, Any]:
+def _tangents(
+    program: Program,
+    values: Mapping[int, Any],
+    directions: Sequence[Any],
+    adjoints: Mapping[int, Any],
+) -> dict[int, Any]:
+    """J_v of every value. A maximum whose contributions cancel (softmax minus its largest logit) moves nothing
+    in the true gradient, and a derivation by hand leaves it out; so it must not carry a fault either."""
     tangents: dict[int, Any] = dict(zip(program.leaves, directions, strict=True))
     count = directions[0].shape[0]
     for step in program.steps:
@@ -229,6 +236,10 @@ def _tangents(program: Program, values: Mapping[int, Any], directions: Sequence[
             zero = jnp.zeros((count, *value.shape), value.dtype)
             incoming.append(tangents.get(step.inputs[i], zero).astype(value.dtype))
         push = jax.vmap(lambda *t, f=function, m=tuple(moved): jax.jvp(f, m, t)[1])(*incoming)
+        if step.primitive == "reduce_max" and step.outputs[0] in adjoints:
+            out = step.outputs[0]
+            idle = jnp.max(jnp.abs(adjoints[out])) <= 1e-9 * jnp.max(jnp.abs(adjoints[step.inputs[0]]))
+            push = (jnp.where(idle, 0.0, push[0]),)
         tangents.update({step.outputs[j]: push[n] for n, j in enumerate(outs)})
     return tangents
 
@@ -250,7 +261,10 @@ def pull(
     return dict(zip(operands, pull(incoming), strict=True))
 
 
-def _reverse(program: Program, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
+def _reverse(
+    program: Program, values: Mapping[int, Any]
+) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
+    """All adjoints, and what each step contributes to them."""
     adjoints: dict[int, Any] = {program.output: jnp.ones_like(values[program.output])}
     contributions: dict[tuple[int, int], Any] = {}
     for k in range(len(program.steps) - 1, -1, -1):
@@ -304,7 +318,7 @@ def _straight(program: Program, step: Step, inside: Mapping[int, Any]) -> bool:
     """Whether a step is affine in what comes from the piece, so that its derivative is a constant."""
     if step.primitive in ("add", "sub", "neg", "copy", "copy_p", "convert_element_type", "name", "add_any"):
         return True
-    if step.primitive in ("broadcast_in_dim", "reduce_sum", "reshape", "transpose", "squeeze"):
+    if step.primitive in ("broadcast_in_dim", "reduce_sum", "reshape", "transpose", "squeeze", "reduce_max", "stop_gradient"):
         return True
     touching = [i for i, s in enumerate(step.inputs) if s in inside]
     if step.primitive == "mul":
@@ -328,6 +342,9 @@ def _products(
             labels: list[tuple[str, int]] = [("ones", -1)]
             if len(shape) >= 2 and shape[-1] == shape[-2]:
                 labels.append(("transposed", -1))
+            out = tuple(program.avals[step.outputs[0]].shape)
+            if step.primitive == "dot_general" and len(out) >= 2 and out[-1] == out[-2]:
+                labels.append(("adjoint", -1))
             if step.primitive == "conv_general_dilated" and j == 1:
                 labels.append(("flipped", -1))
             if step.primitive != "mul" and n_rows is not None and shape and shape[0] == n_rows:
@@ -335,6 +352,8 @@ def _products(
             if shape:
                 near = [s for s in by_shape.get(shape, []) if s != step.inputs[j]]
                 labels += [("value", s) for s in near[:most]]
+            if step.primitive == "dot_general" and len(shape) == 2 and shape[0] != shape[1]:
+                labels += [("value^T", s) for s in by_shape.get(shape[::-1], [])[:most]]
             found.append(Product(k, i, j, tuple(labels)))
     return tuple(found)
 
@@ -351,6 +370,10 @@ def partner(product: Product, label: tuple[str, int], values: Mapping[int, Any],
         return jnp.flip(held, tuple(range(2, held.ndim)))
     if kind == "rolled":
         return jnp.roll(held, number, axis=0)
+    if kind == "adjoint":
+        return held
+    if kind == "value^T":
+        return jnp.asarray(values[number]).astype(held.dtype).T
     return jnp.asarray(values[number]).astype(held.dtype)
 
 
@@ -375,9 +398,10 @@ def _alternatives(
     if step.outputs[0] not in adjoints:
         return jnp.zeros((0, *program.avals[step.inputs[product.operand]].shape))
     slot = step.inputs[product.partner]
-    stack = jnp.stack([partner(product, label, values, slot) for label in product.labels])
     adjoint = adjoints[step.outputs[0]]
-    return jax.vmap(lambda other: pull_product(program, product, values, other, adjoint))(stack)
+    stack = jnp.stack([partner(product, label, values, slot) for label in product.labels])
+    ways = jnp.stack([jnp.swapaxes(adjoint, -1, -2) if kind == "adjoint" else adjoint for kind, _ in product.labels])
+    return jax.vmap(lambda other, back: pull_product(program, product, values, other, back))(stack, ways)
 
 
 def _derivatives(

@@ -200,8 +200,13 @@ def fault(problem: Problem, s: Any, f: Fault, leaves: Sequence[int], restricted:
     """One faulty step."""
     place = place_of(s, f)
     sentence = _fault_sentence(problem, s, f, place) + _only(problem, leaves, restricted)
+    kind = f.kind
+    if f.piece >= 0 and f.detail and f.detail[0] in ("half", "itself"):
+        # a (1 - a) is a product and can lose a factor; 1 - a for tanh is just another function
+        sigmoid = _names(problem, s, f)[0] == "sigmoid"
+        kind = "missing-factor" if sigmoid else "wrong-derivative"
     return Finding(
-        f.kind, _one_leaf(problem, leaves, restricted), None, place.where, place.expression, sentence + "."
+        kind, _one_leaf(problem, leaves, restricted), None, place.where, place.expression, sentence + "."
     )
 
 
@@ -248,6 +253,13 @@ def _fault_sentence(problem: Problem, s: Any, f: Fault, place: Where) -> str:
     if f.detail[0] == "value":
         return f"In {at} the adjoint of `{value}` was multiplied by `{value}` itself, which does not belong there"
     name, formula = f.detail[1], f.detail[2]
+    if f.detail[0] in ("other", "log"):
+        other = spelled(problem, s, f.detail[3])
+        other = f"exp({other})" if f.detail[0] == "log" else other
+        return (
+            f"At {at} you multiplied by `{other}` (1 - `{other}`), but that derivative is already in the adjoint of "
+            f"`{value}`"
+        )
     inside = formula.replace("a", value).replace("z", value) if f.detail[0] == "output" and len(value) < 3 else ""
     formula = f" = {inside or formula}" if formula else ""
     return (
@@ -261,6 +273,9 @@ def _piece_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str) -
     piece = s.todo.pieces[f.piece]
     if not piece.elementwise:
         name = place.expression or a
+        first = locate(s.program, piece.members[:1])
+        if first.where and first.where != place.where:
+            name = f"everything from {z} to {place.expression or a}"
         if f.kind == "missing-derivative":
             return f"In {at} the derivative is missing: the adjoint was passed through `{name}` unchanged"
         why = "every output depends on several inputs, so its Jacobian has entries off the diagonal"
@@ -274,10 +289,11 @@ def _piece_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str) -
         "sigmoid": f"sigmoid'({z}) = a (1 - a)" if a == "a" else f"sigmoid'({z}) = sigmoid (1 - sigmoid)",
         "tanh": f"tanh'({z}) = 1 - tanh({z})^2",
         "relu": f"relu'({z}) = 1 where {z} > 0, else 0",
-        "square": f"the factor 2 ({z})",
+        "square": f"2 ({z})",
         "exp": f"exp({z})",
         "log": f"1/({z})",
         "abs": f"sign({z})",
+        "softplus": f"softplus'({z}) = sigmoid({z})",
     }.get(function, "")
     if function == "sigmoid" and re.fullmatch(r"\w+", a):
         true = f"sigmoid'({z}) = {a} (1 - {a})"
@@ -298,8 +314,10 @@ def _piece_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str) -
             return f"In {at} you used {formula} where the output `{a}` belongs: {true or 'take the value of this step'}"
         return f"In {at} the derivative is taken at `{other}` instead of `{z}`"
     if f.kind == "missing-factor":
-        return f"In {at} a factor of the derivative is missing: you used 1 - {a}, it is {true or 'a product'}"
+        return f"In {at} a factor of the derivative is missing: you used 1 - {a}; it is {true or 'a product'}"
     how, text = f.detail[0], f.detail[1]
+    if how == "value":
+        return f"In {at} you multiplied by {text}({z}) instead of the derivative{': ' + true if true else ''}"
     if how == "itself":
         if function == "sigmoid":
             return f"In {at} you multiplied by `{a}` itself; {true}, the factor (1 - {a}) is missing"
@@ -341,6 +359,8 @@ def _product_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str)
         return f"In {at} the kernel `{other}` is flipped on the way back to `{mine}`"
     if kind == "rolled":
         return f"In {at} the rows of `{other}` are shifted by one against those of the adjoint, going back to `{mine}`"
+    if kind == "adjoint":
+        return f"In {at} the adjoint of `{place.expression}` is not transposed on the way back to `{mine}`"
     used = spelled(problem, s, f.detail[1])
     return f"In {at} you used `{used}` where `{other}` belongs, going back to `{mine}`"
 
@@ -422,6 +442,26 @@ def entries(problem: Problem, s: Any, leaf: int, where: np.ndarray, factor: str 
     return Finding("entries", path, shown, place.where, place.expression, sentence)
 
 
+def class_slice(
+    problem: Problem, s: Any, leaves: Sequence[int], axis: int, index: int, factor: str
+) -> Finding:
+    """A whole row or column is zero or negated: one output, or one input, was left out."""
+    place = _use_of(s, leaves[0])
+    what = "output" if axis == 1 else "input"
+    parts = []
+    for leaf in leaves:
+        many = problem.leaves[leaf].ndim > 1
+        word = ("column" if axis == 1 else "row") if many else "entry"
+        parts.append(f"{word} {index} of {problem.paths[leaf]}")
+    path = problem.paths[leaves[0]] if len(leaves) == 1 and len(problem.paths) > 1 else None
+    are = "are" if len(parts) > 1 else "is"
+    if factor == "0":
+        sentence = f"The contribution of {what} {index} (one class) is left out: {', '.join(parts)} {are} zero."
+        return Finding("missing-term", path, None, place.where, place.expression, sentence)
+    sentence = f"The contribution of {what} {index} has the wrong sign: {', '.join(parts)}."
+    return Finding("negated-term", path, "-1", place.where, place.expression, sentence)
+
+
 def sliced(
     problem: Problem, s: Any, t: Term, weights: Sequence[np.ndarray], by_rows: bool, leaves: Sequence[int]
 ) -> Finding:
@@ -478,6 +518,8 @@ def spelled(problem: Problem, s: Any, slot: int) -> str:
     maker = next((k for k, m in enumerate(program.steps) if slot in m.outputs), None)
     if maker is None:
         return "a constant"
+    if any(m.primitive == "name" and slot in m.inputs for m in program.steps):
+        return next(m.params["name"] for m in program.steps if m.primitive == "name" and slot in m.inputs)
     place = locate(program, [maker])
     if not place.expression:
         return program.steps[maker].name

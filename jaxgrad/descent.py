@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxgrad.data.checks import check_batch
 from jaxgrad.sampling import check_sizes
 from jaxgrad.types import Key, Loss, Params, Sampling
 
@@ -243,7 +244,8 @@ def descend(
     """
     optimizer = _optimizer(optimizer)
     key, seeds = _keys(key)
-    data = check_data(data)
+    check_batch(data)
+    data = jax.tree.map(jnp.asarray, data)
     _count("steps", steps, at_least=0)
     state = _continued(params) if isinstance(params, State) else None
     start = state.params if state else jax.tree.map(jnp.asarray, params)
@@ -464,35 +466,6 @@ def _keys(key: Any) -> tuple[Key, int | None]:
     if key.ndim > 1 or key.size == 0:
         raise ValueError(f"key must be one key or a one-dimensional array of keys, got shape {key.shape}")
     return key, (None if key.ndim == 0 else key.shape[0])
-
-
-def check_data(data: Any) -> Any:
-    """`data` as JAX arrays, checked: at least one example, one leading axis, all floats finite.
-
-    Raises ValueError naming the leaf, and the row and column of the first entry that is not finite.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(data)
-    if not leaves:
-        raise ValueError("the data hold no arrays")
-    sizes = {_name(path): np.shape(leaf)[:1] for path, leaf in leaves}
-    if len(set(sizes.values())) != 1 or () in sizes.values():
-        listed = ", ".join(f"{name}: {np.shape(leaf)}" for (name, (_, leaf)) in zip(sizes, leaves, strict=True))
-        raise ValueError(f"all arrays of the data must share a leading axis of n examples; got {listed}")
-    if sizes[_name(leaves[0][0])] == (0,):
-        raise ValueError("the data are empty: n = 0 examples")
-    for path, leaf in leaves:
-        values = np.asarray(leaf)
-        if values.dtype.kind == "f" and not np.isfinite(values.sum()):
-            bad = np.argwhere(~np.isfinite(values))
-            if bad.size:  # else the sum overflowed and every entry is finite
-                row, *column = bad[0].tolist()
-                where = f"row {row}" + (f", column {', '.join(map(str, column))}" if column else "")
-                value = values[tuple(bad[0])]
-                raise ValueError(
-                    f"the data must be finite: {_name(path)} has {value} in {where}"
-                    f" ({len(bad)} such entries); drop or fill those rows first"
-                )
-    return jax.tree.map(jnp.asarray, data)
 
 
 def check_loss(loss: Any, params: Params, data: Any) -> None:

@@ -344,18 +344,25 @@ def start_jax(device: str | None) -> str:
 
 
 def compile_clock() -> Callable[[], float]:
-    """A clock that runs while JAX traces, lowers and compiles: seconds since it was made."""
+    """A clock that runs while JAX traces, lowers or compiles: seconds since it was made.
+
+    JAX tells of each such span when it ends. One that was spent within another (an operation on constants is
+    compiled while a function is traced) counts once.
+    """
     import jax
 
-    total = 0.0
+    spans: list[tuple[float, float]] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        nonlocal total
         if event.startswith("/jax/core/compile/"):
-            total += duration_secs
+            end = time.perf_counter()
+            start = end - duration_secs
+            while spans and spans[-1][0] >= start:
+                spans.pop()
+            spans.append((start, end))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    return lambda: total
+    return lambda: sum(end - start for start, end in spans)
 
 
 @contextmanager
@@ -384,9 +391,7 @@ def say(text: str) -> None:
 
 def is_the_persons(error: Exception, plan: Plan) -> bool:
     """Whether the person can mend it: a package or a file is missing, or their data or seeds do not do."""
-    return isinstance(error, ModuleNotFoundError | OSError) or (
-        bool(plan.overrides) and isinstance(error, ValueError)
-    )
+    return isinstance(error, ModuleNotFoundError | OSError) or (bool(plan.overrides) and isinstance(error, ValueError))
 
 
 def short_traceback(error: Exception) -> str:

@@ -14,6 +14,7 @@ on a dark page. Each figure leaves a strip at its lower edge for a caption.
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,10 @@ import matplotlib.patheffects
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from experiments import results
 
@@ -146,13 +148,20 @@ def plain(value: float, _position: Any = None) -> str:
 
 
 def log_scale(axis: Axes, which: str = "y") -> None:
-    """Logarithmic axes (`"x"`, `"y"` or `"xy"`) with plain tick labels."""
+    """Logarithmic axes (`"x"`, `"y"` or `"xy"`) with plain tick labels; 2 and 5 too where there is room."""
     for side in which:
         ruler = {"x": axis.xaxis, "y": axis.yaxis}[side]
         {"x": axis.set_xscale, "y": axis.set_yscale}[side]("log")
         ruler.set_major_locator(LogLocator(numticks=8))
         ruler.set_major_formatter(FuncFormatter(plain))
-        ruler.set_minor_formatter(NullFormatter())
+        ruler.set_minor_formatter(FuncFormatter(partial(_between_decades, ruler)))
+
+
+def _between_decades(ruler: Axis, value: float, _position: Any = None) -> str:
+    """The label of a minor tick: that of 2 and 5, where an axis shows too few decades to be read by them."""
+    low, high = sorted(ruler.get_view_interval())
+    leading = round(value / 10 ** np.floor(np.log10(value) + 1e-9))
+    return plain(value) if high / low < 40 and leading in (2, 5) else ""
 
 
 def label_ends(axis: Axes, *, fontsize: float = 9, lines: Sequence[Any] | None = None) -> None:

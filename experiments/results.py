@@ -122,8 +122,7 @@ def read(folder: str | Path, name: str, device: str) -> Result:
         numbers={**document["numbers"], **arrays},
         claims=tuple(Claim(**claim) for claim in document["claims"]),
         times=document["times"],
-        provenance={key: document[key] for key in ("versions", "machine", "precision", "seeds")}
-        | {"sha256": digest},
+        provenance={key: document[key] for key in ("versions", "machine", "precision", "seeds")} | {"sha256": digest},
     )
 
 

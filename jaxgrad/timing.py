@@ -107,8 +107,7 @@ def race(
         if collecting:
             gc.enable()
     return {
-        name: Timing(*_median(np.array(times)), np.array(times), calls[name], started)
-        for name, times in runs.items()
+        name: Timing(*_median(np.array(times)), np.array(times), calls[name], started) for name, times in runs.items()
     }
 
 

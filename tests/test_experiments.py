@@ -338,6 +338,17 @@ class TestPlots:
     def test_ticks_are_written_as_people_write_numbers(self, value, text):
         assert plots.plain(value) == text
 
+    @pytest.mark.parametrize(("high", "labels"), [(12.0, ["1", "2", "5", "10"]), (2000.0, ["1", "10", "100", "1,000"])])
+    def test_an_axis_of_one_decade_can_still_be_read(self, high, labels):
+        figure, (axis,) = plots.figure()
+        axis.plot([1, 2], [0.9, high])
+        axis.set_ylim(0.9, high)
+        plots.log_scale(axis, "y")
+        figure.draw_without_rendering()
+        ticks = [*axis.yaxis.get_major_ticks(), *axis.yaxis.get_minor_ticks()]
+        shown = sorted((t.get_loc(), t.label1.get_text()) for t in ticks if 0.9 <= t.get_loc() <= high)
+        assert [text for _, text in shown if text] == labels
+
     def test_each_sampling_and_batch_size_keeps_its_colour(self):
         from jaxgrad import sampling
 
@@ -519,6 +530,32 @@ class TestCommand:
         assert "not a whole npz" in capsys.readouterr().err
         assert contents(study / "results") == before
 
+    def test_the_compile_clock_counts_nested_spans_once(self, monkeypatch):
+        """Three spans as JAX tells of them, at their ends: 2 to 3 within 1 to 5, then 6 to 8."""
+        import jax
+
+        listeners, now = [], [0.0]
+        monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+        clock = command.compile_clock()
+        for end, seconds, event in [
+            (3.0, 1.0, "/jax/core/compile/backend_compile_duration"),
+            (5.0, 4.0, "/jax/core/compile/jaxpr_trace_duration"),
+            (8.0, 2.0, "/jax/core/compile/backend_compile_duration"),
+            (9.0, 9.0, "/jax/compilation_cache/something_else"),
+        ]:
+            now[0] = end
+            listeners[0](event, seconds, fun_name="f")
+        assert clock() == pytest.approx(6.0)
+
+    def test_the_compile_clock_hears_jax(self):
+        import jax
+
+        clock = command.compile_clock()
+        before = time.perf_counter()
+        jax.jit(lambda x: x * 3.0 + 1.0).lower(2.0).compile()
+        assert 0 < clock() <= time.perf_counter() - before
+
 
 class TestReport:
     def test_everything_is_drawn_again_byte_for_byte(self, study, capsys):
@@ -575,9 +612,7 @@ class TestReport:
 
     def test_the_front_page_is_filled_from_the_study_only(self, study, capsys):
         readme = study / "README.md"
-        sections = [
-            f"<!-- generated:{name} -->\nstale\n<!-- end -->" for name in ("claims", "found", "experiments")
-        ]
+        sections = [f"<!-- generated:{name} -->\nstale\n<!-- end -->" for name in ("claims", "found", "experiments")]
         readme.write_text("# Title\n\n" + "\n\nprose\n\n".join(sections) + "\n")
         untouched = readme.read_text()
         assert command.main(["line", "--quick"]) == 0

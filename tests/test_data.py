@@ -469,6 +469,8 @@ def test_csv_header_with_numbers_in_it(tmp_path):
         dataset = plain(write(tmp_path, "years.csv", "2019,2020,price" + rows), target=target)
         assert dataset.names == ("2019", "2020")
         assert len(dataset.batch.x) == 3
+    dataset = plain(write(tmp_path, "label.csv", "2019,label\n1,yes\n2,no"), target="label")
+    assert (dataset.names, dataset.labels) == (("2019",), ("no", "yes"))  # only the target's name can tell
     dataset = plain(write(tmp_path, "mixed.csv", "1,a,30\n4,b,60\n7,a,100"), target="2")
     assert dataset.names == ("column 0", "column 1=b")
     assert len(dataset.batch.x) == 3
@@ -1008,6 +1010,7 @@ BAD_BATCHES = {
         "classes",
         r"y\[0\] is 0.5, but every label must be a whole number",
     ),
+    "below 0": (Batch(np.ones((2, 1)), np.array([1, -1])), "classes", r"y\[1\] is -1, .* from 0 to 2"),
     "class": (Batch(np.ones((2, 1)), np.array([0, 3])), "classes", r"y\[1\] is 3, .* from 0 to 2"),
     "column": (
         Batch(np.ones((2, 1)), np.ones((2, 1))),

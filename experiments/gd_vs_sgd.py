@@ -180,9 +180,7 @@ def _compare(problem: Problem, config: Config, progress: Callable[[str], None]) 
     return numbers
 
 
-def _final_losses(
-    problem: Problem, sampling: Sampling, steps: int, keys: jax.Array, etas: np.ndarray
-) -> np.ndarray:
+def _final_losses(problem: Problem, sampling: Sampling, steps: int, keys: jax.Array, etas: np.ndarray) -> np.ndarray:
     """Full loss after `steps` updates for each step size and key: `[e, s]`, all in one program."""
 
     @jax.jit
@@ -266,9 +264,7 @@ def _reached(numbers: dict[str, Any], problem: str) -> tuple[str, dict[str, Reac
         excess, steps = numbers[f"{problem}/{label}/excess"], numbers[f"{problem}/{label}/steps"]
         examples = numbers[f"{problem}/{label}/examples"]
         seconds = steps * numbers[f"{problem}/{label}/seconds_per_update"]
-        out[label] = Reached(
-            *(float(np.median(_first(excess, axis, target))) for axis in (steps, examples, seconds))
-        )
+        out[label] = Reached(*(float(np.median(_first(excess, axis, target))) for axis in (steps, examples, seconds)))
     return words, out
 
 

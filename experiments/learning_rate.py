@@ -234,7 +234,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
         left.plot(numbers["fractions"][inside], predicted[inside], color=colour, linewidth=1.2)
         left.plot(numbers["fractions"], measured, "o", color=colour, markersize=4.5, label=f"to {100 * share:g} %")
     left.axvline(1, color=plots.VERMILLION, linewidth=1.2, linestyle="--")
-    left.text(0.93, 0.03, "edge 2/λmax", color=plots.ink(plots.VERMILLION), ha="right", fontsize=9,
+    left.text(0.93, 0.94, "edge 2/λmax", color=plots.ink(plots.VERMILLION), ha="right", fontsize=9,
               transform=left.get_xaxis_transform())  # fmt: skip
     left.set(title="GD: steps to a target", xlabel="step size η / edge", ylabel="steps")
     plots.log_scale(left, "xy")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import matplotlib.figure
@@ -171,6 +172,8 @@ class TestFiles:
         assert document["numbers"]["nan"] == {"float": "nan"}
         npz = (tmp_path / "line" / "cpu.npz").read_bytes()
         assert document["arrays"]["sha256"] == hashlib.sha256(npz).hexdigest()
+        with zipfile.ZipFile(tmp_path / "line" / "cpu.npz") as archive:
+            assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         with np.load(tmp_path / "line" / "cpu.npz", allow_pickle=False) as file:
             np.testing.assert_array_equal(file["a"], NUMBERS["a"])
 
@@ -322,7 +325,7 @@ class TestPlots:
 
     def test_a_local_configuration_changes_nothing(self, tmp_path):
         plots.save(self.drawing(), tmp_path / "here")
-        (tmp_path / "matplotlibrc").write_text("font.size: 30\nlines.linewidth: 9\nsvg.fonttype: none\n")
+        (tmp_path / "matplotlibrc").write_text("font.size: 30\nxtick.direction: in\naxes.linewidth: 5\n")
         code = f"""
             import sys; sys.path.insert(0, {str(ROOT)!r}); sys.path.insert(0, {str(ROOT / "tests")!r})
             import test_experiments as t

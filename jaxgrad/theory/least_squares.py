@@ -223,14 +223,7 @@ def sgd_moments(problem: Problem, start: Any, eta: float, sampling: Sampling, st
         m, M = _operator_path(_operator(problem, _lift(problem), eta, factor), c, t)
     else:
         m, M = compact_recursion(problem, c, eta, factor, t)
-    V = problem.directions
-    still = _coefficients(problem, start) - problem.minimiser - V @ c
-    return Moments(
-        t,
-        (problem.minimiser + still)[None, :] + m @ V.T,
-        V @ M @ V.T + _still_part(still, m @ V.T),
-        0.5 * np.einsum("kii,i->k", M, problem.eigenvalues),
-    )
+    return from_eigenbasis(problem, start, t, m, M)
 
 
 def sgd_excess(problem: Problem, start: Any, eta: float, sampling: Sampling, steps: int) -> Float[np.ndarray, " t"]:
@@ -319,9 +312,7 @@ def steps_to(
     return _first_below(problem, _operator(problem, _lift(problem), eta, factor), start, excess, most)
 
 
-def best_step(
-    problem: Problem, start: Any, sampling: Sampling, excess: float, *, most: int = 1_000_000
-) -> BestStep:
+def best_step(problem: Problem, start: Any, sampling: Sampling, excess: float, *, most: int = 1_000_000) -> BestStep:
     """The constant step size whose expected excess loss reaches `excess` soonest: no Monte Carlo, no tuning runs.
 
     A grid of 40 step sizes down from the edge in powers of 1.25, then two rounds of 20 between the best one's
@@ -358,9 +349,7 @@ def best_step(
 # --- the spread of the loss ------------------------------------------------------------------------------------
 
 
-def sgd_deviation(
-    problem: Problem, start: Any, eta: float, sampling: Sampling, steps: Any
-) -> Float[np.ndarray, " k"]:
+def sgd_deviation(problem: Problem, start: Any, eta: float, sampling: Sampling, steps: Any) -> Float[np.ndarray, " k"]:
     """The exact standard deviation of `L(w_t)` over runs, at the given steps; for at most `QUARTIC` coefficients.
 
     `E[(L − L*)²] = ¼ (h⊗h)·E[d^⊗4]` with `h = vec H`, and fourth moments move linearly: with `d̃ = (d, 1)`,
@@ -697,10 +686,18 @@ def _powers(problem: Problem, eta: float, t: np.ndarray) -> np.ndarray:
         return (1 - eta * problem.eigenvalues)[None, :] ** t[:, None].astype(float)
 
 
-def _still_part(still: np.ndarray, moving_mean: np.ndarray) -> np.ndarray:
-    """What a start outside the range of H adds to `E[ddᵀ]`: it never moves, so `d = still + moving`."""
-    cross = still[None, :, None] * moving_mean[:, None, :]
-    return np.outer(still, still)[None] + cross + np.swapaxes(cross, 1, 2)
+def from_eigenbasis(problem: Problem, start: Any, steps: np.ndarray, m: np.ndarray, M: np.ndarray) -> Moments:
+    """Moments in the coefficients of the design from `m[k, r] = E[c]` and `M[k, r, r] = E[ccᵀ]`, c the components.
+
+    What of the start lies outside the range of H never moves: `d = still + V c`.
+    """
+    V, away = problem.directions, _coefficients(problem, start) - problem.minimiser
+    still = away - V @ (away @ V)
+    moved = m @ V.T
+    cross = still[None, :, None] * moved[:, None, :]
+    second = V @ M @ V.T + np.outer(still, still)[None] + cross + np.swapaxes(cross, 1, 2)
+    excess = 0.5 * np.einsum("kii,i->k", M, problem.eigenvalues)
+    return Moments(steps, (problem.minimiser + still)[None, :] + moved, second, excess)
 
 
 def _bisect(holds: Callable[[int], bool], low: int, high: int) -> int:

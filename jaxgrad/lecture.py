@@ -83,9 +83,7 @@ def linear_losses(w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array,
     return (y - X @ w) ** 2
 
 
-def linear_gradients(
-    w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"]
-) -> Float[Array, "n d"]:
+def linear_gradients(w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"]) -> Float[Array, "n d"]:
     """F4, one row per example. `−2 (yᵢ − xᵢᵀw) xᵢ`."""
     return -2 * (y - X @ w)[:, None] * X
 
@@ -95,9 +93,7 @@ def linear_loss(w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, "
     return jnp.mean(linear_losses(w, X, y))
 
 
-def linear_gradient(
-    w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"]
-) -> Float[Array, " d"]:
+def linear_gradient(w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"]) -> Float[Array, " d"]:
     """F4. `∇L(w) = −2 (1/n) Σᵢ (yᵢ − xᵢᵀw) xᵢ = −(2/n) Xᵀ(y − Xw)`, the mean over examples."""
     return -2 / X.shape[0] * (X.T @ (y - X @ w))
 

@@ -63,9 +63,7 @@ class Problem:
 
     def deep(self, depth, bias):
         sizes = [self.d, *[self.h] * (depth - 1), self.k]
-        return tuple(
-            Layer(self.values(m, n), self.values(n) if bias else None) for m, n in itertools.pairwise(sizes)
-        )
+        return tuple(Layer(self.values(m, n), self.values(n) if bias else None) for m, n in itertools.pairwise(sizes))
 
 
 def relative_error(value, reference):

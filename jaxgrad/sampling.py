@@ -117,7 +117,8 @@ def permuted(key: Key, positions: Int[Array, " b"], n: int) -> Int[Array, " b"]:
     if n <= EXACT_UP_TO:
         return jax.random.permutation(key, n).astype(jnp.int32)[positions]
     p, q = _grid(n)
-    round_keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
+    words = jax.random.key_data(key).reshape(-1)
+    round_keys = _hash(_hash(jnp.arange(_ROUNDS, dtype=jnp.uint32), words[0]), words[-1])
     once = lambda x: _feistel(x, round_keys, p, q)  # noqa: E731
     x = once(positions.astype(jnp.uint32))
     if p * q > n:
@@ -134,10 +135,15 @@ def _grid(n: int) -> tuple[int, int]:
 
 def _feistel(x: UInt[Array, " b"], round_keys: UInt[Array, " rounds"], p: int, q: int) -> UInt[Array, " b"]:
     """A keyed bijection of `[0, pq)`: `l += hash(r)` mod p and `r += hash(l)` mod q, in turn."""
-    l, r = x // q, x % q
-    for i in range(0, _ROUNDS, 2):
-        l = (l + _hash(r, round_keys[i]) % p) % p
-        r = (r + _hash(l, round_keys[i + 1]) % q) % q
+
+    def two_rounds(i: Any, halves: tuple[Array, Array]) -> tuple[Array, Array]:
+        l, r = halves
+        l = (l + _hash(r, round_keys[2 * i]) % p) % p
+        r = (r + _hash(l, round_keys[2 * i + 1]) % q) % q
+        return l, r
+
+    # A loop, not unrolled: it compiles in a fifth of the time, and a draw of many steps runs as fast.
+    l, r = jax.lax.fori_loop(0, _ROUNDS // 2, two_rounds, (x // q, x % q))
     return l * q + r
 
 

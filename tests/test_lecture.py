@@ -23,8 +23,8 @@ import jaxgrad.lecture as hand
 from jaxgrad.types import Layer, Linear, TwoLayer
 
 TOLERANCE = 1e-12
-SHAPES = [(1, 1, 1, 1), (1, 3, 2, 4), (4, 4, 4, 4), (7, 3, 5, 2)]
-"""(n, d, h, k): one of everything, one example, all equal (a transpose has the right shape), all different."""
+SHAPES = [(1, 1, 1, 1), (4, 4, 4, 4), (7, 3, 5, 2)]
+"""(n, d, h, k): one of everything; all equal, where a transpose has the right shape; all different."""
 
 ACTIVATIONS = {"SIGMOID": jax.nn.sigmoid, "TANH": jnp.tanh, "RELU": jax.nn.relu}
 

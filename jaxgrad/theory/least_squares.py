@@ -175,24 +175,36 @@ def gd_excess(problem: Problem, start: Any, eta: float, steps: Any) -> Float[np.
 def gd_steps_to(problem: Problem, start: Any, eta: float, excess: float) -> float:
     """The first t with `L(w_t) − L* <= excess` along GD, exactly; inf if there is none.
 
-    `L(w_t) − L*` is a sum of `a q^t` with `a, q >= 0`, so it is convex in t: where it still falls is found by
-    bisection, and so is the first t below the target. Works beyond the edge too, where it turns up again.
+    Works beyond the edge too, where the loss may fall first and turn up later.
     """
     _positive("excess", excess)
 
-    lam = problem.eigenvalues
-    share = 0.5 * lam * components(problem, start) ** 2
+    share = 0.5 * problem.eigenvalues * components(problem, start) ** 2
+    return first_time(problem.eigenvalues, share, eta, excess)
+
+
+def first_time(eigenvalues: Any, share: Any, eta: float, target: float) -> float:
+    """The first t with `Σ shareₖ (1 − ηλₖ)^{2t} <= target`, exactly; inf if there is none.
+
+    A sum of `a q^t` with `a, q >= 0` is convex in t: up to where it stops falling, and there to where it passes the
+    target, bisection is exact. It works beyond the edge too, where the sum turns up again.
+    """
+    _positive("eta", eta)
+    lam, share = np.asarray(eigenvalues), np.asarray(share)
+
+    def terms(t: int) -> np.ndarray:
+        return share * (1 - eta * lam) ** (2.0 * t)
 
     def below(t: int) -> bool:
-        return bool(_powers(problem, eta, _steps(t)) ** 2 @ share <= excess)
+        return bool(np.sum(terms(t)) <= target)
 
     def falls(t: int) -> bool:
-        """Whether the next step lowers the loss: `Σ a q^t (q − 1) < 0`, with `q − 1 = −ηλ(2 − ηλ)` exact."""
-        return bool(_powers(problem, eta, _steps(t)) ** 2 @ (share * -eta * lam * (2 - eta * lam)) < 0)
+        """Whether the next step lowers the sum: `Σ a q^t (q − 1) < 0`, with `q − 1 = −ηλ(2 − ηλ)` exact."""
+        return bool(np.sum(terms(t) * -eta * lam * (2 - eta * lam)) < 0)
 
-    if below(0):
-        return 0.0
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if below(0):
+            return 0.0
         low, high = 0, 1
         while falls(high) and not below(high):
             low, high = high, 2 * high

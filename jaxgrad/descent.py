@@ -265,9 +265,7 @@ def descend(
     if state is None:
         if many and runs_axis is None:
             start = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), start)
-        state = jax.vmap(partial(init, optimizer=optimizer))(start) if many else init(start, optimizer)
-        if many:
-            state = state._replace(step=state.step[0])
+        state = _init(start, optimizer=optimizer, many=many)
     axes = State(None, 0, 0, 0, 0) if many else None
     go = partial(_advance, loss=_hashable(loss), optimizer=optimizer, sampling=sampling, axes=axes)
     look = partial(_look, loss=_hashable(loss), observe=observe and _hashable(observe), many=many)
@@ -348,6 +346,14 @@ def log_spaced(steps: int, points: int) -> np.ndarray:
     return np.unique(np.r_[0, np.round(np.geomspace(1, steps, max(2, points - 1)))].astype(np.int64))
 
 
+@partial(jax.jit, static_argnames=("optimizer", "many"))
+def _init(params, *, optimizer, many):
+    if not many:
+        return init(params, optimizer)
+    state = jax.vmap(partial(init, optimizer=optimizer))(params)
+    return state._replace(step=state.step[0])
+
+
 @partial(jax.jit, static_argnames=("loss", "optimizer", "sampling", "halt", "axes"))
 def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes):
     one = partial(advance, loss=loss, optimizer=optimizer, sampling=sampling, halt=halt)
@@ -386,6 +392,7 @@ def _not_finite(state: State) -> Any:
     return ~_finite(state.params)
 
 
+@partial(jax.jit, static_argnames=("many",))
 def _finite(params: Params, many: bool = False) -> Any:
     one = lambda tree: jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()  # noqa: E731
     return jax.vmap(one)(params) if many else one(params)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Int, UInt
 from jaxgrad.types import Key, Sampling
 
 EXACT_UP_TO = 64
-"""Orders of at most this many examples are drawn exactly, by sorting random words: cheaper than a bijection."""
+"""Orders of at most this many examples are drawn exactly, each as likely, from n random words."""
 
 _ROUNDS = 10
 _MAX_EXAMPLES = 2**31 - 1
@@ -115,7 +115,11 @@ def permuted(key: Key, positions: Int[Array, " b"], n: int) -> Int[Array, " b"]:
     `[0, n)`; `p, q` are chosen so that this is rare, or, where n factors, never.
     """
     if n <= EXACT_UP_TO:
-        return jax.random.permutation(key, n).astype(jnp.int32)[positions]
+        # The rank of a random word among n of them; a tie (one in 2³² pairs) goes to the earlier one.
+        words, place = jax.random.bits(key, (n,), jnp.uint32), jnp.arange(n, dtype=jnp.int32)
+        mine, here = words[positions][:, None], positions[:, None]
+        before = (words[None, :] < mine) | ((words[None, :] == mine) & (place[None, :] < here))
+        return jnp.sum(before, axis=1, dtype=jnp.int32)
     p, q = _grid(n)
     words = jax.random.key_data(key).reshape(-1)
     round_keys = _hash(_hash(jnp.arange(_ROUNDS, dtype=jnp.uint32), words[0]), words[-1])

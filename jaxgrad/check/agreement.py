@@ -8,7 +8,7 @@ rounding noise it shows when the parameters are moved by 1e-6, and ρ and φ fol
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -210,7 +210,7 @@ def compare(problem: Problem, evaluation: Evaluation, tol: Tolerance, sizes: Seq
     return table
 
 
-def _norm(x: np.ndarray) -> float:
+def _norm(x: Any) -> float:
     with np.errstate(all="ignore"):
         peak = float(np.max(np.abs(x))) if np.size(x) else 0.0
         if peak == 0 or not np.isfinite(peak):

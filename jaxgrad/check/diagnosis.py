@@ -369,10 +369,10 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     """Transposed or flipped leaves, leaves swapped with each other."""
     evaluations = [s.evaluation for s in case.samples]
 
-    def equal(a: np.ndarray, b: np.ndarray) -> bool:
-        return a.shape == b.shape and float(np.linalg.norm(a - b)) <= (1e-9 + 1e3 * case.noise) * float(
-            np.linalg.norm(b)
-        )
+    def equal(a: np.ndarray, b: np.ndarray, e: Evaluation) -> bool:
+        total = float(np.sqrt(sum(float(np.sum(g**2)) for g in e.true)))
+        limit = (1e-9 + 1e3 * case.noise) * float(np.linalg.norm(b)) + 1e-12 * total
+        return a.shape == b.shape and float(np.linalg.norm(a - b)) <= limit
 
     moves: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
         ("transposed", lambda g: np.swapaxes(g, -1, -2)),
@@ -387,7 +387,7 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         for name, move in moves:
             if evaluations[0].true[leaf].ndim < (1 if name == "upside down" else 2):
                 continue
-            if all(equal(e.hand[leaf], move(e.true[leaf])) for e in evaluations):
+            if all(equal(e.hand[leaf], move(e.true[leaf]), e) for e in evaluations):
                 per_leaf.append(words.moved(case.problem, case.samples[0], leaf, name))
                 break
     if len(per_leaf) == len(leaves):
@@ -397,13 +397,13 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             if any(a == b for a, b in zip(order, leaves, strict=True)):
                 continue
             if all(
-                all(equal(e.hand[a], e.true[b]) for a, b in zip(leaves, order, strict=True)) for e in evaluations
+                all(equal(e.hand[a], e.true[b], e) for a, b in zip(leaves, order, strict=True)) for e in evaluations
             ):
                 out.append(Explanation(2.5, leaves, (words.swapped(case.problem, case.samples[0], leaves, order),)))
                 break
     if len(leaves) == 1:
         for other in range(len(case.problem.leaves)):
-            if other != leaves[0] and all(equal(e.hand[leaves[0]], e.true[other]) for e in evaluations):
+            if other != leaves[0] and all(equal(e.hand[leaves[0]], e.true[other], e) for e in evaluations):
                 out.append(
                     Explanation(3.0, leaves, (words.swapped(case.problem, case.samples[0], leaves, (other,)),))
                 )
@@ -425,13 +425,13 @@ def _others(case: Case, best: Fault, rest: Sequence[int]) -> tuple[str, ...]:
     """Equivalent faults in words, one for each kind and line."""
     s = case.samples[0]
     mine = words.place_of(s, best).where
-    seen = {(best.kind, mine)}
+    seen = {mine}
     out: list[str] = []
     for m in rest:
         fault = case.faults[m]
         if fault.cost > best.cost + 3:
             continue
-        key = (fault.kind, words.place_of(s, fault).where)
+        key = words.place_of(s, fault).where
         if key not in seen:
             seen.add(key)
             out.append(words.short(s, fault))
@@ -445,13 +445,13 @@ def _one_fault(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     on_all = np.nonzero((misfit.max(axis=1) <= 1) & (moves > 0))[0]
     everything = tuple(leaves) == tuple(case.wrong)
     if len(on_all) and everything:
-        cost, best, rest = _ranked(case, list(on_all))
+        cost, best, rest = _ranked(case, [int(m) for m in on_all])
         found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=False)
         found = found._replace(equivalents=_others(case, case.faults[best], rest))
         return [Explanation(10 + cost, leaves, (found,))]
     on_wrong = np.nonzero((misfit[:, list(leaves)].max(axis=1) <= 1) & (moves > 0))[0]
     if len(on_wrong):
-        cost, best, rest = _ranked(case, list(on_wrong))
+        cost, best, rest = _ranked(case, [int(m) for m in on_wrong])
         found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=True)
         found = found._replace(equivalents=_others(case, case.faults[best], rest))
         return [Explanation(20 + 0.1 * cost, leaves, (found,))]
@@ -487,7 +487,7 @@ def _one_term(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         factor = "0" if np.all(np.abs(1 + alpha) <= loose) else _named(case, 1 + alpha, loose)
         if factor is None:
             continue
-        clean = misfit.max() <= 1
+        clean = bool(misfit.max() <= 1)
         hits.append((_term_cost(case, m, factor, clean), m, factor, clean))
     if not hits:
         return []
@@ -874,11 +874,11 @@ def _two_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     for m, fault in enumerate(case.faults):
         if fault.cost <= 4.0 and fault.kind != "wrong-value":
             rows.append([s.changes[m] for s in case.samples])
-            labels.append(("fault", m, 0.0, fault.cost))
+            labels.append(("fault", m, 0.0, fault.cost + 0.5))
     for m in range(len(case.terms)):
-        for alpha, extra in ((-1.0, 1.0), (-2.0, 1.2), (1.0, 2.0), (-0.5, 2.0)):
+        for alpha, extra in ((-1.0, 0.2), (-2.0, 2.2), (1.0, 3.0), (-0.5, 3.0)):
             rows.append([alpha * s.shares[m] for s in case.samples])
-            labels.append(("term", m, alpha, 2.0 + extra))
+            labels.append(("term", m, alpha, extra - 0.001 * case.terms[m].step))
     weights = []
     for s in case.samples:
         w = np.zeros(len(s.owner))

@@ -130,6 +130,7 @@ def implausibility(fault: Fault, program: Program, todo: Plan, at: Replay) -> fl
         mine = known.name if known is not None else ""
         family = any(mine in f and fault.detail[0] in f for f in _FAMILIES)
         extra += 0.0 if family else 2.0
+        extra += 1.0 if mine == "sigmoid" and fault.detail[0] == "softplus" else 0.0  # that is a itself
     if fault.kind in ("wrong-value", "missing-factor") and fault.detail[0] in ("formula", "half"):
         extra += 0.0 if known is not None and known.name in ("sigmoid", "tanh") else 2.0
     return extra

@@ -160,9 +160,12 @@ def _check(problem: Problem, store: Kernel) -> Report:
             if all(id(e) in distant for e, _ in firm) and findings[0].kind == "unknown":
                 noisy += [(e, leaves[0]) for e, leaves in firm]
                 findings, ok = [], True
-    unstable = numerics.unstable(problem, store, evaluations + saturated, noisy if not findings else [])
+    unstable, alone = numerics.unstable(
+        problem, store, evaluations + saturated, noisy if not findings else [], tol.noise > 1e-11
+    )
     if unstable:
-        ok = False
+        # Where the loss fails in the same way the gradient is as right as its loss, and only told so.
+        ok = ok and not alone
         findings += unstable
     custom = numerics.custom_rules(problem, store, usable, tol, ok)
     if custom:
@@ -223,7 +226,7 @@ def _beyond_rounding(
             e.point.name.startswith("parameters") and e.point.name[11].isdigit() and error <= coarse
         ):
             left.append(i)
-        elif own_noise[i] > 10 * true_noise[i] and error > coarse:
+        elif own_noise[i] > 10 * true_noise[i] and error > coarse and tol.noise < 1e-11:
             noisy.append((e, i))
     return left
 
@@ -356,7 +359,7 @@ def _explain(
     search: list[Evaluation] = []
     more: list[Point] = []
     if tried.second is not None:
-        more = points.generic(problem, store, np.random.default_rng(4), tried.second, truth, 2)
+        more = points.generic(problem, store, np.random.default_rng(4), tried.second, truth)
     for point in [*tried.generic, *more]:
         found = next((e for e in usable if e.point is point), None) or _quiet(problem, store, point)
         if not (isinstance(found, Evaluation) and found.true_finite and found.hand_finite):

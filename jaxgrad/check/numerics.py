@@ -1,5 +1,7 @@
 """Right on paper: kinks, overflow and lost digits, and the third witness, central differences."""
 
+import inspect
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -95,15 +97,29 @@ def _between(problem: Problem, store: Kernel, e: Evaluation) -> bool:
 
 
 def unstable(
-    problem: Problem, store: Kernel, evaluations: Sequence[Evaluation], noisy: Sequence[tuple[Evaluation, int]]
-) -> list[Finding]:
-    """NaN, infinity or lost digits where the loss has a finite gradient.
+    problem: Problem,
+    store: Kernel,
+    evaluations: Sequence[Evaluation],
+    noisy: Sequence[tuple[Evaluation, int]],
+    single: bool,
+) -> tuple[list[Finding], bool]:
+    """NaN, infinity or lost digits in the person's gradient, and whether the loss's own gradient is fine there.
 
-    `noisy` are points and leaves where the person's gradient differs and shows more rounding than autodiff.
+    `noisy` are points and leaves where the person's gradient differs and shows more rounding than autodiff;
+    `single` says that one of the two computes in float32, where numbers beyond 1e38 are infinite by right.
     """
+    largest = 1e30 if single else 1e300
+    shared = None
     for e in evaluations:
-        if not e.hand_finite and (e.true_finite or _spurious(problem, store, e)):
-            return [_overflow(problem, store, e)]
+        if e.hand_finite:
+            continue
+        if e.true_finite:
+            if max(float(np.max(np.abs(g), initial=0.0)) for g in e.true) < largest:
+                return [_overflow(problem, store, e)], True
+        elif shared is None:
+            shared = e
+    if shared is not None and _spurious(problem, store, shared):
+        return [_overflow(problem, store, shared)], False
     for e, i in noisy:
         if _witness_sides_with_truth(problem, store, e, i):
             error, size = agreement.errors(e)[i], float(np.linalg.norm(e.true[i]))
@@ -114,8 +130,8 @@ def unstable(
                 f"{problem.paths[i]} agree with autodiff, and central differences side with autodiff. Look for "
                 "a difference of two nearly equal numbers."
             )
-            return [Finding("unstable", problem.paths[i], None, place.where, place.expression, sentence)]
-    return []
+            return [Finding("unstable", problem.paths[i], None, place.where, place.expression, sentence)], True
+    return [], False
 
 
 def _spurious(problem: Problem, store: Kernel, e: Evaluation) -> bool:
@@ -152,7 +168,7 @@ def _overflow(problem: Problem, store: Kernel, e: Evaluation) -> Finding:
         first += f", from |{size[0]}| of about {size[1]:.4g} on"
     sentence = f"{first}, in {', '.join(bad)}. {how} {advice}".strip()
     if not e.true_finite:
-        sentence += " Autodiff of this loss fails there too: the loss itself needs the stable form."
+        sentence += " Autodiff of this loss fails there too, so the loss needs a stable form as well."
     leaf = bad[0] if len(bad) == 1 and len(problem.paths) > 1 else None
     return Finding("unstable", leaf, None, where.where, where.expression, sentence)
 
@@ -212,8 +228,8 @@ def _first_exponent(store: Kernel, leaves: Sequence[np.ndarray], data: Sequence[
         if number is None or not np.isfinite(peak):
             return None
         place = locate(program, [number])
-        left = place.statement.split("=")[0].strip()
-        return (left if left.isidentifier() else place.expression or "z", peak)
+        named = re.fullmatch(r"(\w+)\s*=\s*(.+)", place.statement)
+        return (named[1] if named and named[2] == place.expression else place.expression or "z", peak)
     return None
 
 
@@ -240,17 +256,16 @@ def _mechanism(
         outputs = step.call(*inputs)
         values.update(zip(step.outputs, outputs, strict=True))
         out = np.asarray(outputs[0])
-        if out.dtype.kind != "f":
+        if out.dtype.kind != "f" or not step.frames:
             continue
-        arrays = [np.broadcast_to(np.asarray(x), out.shape) if np.ndim(x) in (0, out.ndim) and step.primitive not in
-                  ("dot_general", "reduce_sum") else np.asarray(x) for x in inputs]
+        arrays = [np.broadcast_to(x, out.shape) if np.ndim(x) == 0 else np.asarray(x) for x in inputs]
         if np.any(np.isnan(out)) and not any(a.dtype.kind == "f" and np.any(np.isnan(a)) for a in arrays):
             where = locate(program, [k])
             how = _how(step.primitive, arrays, out)
-            return where, f"In `{where.expression}` ({where.where}) {how}.", _advice(program)
+            return where, f"In `{where.expression}` ({where.where}) {how}.", _advice(problem, "")
         if infinite is None and np.any(np.isinf(out)) and not any(a.dtype.kind == "f" and np.any(np.isinf(a)) for a in arrays):
             where = locate(program, [k])
-            infinite = (k, f"`{where.expression}` ({where.where}) overflows.", _advice(program))
+            infinite = (k, f"`{where.expression}` ({where.where}) overflows.", _advice(problem, ""))
     if infinite is not None:
         return locate(program, [infinite[0]]), infinite[1], infinite[2]
     return Where("", "", "", 0), "", ""
@@ -272,14 +287,15 @@ def _plain(x: Any) -> str:
     return "infinity" if np.isposinf(x) else "-infinity" if np.isneginf(x) else f"{float(x):.3g}"
 
 
-def _advice(program: Program) -> str:
-    names = {n for step in program.steps for n in step.inner}
-    return _advice_for(
-        sigmoid="logistic" in names or ("exp" in names and "div" in names),
-        division="div" in names,
-        normalised="exp" in names and "reduce_sum" in names and "logistic" not in names,
-        exp="exp" in names,
-    )
+def _advice(problem: Problem, fallback: str) -> str:
+    """The stable form that the text of the gradient suggests."""
+    try:
+        source = inspect.getsource(problem.gradient)
+    except (OSError, TypeError):
+        source = fallback
+    sigmoid = re.search(r"1(\.0?)?\s*/\s*\(1(\.0?)?\s*\+\s*\w*\.?exp|sigmoid|expit|logistic", source) is not None
+    exp = "exp(" in source
+    return _advice_for(sigmoid, "/" in source, exp and not sigmoid and "sum" in source, exp)
 
 
 def _advice_for(sigmoid: bool, division: bool, normalised: bool, exp: bool) -> str:
@@ -318,9 +334,7 @@ def _numpy_mechanism(
             )
             where = describe(place)
             how = f"In `{where.expression}` ({where.where}): {error}."
-            source = " ".join(x.line or "" for x in frames)
-            exp = "exp" in source
-            return where, how, _advice_for("/" in source and not exp, "/" in source, False, exp)
+            return where, how, _advice(problem, " ".join(x.line or "" for x in frames))
         except Exception:
             break
     return Where("", "", "", 0), "", ""

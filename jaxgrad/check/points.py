@@ -49,20 +49,20 @@ def near(rng: np.random.Generator, leaves: Sequence[np.ndarray], size: float) ->
     for leaf in leaves:
         rms = float(np.sqrt(np.mean(leaf**2))) or 1.0
         moved = leaf * np.exp(size * rng.standard_normal(leaf.shape))
-        out.append(np.where(leaf == 0, size * rms * rng.standard_normal(leaf.shape), moved))
+        out.append(np.asarray(np.where(leaf == 0, size * rms * rng.standard_normal(leaf.shape), moved)))
     return tuple(out)
 
 
 def anywhere(rng: np.random.Generator, leaves: Sequence[np.ndarray], scale: float) -> tuple[np.ndarray, ...]:
     """Gaussian leaves, of standard deviation scale/sqrt(fan-in)."""
     return tuple(
-        scale * rng.standard_normal(leaf.shape) / np.sqrt(max(1, leaf.shape[0] if leaf.ndim > 1 else 1))
+        np.asarray(scale * rng.standard_normal(leaf.shape) / np.sqrt(max(1, leaf.shape[0] if leaf.ndim > 1 else 1)))
         for leaf in leaves
     )
 
 
 def scaled(leaves: Sequence[np.ndarray], factor: float) -> tuple[np.ndarray, ...]:
-    return tuple(leaf * factor for leaf in leaves)
+    return tuple(np.asarray(leaf * factor) for leaf in leaves)
 
 
 class Plan(NamedTuple):
@@ -107,7 +107,7 @@ def draw(
 
 
 def generic(
-    problem: Any, store: Any, rng: np.random.Generator, size: int | None, truth: Truth, count: int = 3
+    problem: Any, store: Any, rng: np.random.Generator, size: int | None, truth: Truth, count: int = 4
 ) -> list[Point]:
     """`count` points in generic position with `size` examples (None: the batch as it is).
 
@@ -159,5 +159,5 @@ def _descend(store: Any, truth: Truth, start: Point) -> Point | None:
         if not (np.isfinite(length) and length > 0):
             return None
         radius = float(np.sqrt(sum(float(np.sum(p**2)) for p in leaves))) or 1.0
-        leaves = tuple(p - 0.1 * radius / length * g for p, g in zip(leaves, gradient, strict=True))
+        leaves = tuple(np.asarray(p - 0.1 * radius / length * g) for p, g in zip(leaves, gradient, strict=True))
     return Point("after three descent steps", start.n, leaves, start.data)

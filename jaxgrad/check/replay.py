@@ -235,13 +235,23 @@ def _tangents(
         for i, value in zip(operands, moved, strict=True):
             zero = jnp.zeros((count, *value.shape), value.dtype)
             incoming.append(tangents.get(step.inputs[i], zero).astype(value.dtype))
-        push = jax.vmap(lambda *t, f=function, m=tuple(moved): jax.jvp(f, m, t)[1])(*incoming)
+        push = _push(step, function, moved, incoming)
         if step.primitive == "reduce_max" and step.outputs[0] in adjoints:
             out = step.outputs[0]
             idle = jnp.max(jnp.abs(adjoints[out])) <= 1e-9 * jnp.max(jnp.abs(adjoints[step.inputs[0]]))
             push = (jnp.where(idle, 0.0, push[0]),)
         tangents.update({step.outputs[j]: push[n] for n, j in enumerate(outs)})
     return tangents
+
+
+def _push(step: Step, function: Callable[..., Any], moved: Sequence[Any], incoming: Sequence[Any]) -> Any:
+    """The tangents of a step's outputs, one for each direction."""
+    if not step.primitive.startswith("custom_vjp"):
+        return jax.vmap(lambda *t: jax.jvp(function, tuple(moved), t)[1])(*incoming)
+    # A custom_vjp rule has no forward mode: transpose its linear pullback instead.
+    out, back = jax.vjp(function, *moved)
+    forwards = jax.linear_transpose(back, out)
+    return jax.vmap(lambda *t: forwards(tuple(t))[0])(*incoming)
 
 
 def pull(
@@ -300,7 +310,7 @@ def _pieces(program: Program, by_shape: Mapping[tuple[int, ...], list[int]], mos
             out = step.outputs[0]
             inside[out] = members
             plain[out] = is_elementwise(program, step) and all(plain[s] for s in touching)
-            curved[out] = any(curved[s] for s in touching) or not _straight(program, step, inside)
+            curved[out] = any(curved[s] for s in touching) or not _straight(program, step, inside, shape)
             if not _float(program, out) or tuple(program.avals[out].shape) != shape or not curved[out]:
                 continue
             if not plain[out] and (not shape or int(np.prod(shape)) > 300):
@@ -314,12 +324,14 @@ def _pieces(program: Program, by_shape: Mapping[tuple[int, ...], list[int]], mos
     return tuple([p for p in found if p.elementwise][:80] + mixing[-12:])
 
 
-def _straight(program: Program, step: Step, inside: Mapping[int, Any]) -> bool:
+def _straight(program: Program, step: Step, inside: Mapping[int, Any], shape: tuple[int, ...]) -> bool:
     """Whether a step is affine in what comes from the piece, so that its derivative is a constant."""
     if step.primitive in ("add", "sub", "neg", "copy", "copy_p", "convert_element_type", "name", "add_any"):
         return True
     if step.primitive in ("broadcast_in_dim", "reduce_sum", "reshape", "transpose", "squeeze", "reduce_max", "stop_gradient"):
         return True
+    if step.primitive == "max" and tuple(program.avals[step.outputs[0]].shape) != shape:
+        return True  # the largest logit on its way into a softmax
     touching = [i for i, s in enumerate(step.inputs) if s in inside]
     if step.primitive == "mul":
         return len(touching) == 1

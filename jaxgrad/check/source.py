@@ -36,8 +36,11 @@ def locate(program: Program, members: Sequence[int], elementwise: bool = False) 
     while all(len(s) > depth + 1 and s[: depth + 1] == last[: depth + 1] for s in stacks) and len(last) > depth + 1:
         depth += 1
     if elementwise and depth > 0:
+        # The helper's other steps in this call would stand right before or after; in a loop the same call
+        # comes again, further away.
         prefix = last[:depth]
-        instance = {k for k, s in enumerate(program.steps) if s.frames[::-1][:depth] == prefix}
+        around = range(max(0, min(members) - 1), min(len(program.steps), max(members) + 2))
+        instance = {k for k in around if program.steps[k].frames[::-1][:depth] == prefix}
         if instance <= set(members):
             depth -= 1
     return describe(last[depth])

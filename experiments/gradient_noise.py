@@ -291,7 +291,7 @@ def headline(numbers: dict[str, Any]) -> str:
     z = np.concatenate([deviations(numbers, kind) for kind in KINDS])
     return (
         f"**Gradient noise.** E‖g_B − G‖² = γ tr Σ in all {len(z)} cases measured ({', '.join(numbers['problems'])}; "
-        f"{len(numbers['path'])} points each, three ways of sampling): largest deviation {np.abs(z).max():.1f} standard "
+        f"{len(numbers['path'])} points, three ways of sampling): largest deviation {np.abs(z).max():.1f} standard "
         "errors. b = n different examples have no noise; n draws with replacement still do."
     )
 
@@ -346,15 +346,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     for axis in axes[len(numbers["problems"]) : 3]:
         axis.set_visible(False)
     _draw_one_batch(axes[3], numbers, marks)
-    handles = [
-        Line2D([], [], color=plots.sampling_colour(kind), marker="o", linestyle=line, label=label,
-               markerfacecolor="none" if kind == "reshuffled" else plots.sampling_colour(kind))
-        for kind, line, label in (
-            ("with replacement", "-", "with replacement: tr Σ/b"),
-            ("distinct", "-", "distinct: tr Σ (n−b)/(b(n−1))"),
-            ("reshuffled", "", "reshuffled, one batch"),
-        )
-    ]  # fmt: skip
+    laws = {"with replacement": ": tr Σ/b", "distinct": ": tr Σ (n−b)/(b(n−1))", "reshuffled": ", one batch"}
+    handles = [Line2D([], [], color=plots.sampling_colour(kind), marker="o", label=kind + laws[kind]) for kind in KINDS]
+    handles[2].set(linestyle="none", markerfacecolor="none")
     handles += [
         Line2D([], [], color=plots.GREY, marker=mark, linestyle="", label=f"{step} steps" if step else "start")
         for mark, step in zip(marks, numbers["path"], strict=False)

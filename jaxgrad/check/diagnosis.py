@@ -31,6 +31,7 @@ class Sample(NamedTuple):
     program: Program
     todo: Plan
     replay: Replay
+    faults: tuple[Fault, ...]
     directions: tuple[np.ndarray, ...]
     owner: np.ndarray
     """Which leaf each direction moves."""
@@ -85,21 +86,22 @@ def sample(problem: Problem, store: Kernel, evaluation: Evaluation, rng: np.rand
     if key not in store.compiled:
         program = program_at(store, point.leaves, point.data)
         todo = plan(program, point.n)
-        store.compiled[key] = (program, todo, analysis(program, todo))
-    program, todo, run = store.compiled[key]
+        faults = catalogue_of.catalogue(program, todo)
+        store.compiled[key] = (program, todo, analysis(program, todo), faults)
+    program, todo, run, faults = store.compiled[key]
     directions, owner = _directions(point.leaves, program, rng)
     replay = run(list(point.leaves), list(point.data), list(directions))
-
-    def along(gradient: Sequence[np.ndarray]) -> np.ndarray:
-        return sum(
-            (d.reshape(len(owner), -1) @ g.reshape(-1) for d, g in zip(directions, gradient, strict=True)),
-            np.zeros(len(owner)),
-        )
-
-    changes = catalogue_of.changes(program, todo, replay)
+    changes = catalogue_of.changes(program, todo, faults, replay)
     shares = catalogue_of.shares(program, replay)
-    true, mine = along(evaluation.true), along(evaluation.hand)
-    return Sample(evaluation, program, todo, replay, directions, owner, true, mine, changes, shares)
+    true, mine = _along(directions, evaluation.true), _along(directions, evaluation.hand)
+    return Sample(evaluation, program, todo, replay, faults, directions, owner, true, mine, changes, shares)
+
+
+def _along(directions: Sequence[Any], gradient: Sequence[Any]) -> np.ndarray:
+    """A gradient along all directions."""
+    count = len(directions[0])
+    parts = [d.reshape(count, -1) @ np.reshape(g, -1) for d, g in zip(directions, gradient, strict=True)]
+    return np.sum(parts, axis=0)
 
 
 def _directions(
@@ -138,7 +140,7 @@ def _case(
     rng = np.random.default_rng(11)
     samples = [sample(problem, store, e, rng) for e in evaluations]
     first = samples[0]
-    faults = catalogue_of.catalogue(first.program, first.todo)
+    faults = first.faults
     terms = catalogue_of.terms(first.program)
     # A loss with a Python loop over examples has other steps at another batch size: keep those that match.
     names = [step.name for step in first.program.steps]
@@ -365,15 +367,17 @@ def _complexity(factor: str | None) -> float:
     return 2.0 + (0.0 if _exact(factor) else 4.0)
 
 
+def _equal(case: Case, a: Any, b: Any, e: Evaluation) -> bool:
+    total = float(np.sqrt(sum(float(np.sum(g**2)) for g in e.true)))
+    limit = (1e-9 + 1e3 * case.noise) * float(np.linalg.norm(b)) + 1e-12 * total
+    return np.shape(a) == np.shape(b) and float(np.linalg.norm(a - b)) <= limit
+
+
 def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     """Transposed or flipped leaves, leaves swapped with each other."""
     evaluations = [s.evaluation for s in case.samples]
 
-    def equal(a: np.ndarray, b: np.ndarray, e: Evaluation) -> bool:
-        total = float(np.sqrt(sum(float(np.sum(g**2)) for g in e.true)))
-        limit = (1e-9 + 1e3 * case.noise) * float(np.linalg.norm(b)) + 1e-12 * total
-        return a.shape == b.shape and float(np.linalg.norm(a - b)) <= limit
-
+    equal = lambda a, b, e: _equal(case, a, b, e)  # noqa: E731
     moves: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
         ("transposed", lambda g: np.swapaxes(g, -1, -2)),
         ("column order", lambda g: g.reshape(g.shape, order="C").reshape(-1).reshape(g.shape, order="F")),
@@ -412,7 +416,7 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
 
 def _cost(case: Case, m: int) -> float:
     s = case.samples[0]
-    return case.faults[m].cost + catalogue_of.implausibility(case.faults[m], s.program, s.todo, s.replay)
+    return case.faults[m].cost + catalogue_of.implausibility(case.faults[m], s.todo, s.replay)
 
 
 def _ranked(case: Case, hits: Sequence[int]) -> tuple[float, int, list[int]]:
@@ -661,10 +665,7 @@ def _replayed(case: Case, chosen: Sequence[int], leaves: Sequence[int], first_on
     """Whether a full reverse pass with all these faults gives the person's numbers."""
     for s in case.samples[:1] if first_only else case.samples:
         gradient = replayed(case, s, chosen)
-        guess = sum(
-            (d.reshape(len(s.owner), -1) @ np.asarray(g).reshape(-1) for d, g in zip(s.directions, gradient, strict=True)),
-            np.zeros(len(s.owner)),
-        )
+        guess = _along(s.directions, gradient)
         if _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
             return False
     return True
@@ -682,7 +683,7 @@ def replayed(case: Case, s: Sample, chosen: Sequence[int]) -> list[Any]:
             if fault.piece >= 0:
                 piece = s.todo.pieces[fault.piece]
                 # Δ / ā is the change of the local derivative, which no other fault alters.
-                ratio = catalogue_of.local_change(s.program, s.todo, s.replay, fault)
+                ratio = catalogue_of.local_change(s.todo, s.replay, fault)
                 at_value.setdefault(piece.end, []).append((piece.start, ratio))
             elif fault.product >= 0:
                 at_step.setdefault(fault.members[-1], []).append(fault)
@@ -696,7 +697,7 @@ def replayed(case: Case, s: Sample, chosen: Sequence[int]) -> list[Any]:
             for fault in which:
                 product = s.todo.products[fault.product]
                 adjoint = outs[s.program.steps[k].outputs[0]]
-                if fault.label == -2:
+                if fault.label == catalogue_of.PASSED:
                     sent[product.operand] = adjoint
                 else:
                     other = catalogue_of.stand_in(product, fault.label, values, s.program)

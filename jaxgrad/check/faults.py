@@ -1,15 +1,15 @@
 """The catalogue of single faults: for each, by how much it changes the gradient.
 
-Every fault is one way to do one step of the chain rule wrong. `catalogue` lists them for a program, and
-`changes` gives the matrix [fault, direction] of J_vᵀ Δ (see `replay`) at one point, in the same order.
+Every fault is one way to do one step of the chain rule wrong. `catalogue` lists them for a program,
+`change` says what one does at a point, and `changes` gives the matrix [fault, direction] of J_vᵀ Δ (see `replay`) at one point, in the same order.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad.check.replay import Piece, Plan, Replay, partner
+from jaxgrad.check.replay import Piece, Plan, Product, Replay, partner
 from jaxgrad.check.steps import Program
 
 
@@ -26,6 +26,10 @@ class Fault(NamedTuple):
     piece: int = -1
     product: int = -1
     label: int = -1
+
+
+PASSED = -2
+"""The label of a product fault that passes the adjoint on as it is."""
 
 
 class Term(NamedTuple):
@@ -67,17 +71,56 @@ KNOWN = (
 
 def catalogue(program: Program, todo: Plan) -> tuple[Fault, ...]:
     """Every single fault of a program, in the order of `changes`."""
-    return tuple(fault for fault, _ in _walk(program, todo, None))
+    found: list[Fault] = []
+    for number, piece in enumerate(todo.pieces):
+        found += _elementwise(program, number, piece) if piece.elementwise else _mixing(number, piece)
+    for number, product in enumerate(todo.products):
+        found += _of_product(program, number, product)
+    return (*found, *_extra(program))
 
 
-def changes(program: Program, todo: Plan, at: Replay) -> np.ndarray:
+def changes(program: Program, todo: Plan, faults: Sequence[Fault], at: Replay) -> np.ndarray:
     """[fault, direction]: what each fault adds to the gradient at one point."""
-    rows: list[np.ndarray] = []
+    by_slot: dict[int, list[tuple[int, Any]]] = {}
     with np.errstate(all="ignore"):
-        for _, make in _walk(program, todo, at):
-            slot, delta = make()
-            rows.append(project(at, slot, delta))
-    return np.stack(rows) if rows else np.zeros((0, _width(program, at)))
+        for m, fault in enumerate(faults):
+            slot, delta = change(program, todo, fault, at)
+            by_slot.setdefault(slot, []).append((m, delta))
+    out = np.zeros((len(faults), _width(program, at)))
+    with np.errstate(all="ignore"):
+        for slot, entries in by_slot.items():
+            tangents = np.asarray(at.tangents[slot], dtype=np.float64)
+            flat = tangents.reshape(tangents.shape[0], -1)
+            stack = np.stack([np.broadcast_to(d, tangents.shape[1:]).reshape(-1) for _, d in entries])
+            out[[m for m, _ in entries]] = stack.astype(np.float64) @ flat.T
+    return out
+
+
+def change(program: Program, todo: Plan, fault: Fault, at: Replay) -> tuple[int, Any]:
+    """The value whose adjoint a fault alters, and by how much."""
+    if fault.piece >= 0:
+        piece = todo.pieces[fault.piece]
+        if piece.end not in at.adjoints:
+            return piece.start, np.zeros(())
+        adjoint = at.adjoints[piece.end]
+        if piece.elementwise:
+            return piece.start, adjoint * (_slope(fault, piece, at) - at.derivatives[fault.piece][0])
+        back, diagonal = at.derivatives[fault.piece]
+        a = at.values[piece.end]
+        how = {"identity": 1.0, "diagonal": diagonal, "times output": a, "sigmoid": a * (1 - a)}[fault.detail[0]]
+        return piece.start, adjoint * how - back
+    if fault.product >= 0:
+        product = todo.products[fault.product]
+        step = program.steps[product.step]
+        slot, key = step.inputs[product.operand], (product.step, product.operand)
+        if key not in at.contributions or step.outputs[0] not in at.adjoints:
+            return slot, np.zeros(())
+        sent = at.adjoints[step.outputs[0]] if fault.label == PASSED else at.alternatives[fault.product][fault.label]
+        return slot, sent - at.contributions[key]
+    slot = program.steps[fault.members[-1]].outputs[0]
+    if slot not in at.adjoints:
+        return slot, np.zeros(())
+    return slot, at.adjoints[slot] * extra_factor(at, slot, fault)
 
 
 def terms(program: Program) -> tuple[Term, ...]:
@@ -113,13 +156,13 @@ def _width(program: Program, at: Replay) -> int:
 _FAMILIES = ({"sigmoid", "tanh", "relu", "softplus"}, {"abs", "square", "relu"}, {"exp", "log"}, {"sin", "cos"})
 
 
-def implausibility(fault: Fault, program: Program, todo: Plan, at: Replay) -> float:
+def implausibility(fault: Fault, todo: Plan, at: Replay) -> float:
     """How much more far-fetched a fault is at these values than its kind: nobody takes log(1 - p) for a relu."""
     if fault.piece < 0 or not todo.pieces[fault.piece].elementwise or fault.kind == "missing-derivative":
         return 0.0
     piece = todo.pieces[fault.piece]
     with np.errstate(all="ignore"):
-        new = np.asarray(local_change(program, todo, at, fault)) + at.derivatives[fault.piece][0]
+        new = local_change(todo, at, fault) + at.derivatives[fault.piece][0]
     if np.all(np.isfinite(new)) and new.size > 1 and np.ptp(new) <= 1e-12 * np.max(np.abs(new), initial=0.0):
         return 6.0  # a constant: another fault says the same more simply
     known = known_function(piece, at)
@@ -147,209 +190,163 @@ def known_function(piece: Piece, at: Replay) -> Known | None:
     return None
 
 
-Make = Callable[[], tuple[int, Any]]
+def _of_product(program: Program, number: int, product: Product) -> list[Fault]:
+    """A product's other factor left out, not transposed, or replaced by another value."""
+    step = program.steps[product.step]
+    costs = {
+        "ones": ("missing-factor", 3.0),
+        "transposed": ("transposed", 3.0),
+        "adjoint": ("transposed", 3.1),
+        "flipped": ("transposed", 3.2),
+        "value": ("wrong-value", 4.0),
+        "value^T": ("wrong-value", 4.2),
+        "rolled": ("wrong-value", 5.0),
+    }
+    found = []
+    for index, (label, other) in enumerate(product.labels):
+        kind, cost = costs[label]
+        cost += 0.3 if other in program.leaves and step.inputs[product.partner] not in program.leaves else 0.0
+        detail = (label, other, product.operand)
+        found.append(Fault(kind, cost, (product.step,), detail, -1, number, index))
+    same = program.avals[step.outputs[0]].shape == program.avals[step.inputs[product.operand]].shape
+    if same and step.primitive != "mul":
+        detail = ("passed", -1, product.operand)
+        found.append(Fault("missing-factor", 3.1, (product.step,), detail, -1, number, PASSED))
+    return found
 
 
-def _walk(program: Program, todo: Plan, at: Replay | None):
-    """All faults with, at a point, a function that gives the slot and the change of its adjoint."""
-    for number, piece in enumerate(todo.pieces):
-        yield from (_elementwise if piece.elementwise else _mixing)(program, number, piece, at)
-    for number, product in enumerate(todo.products):
-        step = program.steps[product.step]
-        slot = step.inputs[product.operand]
-
-        def replaced(number=number, index=0, slot=slot, key=(product.step, product.operand)) -> tuple[int, Any]:
-            assert at is not None
-            stack = at.alternatives[number]
-            if len(stack) <= index or key not in at.contributions:
-                return slot, np.zeros(program.avals[slot].shape)
-            return slot, stack[index] - at.contributions[key]
-
-        for index, (label, other) in enumerate(product.labels):
-            kind, cost = {
-                "ones": ("missing-factor", 3.0),
-                "transposed": ("transposed", 3.0),
-                "flipped": ("transposed", 3.2),
-                "rolled": ("wrong-value", 5.0),
-                "value": ("wrong-value", 4.0),
-                "value^T": ("wrong-value", 4.2),
-                "adjoint": ("transposed", 3.1),
-            }[label]
-            cost += 0.3 if other in program.leaves and step.inputs[product.partner] not in program.leaves else 0.0
-            yield (
-                Fault(kind, cost, (product.step,), (label, other, product.operand), -1, number, index),
-                lambda r=replaced, i=index: r(index=i),
-            )
-        out = step.outputs[0]
-        same = program.avals[out].shape == program.avals[slot].shape
-        if same and step.primitive != "mul":
-
-            def passed(slot=slot, out=out, key=(product.step, product.operand)) -> tuple[int, Any]:
-                assert at is not None
-                if out not in at.adjoints or key not in at.contributions:
-                    return slot, np.zeros(program.avals[slot].shape)
-                return slot, at.adjoints[out] - at.contributions[key]
-
-            detail = ("passed", -1, product.operand)
-            yield Fault("missing-factor", 3.1, (product.step,), detail, -1, number, -2), passed
-    yield from _extra(program, at)
-
-
-def _elementwise(program: Program, number: int, piece: Piece, at: Replay | None):
+def _elementwise(program: Program, number: int, piece: Piece) -> list[Fault]:
     """A piece a = F(z): its derivative F'(z) is left out, squared, taken elsewhere, or is another's."""
-    size = 0.02 * len(piece.members)
-    natural = 0.0 if len(piece.members) == 1 else 0.05
-    base = size + natural + (0.0 if program.avals[piece.start].ndim else 1.5)
-
-    def change(new: Callable[[], Any]) -> Make:
-        def make() -> tuple[int, Any]:
-            assert at is not None
-            if piece.end not in at.adjoints:
-                return piece.start, np.zeros(program.avals[piece.start].shape)
-            slope = at.derivatives[number][0]
-            return piece.start, at.adjoints[piece.end] * (new() - slope)
-
-        return make
-
-    def slope() -> Any:
-        assert at is not None
-        return at.derivatives[number][0]
-
-    def z() -> Any:
-        assert at is not None
-        return at.values[piece.start]
-
-    def a() -> Any:
-        assert at is not None
-        return at.values[piece.end]
-
-    def fault(kind: str, cost: float, *detail: Any, label: int = -1) -> Fault:
-        return Fault(kind, base + cost, piece.members, detail, number, -1, label)
-
-    yield fault("missing-derivative", 0.0), change(lambda: np.ones_like(slope()))
-    yield fault("extra-derivative", 1.5, "twice"), change(lambda: slope() ** 2)
+    base = 0.02 * len(piece.members) + (0.0 if len(piece.members) == 1 else 0.05)
+    base += 0.0 if program.avals[piece.start].ndim else 1.5
+    rows: list[tuple[str, float, tuple[Any, ...], int]] = [
+        ("missing-derivative", 0.0, ("one",), -1),
+        ("extra-derivative", 1.5, ("twice",), -1),
+    ]
     for index, other in enumerate(piece.others):
-
-        def elsewhere(index=index) -> Any:
-            assert at is not None
-            return at.derivatives[number][1][index]
-
         if other == piece.end:
-            yield fault("wrong-argument", 1.0, "output", label=index), change(elsewhere)
+            rows.append(("wrong-argument", 1.0, ("output",), index))
         else:
-            yield fault("wrong-value", 4.0, "slope", other, label=index), change(elsewhere)
+            rows.append(("wrong-value", 4.0, ("slope", other), index))
     for k in KNOWN:
-        yield fault("wrong-derivative", 2.2, k.name, k.text), change(lambda k=k: k.slope(z()))
+        rows.append(("wrong-derivative", 2.2, (k.name, k.text, "input"), -1))
         if k.from_output is not None and k.name in ("sigmoid", "tanh", "relu", "sqrt"):
-            f = k.from_output
-            yield fault("wrong-derivative", 2.3, k.name, k.text), change(lambda f=f: f(a()))
+            rows.append(("wrong-derivative", 2.3, (k.name, k.text, "output"), -1))
             if k.name != "relu":
                 # a (1 - a) with another value where the output belongs: right only if F is this function
-                yield fault("wrong-value", 2.0, "formula", piece.start, k.name), change(lambda f=f: f(z()))
-                for other in piece.others[:6]:
-                    if other != piece.end:
-                        yield (
-                            fault("wrong-value", 4.2, "formula", other, k.name),
-                            change(lambda f=f, o=other: f(at.values[o])),  # type: ignore[union-attr]
-                        )
-    for k in KNOWN[:2]:
-        # softplus'(z) = sigmoid(z), and then tanh(z) for it
-        yield fault("wrong-derivative", 3.3, "value", k.name), change(lambda k=k: k.value(z()))
-    yield fault("wrong-derivative", 2.6, "itself", ""), change(a)
-    yield fault("wrong-derivative", 2.8, "input", ""), change(z)
-    yield fault("missing-factor", 2.5, "half", "1 - a"), change(lambda: 1 - a())
-    yield fault("wrong-derivative", 2.9, "abs", ""), change(lambda: np.abs(slope()))
-    yield fault("wrong-derivative", 3.0, "inverse", ""), change(lambda: 1 / slope())
-    yield fault("wrong-derivative", 3.1, "slip", "1 + a^2"), change(lambda: 1 + a() ** 2)
-    yield fault("wrong-derivative", 3.1, "slip", "a (1 + a)"), change(lambda: a() * (1 + a()))
-    yield fault("wrong-derivative", 3.1, "slip", "1 - 2 a"), change(lambda: 1 - 2 * a())
-    yield fault("wrong-derivative", 3.1, "slip", "a^2"), change(lambda: a() ** 2)
-    yield fault("wrong-derivative", 3.1, "slip", "1/z^2"), change(lambda: 1 / z() ** 2)
-    yield fault("wrong-derivative", 3.2, "other side", ""), change(
-        lambda: 1 - slope() if set(np.unique(slope())) <= {0.0, 1.0} else slope()
-    )
+                rows.append(("wrong-value", 2.0, ("formula", piece.start, k.name), -1))
+                rows += [
+                    ("wrong-value", 4.2, ("formula", other, k.name), -1)
+                    for other in piece.others[:6]
+                    if other != piece.end
+                ]
+    # softplus'(z) = sigmoid(z), and then tanh(z) for it
+    rows += [("wrong-derivative", 3.3, ("value", k.name), -1) for k in KNOWN[:2]]
+    rows += [
+        ("wrong-derivative", 2.6, ("itself",), -1),
+        ("wrong-derivative", 2.8, ("argument",), -1),
+        ("missing-factor", 2.5, ("half", "1 - a"), -1),
+        ("wrong-derivative", 2.9, ("magnitude",), -1),
+        ("wrong-derivative", 3.0, ("inverse",), -1),
+        ("wrong-derivative", 3.2, ("other side",), -1),
+    ]
+    rows += [("wrong-derivative", 3.1, ("slip", text), -1) for text in SLIPS]
+    return [Fault(kind, base + cost, piece.members, how, number, -1, label) for kind, cost, how, label in rows]
 
 
-def _mixing(program: Program, number: int, piece: Piece, at: Replay | None):
+SLIPS: dict[str, Callable[[Any, Any], Any]] = {
+    "1 + a^2": lambda z, a: 1 + a**2,
+    "a (1 + a)": lambda z, a: a * (1 + a),
+    "1 - 2 a": lambda z, a: 1 - 2 * a,
+    "a^2": lambda z, a: a**2,
+    "1/z^2": lambda z, a: 1 / z**2,
+}
+"""Slips of algebra, as functions of the input and the output."""
+
+_BY_NAME = {k.name: k for k in KNOWN}
+
+
+def _slope(fault: Fault, piece: Piece, at: Replay) -> Any:
+    """The local derivative D' that a fault in an elementwise piece uses."""
+    slope, z, a = at.derivatives[fault.piece][0], at.values[piece.start], at.values[piece.end]
+    how = fault.detail[0]
+    if how in ("output", "slope"):
+        return at.derivatives[fault.piece][1][fault.label]
+    if how == "formula":
+        from_output = _BY_NAME[fault.detail[2]].from_output
+        assert from_output is not None
+        return from_output(at.values[fault.detail[1]])
+    if how == "value":
+        return _BY_NAME[fault.detail[1]].value(z)
+    if how == "slip":
+        return SLIPS[fault.detail[1]](z, a)
+    if how == "other side":
+        return 1 - slope if set(np.unique(slope)) <= {0.0, 1.0} else slope
+    plain = {
+        "one": lambda: np.ones_like(slope),
+        "twice": lambda: slope**2,
+        "itself": lambda: a,
+        "argument": lambda: z,
+        "half": lambda: 1 - a,
+        "magnitude": lambda: np.abs(slope),
+        "inverse": lambda: 1 / slope,
+    }
+    if how in plain:
+        return plain[how]()
+    known = _BY_NAME[how]
+    if fault.detail[2] == "input":
+        return known.slope(z)
+    assert known.from_output is not None
+    return known.from_output(a)
+
+
+def _mixing(number: int, piece: Piece) -> list[Fault]:
     """A piece such as softmax, where each output depends on several inputs: treated entry by entry."""
     base = 0.6 + 0.02 * len(piece.members)
-
-    def change(new: Callable[[Any, Any, Any], Any]) -> Make:
-        def make() -> tuple[int, Any]:
-            assert at is not None
-            if piece.end not in at.adjoints:
-                return piece.start, np.zeros(program.avals[piece.start].shape)
-            back, diagonal = at.derivatives[number]
-            return piece.start, new(at.adjoints[piece.end], at.values[piece.end], diagonal) - back
-
-        return make
-
-    def fault(kind: str, cost: float, *detail: Any) -> Fault:
-        return Fault(kind, base + cost, piece.members, detail, number, -1, -3)
-
-    yield fault("missing-derivative", 0.5), change(lambda adjoint, a, d: adjoint)
-    yield fault("wrong-derivative", 1.0, "diagonal", ""), change(lambda adjoint, a, d: adjoint * d)
-    yield fault("wrong-derivative", 2.0, "times output", ""), change(lambda adjoint, a, d: adjoint * a)
-    yield fault("wrong-derivative", 2.2, "sigmoid", "a (1 - a)"), change(
-        lambda adjoint, a, d: adjoint * a * (1 - a)
+    rows = (
+        ("missing-derivative", 0.5, "identity"),
+        ("wrong-derivative", 1.0, "diagonal"),
+        ("wrong-derivative", 2.0, "times output"),
+        ("wrong-derivative", 2.2, "sigmoid"),
     )
+    return [Fault(kind, base + cost, piece.members, (how,), number, -1, -3) for kind, cost, how in rows]
 
 
-def _extra(program: Program, at: Replay | None):
+def _extra(program: Program) -> list[Fault]:
     """A derivative where none belongs, or a mask: the adjoint of a value times something."""
     makers: Mapping[int, int] = {o: k for k, step in enumerate(program.steps) for o in step.outputs}
-    by_shape: dict[tuple[int, ...], list[int]] = {}
+    fixed: dict[tuple[int, ...], list[int]] = {}
     for slot in sorted(program.varying - program.moving):
         aval = program.avals[slot]
         if getattr(aval, "ndim", 0) > 0 and np.dtype(aval.dtype).kind == "f":
-            by_shape.setdefault(tuple(aval.shape), []).append(slot)
+            fixed.setdefault(tuple(aval.shape), []).append(slot)
     near: dict[tuple[int, ...], list[int]] = {}
     for slot in sorted(program.moving):
         near.setdefault(tuple(program.avals[slot].shape), []).append(slot)
+    found: list[Fault] = []
     for slot in sorted(program.moving):
         if slot not in makers or program.avals[slot].ndim == 0:
             continue
-        members = (makers[slot],)
-
-        def change(new: Callable[[Any], Any], slot=slot) -> Make:
-            def make() -> tuple[int, Any]:
-                assert at is not None
-                if slot not in at.adjoints:
-                    return slot, np.zeros(program.avals[slot].shape)
-                return slot, at.adjoints[slot] * (new(at.values[slot]) - 1)
-
-            return make
-
-        for known in KNOWN:
-            if known.name in ("sigmoid", "tanh", "relu"):
-                cost = 3.4
-                fault = Fault("extra-derivative", cost, members, ("function", known.name, known.text))
-                yield fault, change(known.slope)
-                if known.name in ("sigmoid", "tanh"):
-                    fault = Fault("extra-derivative", cost + 0.1, members, ("output", known.name, known.text))
-                    yield fault, change(known.from_output)  # type: ignore[arg-type]
-        yield Fault("extra-derivative", 4.5, members, ("value", "", "")), change(lambda v: v)
-        for other in near.get(tuple(program.avals[slot].shape), [])[:8]:
+        shape = tuple(program.avals[slot].shape)
+        rows: list[tuple[str, float, tuple[Any, ...]]] = []
+        for known in KNOWN[:3]:
+            rows.append(("extra-derivative", 3.4, ("function", known.name, known.text)))
+            if known.name != "relu":
+                rows.append(("extra-derivative", 3.5, ("output", known.name, known.text)))
+        rows.append(("extra-derivative", 4.5, ("value", "", "")))
+        for other in near[shape][:8]:
             if other > slot:
-                fault = Fault("extra-derivative", 3.8, members, ("other", "sigmoid", "a (1 - a)", other))
-                yield fault, change(lambda v, o=other: at.values[o] * (1 - at.values[o]))  # type: ignore[union-attr]
-                fault = Fault("extra-derivative", 3.9, members, ("log", "sigmoid", "a (1 - a)", other))
-                yield fault, change(lambda v, o=other: np.exp(at.values[o]) * (1 - np.exp(at.values[o])))  # type: ignore[union-attr]
-        for other in by_shape.get(tuple(program.avals[slot].shape), [])[:4]:
-            yield (
-                Fault("missing-term", 5.0, members, ("mask", other)),
-                change(lambda v, o=other: at.values[o]),  # type: ignore[union-attr]
-            )
+                rows.append(("extra-derivative", 3.8, ("other", "sigmoid", "a (1 - a)", other)))
+                rows.append(("extra-derivative", 3.9, ("log", "sigmoid", "a (1 - a)", other)))
+        rows += [("missing-term", 5.0, ("mask", other)) for other in fixed.get(shape, [])[:4]]
+        found += [Fault(kind, cost, (makers[slot],), how) for kind, cost, how in rows]
+    return found
 
 
-def local_change(program: Program, todo: Plan, at: Replay, fault: Fault) -> np.ndarray:
+def local_change(todo: Plan, at: Replay, fault: Fault) -> np.ndarray:
     """What a fault in an elementwise piece adds to its local derivative: D' − D."""
-    piece = todo.pieces[fault.piece]
-    unit = at._replace(adjoints={**at.adjoints, piece.end: np.ones_like(at.values[piece.end])})
-    for other, make in _walk(program, todo, unit):
-        if other == fault:
-            return np.asarray(make()[1])
-    raise LookupError(fault)
+    with np.errstate(all="ignore"):
+        return np.asarray(_slope(fault, todo.pieces[fault.piece], at) - at.derivatives[fault.piece][0])
 
 
 def extra_factor(at: Replay, slot: int, fault: Fault) -> np.ndarray:
@@ -371,6 +368,6 @@ def extra_factor(at: Replay, slot: int, fault: Fault) -> np.ndarray:
     return known.from_output(value) - 1
 
 
-def stand_in(product: Any, label: int, values: Mapping[int, Any], program: Program) -> Any:
+def stand_in(product: Product, label: int, values: Mapping[int, Any], program: Program) -> Any:
     """The value that a product fault puts in the partner's place."""
     return partner(product, product.labels[label], values, program.steps[product.step].inputs[product.partner])

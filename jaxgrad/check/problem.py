@@ -147,25 +147,25 @@ def prepare(
 def assemble(spec: Spec, leaves: Sequence[Any], data: Sequence[Any], numpy: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The person's own arguments from flat lists; with `numpy`, arrays of the kind that was given."""
 
-    def convert(value: Any, kind: str) -> Any:
-        if not numpy:
-            return value
-        if kind == "float":
-            return float(value)
-        if kind in ("jax", "int-jax"):
-            return jnp.asarray(value)
-        return np.array(value)
-
-    def fill(fixed: tuple[Any, ...], kinds: tuple[str, ...], values: Sequence[Any]) -> list[Any]:
-        feed = iter(values)
-        return [
-            convert(next(feed), kind) if isinstance(leaf, Moves) else leaf
-            for leaf, kind in zip(fixed, kinds, strict=True)
-        ]
-
-    params = jax.tree_util.tree_unflatten(spec.params, fill(spec.fixed_params, spec.params_kinds, leaves))
-    arguments, keywords = jax.tree_util.tree_unflatten(spec.data, fill(spec.fixed_data, spec.data_kinds, data))
+    params = jax.tree_util.tree_unflatten(spec.params, _fill(spec.fixed_params, spec.params_kinds, leaves, numpy))
+    arguments, keywords = jax.tree_util.tree_unflatten(spec.data, _fill(spec.fixed_data, spec.data_kinds, data, numpy))
     return params, arguments, keywords
+
+
+def _fill(fixed: tuple[Any, ...], kinds: tuple[str, ...], values: Sequence[Any], numpy: bool) -> list[Any]:
+    feed = iter(values)
+    return [
+        _convert(next(feed), kind, numpy) if isinstance(leaf, Moves) else leaf
+        for leaf, kind in zip(fixed, kinds, strict=True)
+    ]
+
+
+def _convert(value: Any, kind: str, numpy: bool) -> Any:
+    if not numpy:
+        return value
+    if kind == "float":
+        return float(value)
+    return jnp.asarray(value) if kind in ("jax", "int-jax") else np.array(value)
 
 
 class Kernel(NamedTuple):

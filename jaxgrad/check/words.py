@@ -276,7 +276,7 @@ def _piece_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str) -
         first = locate(s.program, piece.members[:1])
         if first.where and first.where != place.where:
             name = f"everything from {z} to {place.expression or a}"
-        if f.kind == "missing-derivative":
+        if f.detail[0] == "identity":
             return f"In {at} the derivative is missing: the adjoint was passed through `{name}` unchanged"
         why = "every output depends on several inputs, so its Jacobian has entries off the diagonal"
         how = {
@@ -315,16 +315,16 @@ def _piece_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str) -
         return f"In {at} the derivative is taken at `{other}` instead of `{z}`"
     if f.kind == "missing-factor":
         return f"In {at} a factor of the derivative is missing: you used 1 - {a}; it is {true or 'a product'}"
-    how, text = f.detail[0], f.detail[1]
+    how, text = f.detail[0], f.detail[1] if len(f.detail) > 1 else ""
     if how == "value":
         return f"In {at} you multiplied by {text}({z}) instead of the derivative{': ' + true if true else ''}"
     if how == "itself":
         if function == "sigmoid":
             return f"In {at} you multiplied by `{a}` itself; {true}, the factor (1 - {a}) is missing"
         return f"In {at} you multiplied by the value `{a}` itself instead of its derivative{': ' + true if true else ''}"
-    if how == "input":
+    if how == "argument":
         return f"In {at} you multiplied by the input `{z}` instead of the derivative{': ' + true if true else ''}"
-    if how == "abs":
+    if how == "magnitude":
         return f"In {at} the sign of the derivative is lost{': ' + true if true else ''}"
     if how == "inverse":
         return f"In {at} you multiplied by one over the derivative{': it is ' + true if true else ''}"

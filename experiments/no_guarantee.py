@@ -238,7 +238,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             "C1",
-            f"beyond the last edge GD bounces without settling, and from η = 2/l2 = {limit:,.0f} on its weights diverge",
+            f"beyond the last edge GD bounces without settling; from η = 2/l2 = {limit:,.0f} on its weights diverge",
             f"step length {np.min(steps[:, between]):.2g} to {np.max(steps[:, between]):.2g} for η from "
             f"{fan[between].min():.3g} to {fan[between].max():.3g}; "
             f"{'overflow' if overflows else 'finite'} at {fan.max():,.0f}",

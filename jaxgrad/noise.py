@@ -69,7 +69,7 @@ class ScaleEstimate(NamedTuple):
     """Noise at a point, estimated from batches."""
 
     scale: Interval
-    """B_simple: Fieller's interval, unbounded where the data do not bound it."""
+    """B_simple: Fieller's interval, `(low, inf)` where the data do not bound it."""
     trace: Interval
     """tr Σ."""
     gradient_squared: Interval
@@ -195,31 +195,49 @@ def estimate_scale(
     draws: int = 100,
     level: float = 0.95,
 ) -> ScaleEstimate:
-    """B_simple, tr Σ and ‖G‖² estimated from `draws` independent pairs of batches, with intervals.
+    """B_simple, tr Σ and ‖G‖² at a point, estimated from `draws` independent pairs of batches, with intervals.
+
+    The intervals cover 93 to 95 % at a nominal 95 % for batches of 8 or more and 100 draws or more; ‖g_B‖² of very
+    small batches is skewed, and 60 draws of b = 2 covered 89 %. `big` may be the full batch. Raises ValueError as
+    `scale_from_norms` does.
+    """
+    n = _count(batch)
+    few, many = jax.random.split(key, (2, draws))
+    return scale_from_norms(
+        squared_norms(loss, params, batch, small, few),
+        squared_norms(loss, params, batch, big, many),
+        small=small,
+        big=big,
+        n=n,
+        level=level,
+    )
+
+
+def scale_from_norms(
+    small_squared: Any, big_squared: Any, *, small: Sampling, big: Sampling, n: int, level: float = 0.95
+) -> ScaleEstimate:
+    """The same from squared norms `‖g_B‖²[s, ...]` that are at hand, of batches drawn by `small` and `big` out of n.
 
     As `E‖g_B‖² = ‖G‖² + γ tr Σ`, batches of two sizes give both, without bias:
 
         tr Σ ≈ (‖g_s‖² − ‖g_b‖²) / (γ_s − γ_b)        ‖G‖² ≈ (γ_s‖g_b‖² − γ_b‖g_s‖²) / (γ_s − γ_b)
 
     The usual estimator (McCandlish et al. 2018, appendix A) has 1/b in place of γ: for distinct examples it is
-    biased, and its ‖G‖² is negative on average at a minimum. Means are taken before the ratio: the mean of
-    the ratios does not exist. `big` may be the full batch.
+    biased, and its ‖G‖² is negative on average at a minimum. Means are taken before the ratio: the mean of the
+    ratios does not exist.
 
     Raises ValueError for fewer than 20 draws, or samplings that do not differ in γ with `small` noisier.
     """
-    n = _count(batch)
     gamma_small, gamma_big = gamma(small, n), gamma(big, n)
     if not gamma_small > gamma_big:
         raise ValueError(
             f"small must be the noisier of the two: its sampling factor {gamma_small:g} is not above {gamma_big:g}"
         )
-    keys = jax.random.split(key, (2, draws))
-    few = np.asarray(squared_norms(loss, params, batch, small, keys[0]), float)
-    many = np.asarray(squared_norms(loss, params, batch, big, keys[1]), float)
+    few, many = np.asarray(small_squared, float), np.asarray(big_squared, float)
     trace = (few - many) / (gamma_small - gamma_big)
     squared = (gamma_small * many - gamma_big * few) / (gamma_small - gamma_big)
     return ScaleEstimate(
-        ratio_interval(trace, squared, level=level),
+        ratio_interval(trace, squared, level=level, positive=True),
         mean_interval(trace, level=level),
         mean_interval(squared, level=level),
     )

@@ -187,14 +187,16 @@ def proportion_interval(successes: Any, trials: Any, *, level: float = 0.95) -> 
     return Interval(np.asarray(k / n), low, high, level, int(n.min()))
 
 
-def ratio_interval(numerator: Any, denominator: Any, *, level: float = 0.95) -> Interval:
+def ratio_interval(numerator: Any, denominator: Any, *, level: float = 0.95, positive: bool = False) -> Interval:
     """Fieller's interval for `E[numerator] / E[denominator]` from paired runs.
 
     All ρ that a t-test of `E[numerator − ρ denominator] = 0` does not reject. The estimate is the ratio of
     the means, never the mean of the ratios (which need not exist). Where the denominator itself is not
-    significantly different from zero the set is unbounded, and the interval says so: it is one-sided if
-    the data exclude one side of a positive denominator, and `(−inf, inf)` otherwise. Raises ValueError as
-    `mean_interval` does.
+    significantly different from zero that set is unbounded, and so is the interval: `(−inf, inf)`.
+
+    With `positive` you vouch that both expectations are positive, and only ρ >= 0 counts: an unbounded set is then
+    often one-sided, `(low, inf)`, and data that contradict it (a denominator significantly below zero) give
+    `(0, inf)`. Raises ValueError as `mean_interval` does.
     """
     num, den = _runs(numerator, level), _runs(denominator, level)
     if num.shape != den.shape:
@@ -205,20 +207,21 @@ def ratio_interval(numerator: Any, denominator: Any, *, level: float = 0.95) -> 
     vaa, vbb = num.var(axis=0, ddof=1) / s, den.var(axis=0, ddof=1) / s
     vab = np.mean((num - a[None]) * (den - b[None]), axis=0) / (s - 1)
 
-    # (a − ρb)² <= t² (vaa − 2ρ vab + ρ² vbb)  ⇔  A ρ² − 2B ρ + C <= 0.
+    # (a − ρb)² <= t² (vaa − 2ρ vab + ρ² vbb)  ⇔  A ρ² − 2B ρ + C <= 0: between the roots if A > 0, outside if not.
     A, B, C = b**2 - t2 * vbb, a * b - t2 * vab, a**2 - t2 * vaa
-    root = np.sqrt(np.maximum(B**2 - A * C, 0))
+    inside = B**2 - A * C
+    root = np.sqrt(np.maximum(inside, 0))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = a / b
         ends = np.stack([(B - root) / A, (B + root) / A])
+    first, last = ends.min(axis=0), ends.max(axis=0)
     bounded = A > 0
-    return Interval(
-        np.asarray(ratio),
-        np.where(bounded, ends.min(axis=0), -np.inf),
-        np.where(bounded, ends.max(axis=0), np.inf),
-        level,
-        s,
-    )
+    low, high = np.where(bounded, first, -np.inf), np.where(bounded, last, np.inf)
+    if positive:
+        beyond = ~bounded & (inside > 0) & (first <= 0) & (last > 0)
+        low = np.where(beyond, last, np.maximum(low, 0.0))
+        high = np.where(high < 0, np.inf, high)
+    return Interval(np.asarray(ratio), np.asarray(low), np.asarray(high), level, s)
 
 
 def z_limit(comparisons: int, *, level: float = 0.99) -> float:
@@ -238,20 +241,20 @@ def _student(x: np.ndarray, factor: float, level: float) -> Interval:
 
 
 def _max_t_factor(x: np.ndarray, level: float, key: Key, resamples: int) -> float:
-    mean, s = x.mean(axis=0), len(x)
-    varies = x.std(axis=0) > 0
-    if not varies.any():
+    s = len(x)
+    x = x - x.mean(axis=0)[None]
+    x = x[:, x.std(axis=0) > 0]
+    if x.size == 0:
         return 0.0
-    x, mean = x[:, varies], mean[varies]
-
-    largest = np.empty(resamples)
-    for i, rows in enumerate(_resample(key, s, resamples)):
-        draw = x[rows]
-        error = draw.std(axis=0, ddof=1) / np.sqrt(s)
-        # A draw in which a point does not vary says nothing about that point's t.
-        t = np.divide(np.abs(draw.mean(axis=0) - mean), error, out=np.zeros_like(error), where=error > 0)
-        largest[i] = t.max()
-    return float(np.quantile(largest, level))
+    # A draw of rows is a row of counts, so that the moments of all draws are two matrix products.
+    counts = np.apply_along_axis(np.bincount, 1, _resample(key, s, resamples), minlength=s).astype(float)
+    mean = counts @ x / s
+    variance = (counts @ x**2 / s - mean**2) * s / (s - 1)
+    # A draw in which a point hardly varies says nothing about that point's t.
+    usable = variance > 1e-9 * np.mean(x**2, axis=0)[None]
+    error = np.sqrt(np.maximum(variance, 0) / s)
+    t = np.divide(np.abs(mean), error, out=np.zeros_like(mean), where=usable)
+    return float(np.quantile(t.max(axis=1), level))
 
 
 def _resample(key: Key, s: int, resamples: int) -> np.ndarray:

@@ -71,9 +71,7 @@ def test_bca_interval_takes_any_statistic_and_agrees_with_scipy(key):
 
     x = np.random.default_rng(3).gamma(2.0, 1.0, (60,))
     mine = st.bca_interval(x, key=key, statistic=np.std, resamples=20_000)
-    theirs = bootstrap(
-        (x,), np.std, n_resamples=20_000, method="BCa", rng=np.random.default_rng(0)
-    ).confidence_interval
+    theirs = bootstrap((x,), np.std, n_resamples=20_000, method="BCa", rng=np.random.default_rng(0)).confidence_interval
     width = theirs.high - theirs.low
     assert abs(mine.low - theirs.low) < 0.03 * width
     assert abs(mine.high - theirs.high) < 0.03 * width
@@ -177,6 +175,10 @@ def test_ratio_interval_says_when_the_data_do_not_bound_it():
     i = st.ratio_interval(num, den)
     assert np.mean(np.isinf(i.high)) > 0.8
     assert coverage(i, 10.0) >= PROMISE
+    one_sided = st.ratio_interval(num, den, positive=True)
+    assert coverage(one_sided, 10.0) >= PROMISE
+    assert np.mean(np.isinf(one_sided.high) & (one_sided.low > 1)) > 0.5
+    assert np.all(one_sided.low >= 0)
 
 
 def test_z_limit():

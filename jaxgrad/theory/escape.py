@@ -18,6 +18,7 @@ Two landscapes to try it on: `double_well` and `frequency`.
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -354,12 +355,15 @@ def _one_of_each(data: Any) -> tuple[Any, np.ndarray]:
 
 def _example_gradients(loss: Loss, data: Any, w: np.ndarray) -> np.ndarray:
     """`∂/∂w loss(w, example)` as `[examples, points]`."""
+    return np.asarray(_gradient_table(jnp.asarray(w), data, loss=loss))
 
+
+@partial(jax.jit, static_argnames="loss")
+def _gradient_table(w: Any, data: Any, *, loss: Loss) -> jax.Array:
     def one(point: Params, example: Any) -> jax.Array:
         return jax.grad(loss)(point, jax.tree.map(lambda leaf: leaf[None], example))
 
-    table = jax.jit(jax.vmap(jax.vmap(one, (0, None)), (None, 0)))
-    return np.asarray(table(jnp.asarray(w), data))
+    return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(w, data)
 
 
 def _count(data: Any) -> int:

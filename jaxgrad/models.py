@@ -27,9 +27,7 @@ def linear(params: Linear, x: Float[Array, " d"]) -> Float[Array, "*k"]:
     return _affine(x, params.w, params.b)
 
 
-def two_layer(
-    params: TwoLayer, x: Float[Array, " d"], activation: Activation = jax.nn.sigmoid
-) -> Float[Array, " k"]:
+def two_layer(params: TwoLayer, x: Float[Array, " d"], activation: Activation = jax.nn.sigmoid) -> Float[Array, " k"]:
     """`f(x W1 + b1) W2 + b2`, the two-layer net (F8, F10), for any activation `f`: `[d] -> [k]`."""
     hidden = activation(_affine(x, params.W1, params.b1))
     return _affine(hidden, params.W2, params.b2)

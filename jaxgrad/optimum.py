@@ -420,8 +420,7 @@ def _check_floating(params: Params) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
             raise ValueError(
-                f"parameters must be floating point: params{jax.tree_util.keystr(path)} is "
-                f"{jnp.asarray(leaf).dtype}"
+                f"parameters must be floating point: params{jax.tree_util.keystr(path)} is {jnp.asarray(leaf).dtype}"
             )
 
 

@@ -223,9 +223,7 @@ def test_loading_imports_no_package_that_carries_data():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"no data set is called 'diamond' \(did you mean 'diamonds'\?\)"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"no data set is called 'diamond' \(did you mean 'diamonds'\?\)") as caught:
         load("diamond")
     assert all(name in str(caught.value) for name in data.NAMES)
     assert ".csv" in str(caught.value)
@@ -277,9 +275,7 @@ def test_a_shipped_file_that_differs_is_refused_with_both_digests(monkeypatch, t
 
 def test_a_shipped_file_that_moved_is_said_so(monkeypatch, tmp_path):
     fake_package(monkeypatch, tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"river [\d.]+, datasets/shuttle.csv.gz: this version of the package"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"river [\d.]+, datasets/shuttle.csv.gz: this version of the package"):
         load("shuttle")
 
 
@@ -357,9 +353,7 @@ def test_without_a_network_the_cache_is_tried_first_and_the_message_is_plain(mon
         raise urllib.error.URLError("Temporary failure in name resolution")
 
     monkeypatch.setattr(datasets, f"fetch_{name}", fetch)
-    with pytest.raises(
-        ConnectionError, match=f"{name} is not in scikit-learn's cache .*Temporary failure"
-    ) as caught:
+    with pytest.raises(ConnectionError, match=f"{name} is not in scikit-learn's cache .*Temporary failure") as caught:
         load(name)
     assert "diamonds" in str(caught.value)
     assert str(tmp_path) in str(caught.value)

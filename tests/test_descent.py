@@ -70,9 +70,7 @@ def test_gd_takes_exactly_the_predicted_number_of_steps(problem, key, eta_times_
     data, lam, _, w_star = problem
     eta = eta_times_max / lam.max()
     predicted = int(np.argmax(gap_theory(problem, eta, np.arange(5000)) <= target))
-    trace = descend(
-        LOSS, start(), data, optimizer=eta, sampling=full_batch(), steps=5000, key=key, record=range(5001)
-    )
+    trace = descend(LOSS, start(), data, optimizer=eta, sampling=full_batch(), steps=5000, key=key, record=range(5001))
     residual = float(LOSS(Linear(jnp.asarray(w_star)), data))
     assert predicted > 0
     assert int(np.argmax(trace.loss - residual <= target)) == predicted
@@ -82,9 +80,7 @@ def test_gd_takes_exactly_the_predicted_number_of_steps(problem, key, eta_times_
 def test_the_edge_is_two_over_lambda_max(problem, key, excess, grows):
     data, lam, _, _ = problem
     eta = excess * 2 / lam.max()
-    trace = descend(
-        LOSS, start(), data, optimizer=eta, sampling=full_batch(), steps=4000, key=key, record=[3000, 4000]
-    )
+    trace = descend(LOSS, start(), data, optimizer=eta, sampling=full_batch(), steps=4000, key=key, record=[3000, 4000])
     assert (trace.loss[1] > trace.loss[0]) == grows
 
 
@@ -174,9 +170,7 @@ def test_schedules_give_eta_t(problem, key):
 
 def test_other_optimizers_run(problem, key):
     with jax.numpy_dtype_promotion("standard"):  # optax.adam mixes float and int32
-        trace = descend(
-            LOSS, start(), problem[0], optimizer=optax.adam(0.1), sampling=distinct(8), steps=300, key=key
-        )
+        trace = descend(LOSS, start(), problem[0], optimizer=optax.adam(0.1), sampling=distinct(8), steps=300, key=key)
     assert trace.loss[-1] < 0.01 * trace.loss[0]
 
 
@@ -227,9 +221,7 @@ def test_the_core_is_pure(problem, key):
     )  # fmt: skip
     params, curves = grid(etas)
     for i, eta in enumerate(etas.tolist()):
-        trace = descend(
-            LOSS, start(), data, optimizer=eta, sampling=distinct(4), steps=40, key=key, record=[0, 10, 40]
-        )
+        trace = descend(LOSS, start(), data, optimizer=eta, sampling=distinct(4), steps=40, key=key, record=[0, 10, 40])
         np.testing.assert_allclose(curves[i], trace.loss, rtol=1e-12)
         np.testing.assert_allclose(params.w[i], trace.params.w, rtol=1e-12)
     optimizer = optax.sgd(0.05)
@@ -240,12 +232,8 @@ def test_the_core_is_pure(problem, key):
 def test_starts_may_differ_per_run(problem, key):
     starts = Linear(jnp.stack([start().w, -start().w]))
     keys = jax.random.split(key, 2)
-    trace = descend(
-        LOSS, starts, problem[0], optimizer=0.05, sampling=distinct(4), steps=20, key=keys, params_axis=0
-    )
-    alone = descend(
-        LOSS, Linear(starts.w[1]), problem[0], optimizer=0.05, sampling=distinct(4), steps=20, key=keys[1]
-    )
+    trace = descend(LOSS, starts, problem[0], optimizer=0.05, sampling=distinct(4), steps=20, key=keys, params_axis=0)
+    alone = descend(LOSS, Linear(starts.w[1]), problem[0], optimizer=0.05, sampling=distinct(4), steps=20, key=keys[1])
     np.testing.assert_allclose(trace.params.w[1], alone.params.w, rtol=1e-13)
 
 

@@ -138,13 +138,10 @@ def split(dataset: Dataset, fraction: float | int, key: Any) -> tuple[Dataset, D
             "on; at least 2 and 1 are needed"
         )
     order = permutation(n, key)
-    train, test = (
-        Batch(dataset.batch.x[rows], dataset.batch.y[rows]) for rows in (order[held_out:], order[:held_out])
-    )
+    train, test = (Batch(dataset.batch.x[rows], dataset.batch.y[rows]) for rows in (order[held_out:], order[:held_out]))
     if (train.y == train.y[0]).all():
         raise ValueError(
-            f"all {n - held_out:,} training rows of this split have the same target; hold out less, or take "
-            "another key"
+            f"all {n - held_out:,} training rows of this split have the same target; hold out less, or take another key"
         )
     x_mean, x_scale, y_mean, y_scale = np.zeros(d), np.ones(d), 0.0, 1.0
     notes = dataset.notes

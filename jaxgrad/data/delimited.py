@@ -55,9 +55,7 @@ def read_columns(path: Path, target: str | int | None = None) -> Columns:
             called = [repr(name) if has_header and name else str(i) for i, name in enumerate(first)]
             values = [_column(column, path.name, lines, name) for column, name in zip(cells, called, strict=True)]
     except UnicodeDecodeError:
-        raise ValueError(
-            f"{path.name} is not text in UTF-8; is it really a CSV file? Save it as CSV, UTF-8"
-        ) from None
+        raise ValueError(f"{path.name} is not text in UTF-8; is it really a CSV file? Save it as CSV, UTF-8") from None
     except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path.name} is damaged, cut off or not what its name says: {error}") from None
     if not has_header:

@@ -33,9 +33,7 @@ def read_file(path: Path, target: str | int | None) -> Table:
         raise FileNotFoundError(f"there is no file {path}{nearest(path.name, beside)}")
     read = next((read for suffix, read in _READERS.items() if path.name.lower().endswith(suffix)), None)
     if read is None:
-        raise ValueError(
-            f"{path.name}: cannot tell what kind of file this is; the suffixes are {', '.join(SUFFIXES)}"
-        )
+        raise ValueError(f"{path.name}: cannot tell what kind of file this is; the suffixes are {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty (0 bytes)")
     if isinstance(target, bool):
@@ -82,9 +80,7 @@ def _column_number(target: str | int | None, names: Sequence[str], file: str) ->
         raise ValueError(f"{file}: say which column is the target (target=NAME or NUMBER); columns: {shown}")
     if isinstance(target, str):
         if names.count(target) > 1:
-            raise ValueError(
-                f"{file}: {names.count(target)} columns are called {target!r}; give the column's number"
-            )
+            raise ValueError(f"{file}: {names.count(target)} columns are called {target!r}; give the column's number")
         if target in names:
             return names.index(target)
         try:
@@ -204,9 +200,7 @@ def _read_svmlight(path: Path, target: str | int | None) -> Table:
         )
     x = np.zeros((n, d))
     x[np.array(rows), np.array(columns) - first] = np.array(values)
-    notes = (
-        f"{len(columns):,} of {n * d:,} entries are in the file, the others are 0; indices count from {first}",
-    )
+    notes = (f"{len(columns):,} of {n * d:,} entries are in the file, the others are 0; indices count from {first}",)
     return Table(x, np.array(labels), tuple(f"x{first + i}" for i in range(d)), "label", path.name, notes)
 
 

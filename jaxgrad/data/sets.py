@@ -123,9 +123,7 @@ def _randhie_any() -> Table:
     table = _randhie()
     y = (table.y > 0).astype(np.float64)
     what = f"label 1: at least one visit to a doctor in the year, {y.sum():,.0f} of {len(y):,} rows"
-    return table._replace(
-        y=y, target="mdvis > 0", notes=(what, _PANEL), task="binary", labels=("no visit", "a visit")
-    )
+    return table._replace(y=y, target="mdvis > 0", notes=(what, _PANEL), task="binary", labels=("no visit", "a visit"))
 
 
 def _shuttle() -> Table:
@@ -286,9 +284,7 @@ def _california_housing() -> Table:
         names=tuple(bunch.feature_names),
         target="MedHouseVal",
         source=source,
-        notes=(
-            f"the target, in 100,000 dollars, was capped: {count((y == y.max()).sum(), 'row')} are at {y.max():g}",
-        ),
+        notes=(f"the target, in 100,000 dollars, was capped: {count((y == y.max()).sum(), 'row')} are at {y.max():g}",),
         licence="StatLib, Pace and Barry (1997), licence not stated",
         task="regression",
     )
@@ -304,9 +300,7 @@ def _covtype() -> Table:
         names=tuple(bunch.feature_names[i] for i in kept),
         target="Cover_Type",
         source=source,
-        notes=(
-            f"left out {' and '.join(redundant)}: the 0/1 columns of each kind add up to 1, so one is redundant",
-        ),
+        notes=(f"left out {' and '.join(redundant)}: the 0/1 columns of each kind add up to 1, so one is redundant",),
         licence="Covertype, UCI repository, CC BY 4.0",
         task="classes",
         labels=(

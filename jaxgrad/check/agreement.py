@@ -137,9 +137,9 @@ def noise_of(problem: Problem, store: Kernel, points: Sequence[Point]) -> tuple[
             runs_hand.append(got)
         theirs.append(_third(runs_true))
         mine.append(max(_live(_third(runs_hand), runs_hand[0])))
-    true_noise = [float(np.median(column)) for column in np.array(theirs).T]
-    live = _live(true_noise, runs_true[0])
-    return max(float(np.median(mine)), *live), true_noise
+    usual = [float(np.median(column)) for column in np.array(theirs).T]
+    worst = [float(np.max(column)) for column in np.array(theirs).T]
+    return max(float(np.median(mine)), *_live(usual, runs_true[0])), worst
 
 
 def local_noise(problem: Problem, store: Kernel, point: Point) -> tuple[list[float], list[float]]:
@@ -172,20 +172,21 @@ def local_noise(problem: Problem, store: Kernel, point: Point) -> tuple[list[flo
     return clean(true), clean(mine)
 
 
-def _live(noise: list[float], gradient: Sequence[np.ndarray]) -> list[float]:
+def _live(noise: list[float], gradient: Sequence[Any]) -> list[float]:
     """The noise of the leaves that are more than rounding beside the others."""
     norms = [_norm(g) for g in gradient]
     total = max(norms)
     return [x for x, n in zip(noise, norms, strict=True) if n > 1e-9 * total] or [0.0]
 
 
-def _third(runs: Sequence[Sequence[np.ndarray]]) -> list[float]:
+def _third(runs: Sequence[Sequence[Any]]) -> list[float]:
     out = []
     with np.errstate(all="ignore"):
         for a, b, c, d in zip(*runs, strict=True):
             size = _norm(a)
             value = _norm(a - 3 * b + 3 * c - d) / np.sqrt(20.0)
-            out.append(float(value / size) if size > 0 and np.isfinite(value) else 0.0)
+            rough = float(value / size) if size > 0 else float(value > 0)
+            out.append(rough if np.isfinite(rough) else 0.0)
     return out
 
 

@@ -105,7 +105,7 @@ def _along(directions: Sequence[Any], gradient: Sequence[Any]) -> np.ndarray:
 
 
 def _directions(
-    leaves: Sequence[np.ndarray], program: Program, rng: np.random.Generator
+    leaves: Sequence[Any], program: Program, rng: np.random.Generator
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """Every coordinate if there are few, else random directions, each within one leaf."""
     widest = max([int(np.prod(program.avals[s].shape)) for s in program.moving] + [1])
@@ -566,12 +566,12 @@ def _entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         same = [s for s in case.samples if s.evaluation.true[leaf].shape == case.samples[0].evaluation.true[leaf].shape]
         for s in same:
             e = s.evaluation
-            gap = np.abs(e.hand[leaf] - e.true[leaf])
+            gap = np.asarray(np.abs(e.hand[leaf] - e.true[leaf]))
             limit = max(1e-9, 1e3 * case.noise) * float(np.max(np.abs(e.true[leaf])) or 1.0)
             limit = min(limit, 1e-5 * float(np.max(gap)) + 1e-12 * float(np.max(np.abs(e.true[leaf]))))
             limit = max(limit, 1e3 * case.noise * float(np.max(np.abs(e.true[leaf]))))
-            here = gap > limit
-            bad = here if bad is None else bad | here
+            here = np.asarray(gap > limit)
+            bad = here if bad is None else np.asarray(bad | here)
         assert bad is not None
         count, size = int(bad.sum()), bad.size
         column = _slice_of(bad)
@@ -624,9 +624,12 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         detail = fault.detail[:1] + fault.detail[2:] if fault.product >= 0 else fault.detail
         for key in ((names, fault.kind, detail), (names, fault.kind, detail, by_place.where, by_place.expression)):
             groups.setdefault(key, []).append(m)
+    # Functions that have a name come first: each try is a reverse pass of its own.
+    order = sorted(groups.values(), key=lambda ms: (not _is_named(case, ms[0]), case.faults[ms[0]].cost))
     hits = []
     tried: set[tuple[int, ...]] = set()
-    for members in groups.values():
+    replays = 0
+    for members in order:
         # Pieces that overlap describe one step twice: keep disjoint ones.
         chosen: list[int] = []
         used: set[int] = set()
@@ -641,9 +644,12 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             _misfit(case, t, (t.true + t.changes[chosen].sum(axis=0))[None, :])[0, list(leaves)].max()
             for t in case.samples
         )
-        if linear <= 1 or (len(tried) < 16 and _replayed(case, chosen, leaves, first_only=True)):
-            if linear <= 1 or _replayed(case, chosen, leaves):
-                hits.append((case.faults[chosen[0]].cost - 0.1 * len(chosen), chosen))
+        if linear > 1:
+            replays += 1
+            if replays > 10 or not _replayed(case, chosen, leaves):
+                continue
+        hits.append((case.faults[chosen[0]].cost - 0.1 * len(chosen), chosen))
+        break
     if not hits:
         return []
     _, chosen = min(hits)
@@ -661,9 +667,18 @@ def _in_line_order(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
     return tuple(seen)
 
 
-def _replayed(case: Case, chosen: Sequence[int], leaves: Sequence[int], first_only: bool = False) -> bool:
+def _is_named(case: Case, m: int) -> bool:
+    s = case.samples[0]
+    fault = case.faults[m]
+    if fault.piece < 0:
+        return True
+    piece = s.todo.pieces[fault.piece]
+    return piece.elementwise and catalogue_of.known_function(piece, s.replay) is not None
+
+
+def _replayed(case: Case, chosen: Sequence[int], leaves: Sequence[int]) -> bool:
     """Whether a full reverse pass with all these faults gives the person's numbers."""
-    for s in case.samples[:1] if first_only else case.samples:
+    for s in case.samples:
         gradient = replayed(case, s, chosen)
         guess = _along(s.directions, gradient)
         if _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
@@ -773,6 +788,7 @@ def _term_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             continue
         assert factor is not None and inner is not None
         cost = _term_cost(case, m, inner, True) + _complexity(factor) + _complexity(inner)
+        cost += 0.0 if len(leaves) in (1, len(case.problem.leaves)) else 3.0  # half of an overall factor
         hits.append((cost, m, factor, inner))
     if not hits:
         return []

@@ -121,7 +121,7 @@ def _name_constant(
     for number, (name, atom) in enumerate(atoms + list(_CONSTANTS.items())):
         for over in (False, True):
             rest = fraction(size * atom if over else size / atom)
-            if rest is None or weight(rest) > 2.0:
+            if rest is None or weight(rest) > 0.2:
                 continue
             top, bottom = tokens(rest)
             cost = 0.4 + 0.01 * number + weight(rest)

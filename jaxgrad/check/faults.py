@@ -349,7 +349,7 @@ def local_change(todo: Plan, at: Replay, fault: Fault) -> np.ndarray:
         return np.asarray(_slope(fault, todo.pieces[fault.piece], at) - at.derivatives[fault.piece][0])
 
 
-def extra_factor(at: Replay, slot: int, fault: Fault) -> np.ndarray:
+def extra_factor(at: Replay, slot: int, fault: Fault) -> Any:
     """What an extra derivative at a value adds to the factor 1 of its adjoint."""
     value = at.values[slot]
     how, name = fault.detail[0], fault.detail[1]

@@ -240,7 +240,7 @@ def _quiet(problem: Problem, store: Kernel, point: Point) -> Evaluation | None:
     return None if isinstance(found, Wrong) else found
 
 
-def _repeats(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+def _repeats(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return all(
         np.allclose(x, y, rtol=1e-12, atol=1e-14 * float(np.max(np.abs(x), initial=0.0)), equal_nan=True)
         for x, y in zip(a, b, strict=True)

@@ -189,7 +189,7 @@ def _threshold(problem: Problem, e: Evaluation) -> float:
 
 
 def _largest_logit(
-    problem: Problem, store: Kernel, leaves: Sequence[np.ndarray], data: Sequence[Any]
+    problem: Problem, store: Kernel, leaves: Sequence[Any], data: Sequence[Any]
 ) -> tuple[str, float] | None:
     """The smallest input, in size, of the loss's first sigmoid or exponential among the examples that fail."""
     sizes = []
@@ -212,7 +212,7 @@ def _largest_logit(
     return (name, min(sizes)) if name is not None and sizes else None
 
 
-def _first_exponent(store: Kernel, leaves: Sequence[np.ndarray], data: Sequence[Any]) -> tuple[str, float] | None:
+def _first_exponent(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[str, float] | None:
     program = program_at(store, leaves, data)
     values = forward(program, [jnp.asarray(p) for p in leaves], [jnp.asarray(d) for d in data])
     makers = {o: step for step in program.steps for o in step.outputs}
@@ -234,7 +234,7 @@ def _first_exponent(store: Kernel, leaves: Sequence[np.ndarray], data: Sequence[
 
 
 def _mechanism(
-    problem: Problem, leaves: Sequence[np.ndarray], data: Sequence[Any]
+    problem: Problem, leaves: Sequence[Any], data: Sequence[Any]
 ) -> tuple[Where, str, str]:
     """The first step of the person's own gradient that makes a NaN or an infinity."""
 
@@ -271,7 +271,7 @@ def _mechanism(
     return Where("", "", "", 0), "", ""
 
 
-def _how(primitive: str, arrays: Sequence[np.ndarray], out: np.ndarray) -> str:
+def _how(primitive: str, arrays: Sequence[Any], out: np.ndarray) -> str:
     spot = tuple(np.argwhere(np.isnan(out))[0])
     operands = [a[spot] for a in arrays if a.shape == out.shape]
     if primitive in ("mul", "dot_general", "reduce_sum") and len(operands) == 2:
@@ -312,7 +312,7 @@ def _advice_for(sigmoid: bool, division: bool, normalised: bool, exp: bool) -> s
 
 
 def _numpy_mechanism(
-    problem: Problem, leaves: Sequence[np.ndarray], data: Sequence[Any]
+    problem: Problem, leaves: Sequence[Any], data: Sequence[Any]
 ) -> tuple[Where, str, str]:
     """The same for numpy code: let numpy raise at the first invalid operation."""
     settings: list[dict[str, Any]] = [
@@ -370,7 +370,7 @@ def central_difference(
 
 
 def _directional(
-    store: Kernel, e: Evaluation, u: Sequence[np.ndarray]
+    store: Kernel, e: Evaluation, u: Sequence[Any]
 ) -> tuple[float, float]:
     return central_difference(
         lambda h: truth(store, tuple(p + h * x for p, x in zip(e.point.leaves, u, strict=True)), e.point.data)[0]

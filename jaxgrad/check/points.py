@@ -43,7 +43,7 @@ def _varied(array: np.ndarray, picks: np.ndarray) -> bool:
     return bool(np.any(flat[picks] != flat[picks[:1]])) or not bool(np.any(flat != flat[:1]))
 
 
-def near(rng: np.random.Generator, leaves: Sequence[np.ndarray], size: float) -> tuple[np.ndarray, ...]:
+def near(rng: np.random.Generator, leaves: Sequence[Any], size: float) -> tuple[np.ndarray, ...]:
     """Each entry times exp(size ξ), and zero entries moved off zero by a tenth of the leaf: keeps signs."""
     out = []
     for leaf in leaves:
@@ -53,7 +53,7 @@ def near(rng: np.random.Generator, leaves: Sequence[np.ndarray], size: float) ->
     return tuple(out)
 
 
-def anywhere(rng: np.random.Generator, leaves: Sequence[np.ndarray], scale: float) -> tuple[np.ndarray, ...]:
+def anywhere(rng: np.random.Generator, leaves: Sequence[Any], scale: float) -> tuple[np.ndarray, ...]:
     """Gaussian leaves, of standard deviation scale/sqrt(fan-in)."""
     return tuple(
         np.asarray(scale * rng.standard_normal(leaf.shape) / np.sqrt(max(1, leaf.shape[0] if leaf.ndim > 1 else 1)))
@@ -61,7 +61,7 @@ def anywhere(rng: np.random.Generator, leaves: Sequence[np.ndarray], scale: floa
     )
 
 
-def scaled(leaves: Sequence[np.ndarray], factor: float) -> tuple[np.ndarray, ...]:
+def scaled(leaves: Sequence[Any], factor: float) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(leaf * factor) for leaf in leaves)
 
 
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
     """Another batch size for the diagnosis, or None if the batch must stay as it is."""
 
 
-Truth = Callable[..., tuple[float, list[np.ndarray]]]
+Truth = Callable[..., tuple[float, list[Any]]]
 
 
 def draw(
@@ -138,7 +138,7 @@ def _batch(problem: Any, rng: np.random.Generator, size: int | None) -> tuple[An
     return problem.data if size is None else resample(rng, problem.data, problem.rows, problem.n, size)
 
 
-def _spread(at: tuple[float, list[np.ndarray]], leaves: Sequence[np.ndarray]) -> float:
+def _spread(at: tuple[float, list[Any]], leaves: Sequence[Any]) -> float:
     """How evenly a gradient is spread over the leaves, in (0, 1]; -1 if it is not finite."""
     value, gradient = at
     sizes = [

@@ -244,7 +244,7 @@ def _line(
 # ------------------------------------------------------------------------------- running steps in decimals
 
 
-def _decimal_run(program: Program, n: int, leaves: Sequence[np.ndarray], data: Sequence[Any]) -> np.ndarray:
+def _decimal_run(program: Program, n: int, leaves: Sequence[Any], data: Sequence[Any]) -> np.ndarray:
     del n
     with decimal.localcontext() as context:
         context.prec = DIGITS

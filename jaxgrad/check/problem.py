@@ -256,7 +256,7 @@ class ImpureError(ValueError):
     """Two traces of the loss differ."""
 
 
-def truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[float, list[np.ndarray]]:
+def truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[float, list[Any]]:
     """Value and autodiff gradient of the loss in float64."""
     key = ("truth", shape_key(leaves, data))
     if key not in store.compiled:

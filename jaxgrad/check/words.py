@@ -463,7 +463,7 @@ def class_slice(
 
 
 def sliced(
-    problem: Problem, s: Any, t: Term, weights: Sequence[np.ndarray], by_rows: bool, leaves: Sequence[int]
+    problem: Problem, s: Any, t: Term, weights: Sequence[Any], by_rows: bool, leaves: Sequence[int]
 ) -> Finding:
     """Examples or classes with the wrong weight."""
     program: Program = s.program

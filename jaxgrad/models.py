@@ -40,7 +40,7 @@ def deep(params: Deep, x: Float[Array, " d"], activation: Activation = jax.nn.si
     return _affine(x, params[-1].W, params[-1].b)
 
 
-def _affine(x: Array, W: Array, b: Array | None) -> Array:
+def _affine(x: Any, W: Any, b: Any) -> Array:
     return x @ W if b is None else x @ W + b
 
 

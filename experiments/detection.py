@@ -35,7 +35,13 @@ class Config:
     """Size of the zoo."""
 
     species: tuple[str, ...] = (
-        "linear", "logistic", "cross entropy", "softmax", "two-layer net", "deep net", "poisson"
+        "linear",
+        "logistic",
+        "cross entropy",
+        "softmax",
+        "two-layer net",
+        "deep net",
+        "poisson",
     )
     """Losses."""
     seeds: int = 12
@@ -288,7 +294,9 @@ def deep_hand(bug: str, p: Any, batch: Any) -> Any:
     d_a1 = d_z2 @ (p["W2"] if bug == "W2 not transposed" else p["W2"].T)
     if bug == "W2 left out":
         d_a1 = d_z2
-    slope1 = {"tanh' of layer 1 left out": np.ones_like(a1), "both tanh' left out": np.ones_like(a1)}.get(bug, 1 - a1**2)
+    slope1 = {"tanh' of layer 1 left out": np.ones_like(a1), "both tanh' left out": np.ones_like(a1)}.get(
+        bug, 1 - a1**2
+    )
     d_z1 = d_a1 * slope1
     W1, W2, w3 = X.T @ d_z1, (z1 if bug == "z1 for a1" else a1).T @ d_z2, a2.T @ d_out
     if bug == "W2's gradient transposed":
@@ -383,7 +391,10 @@ COMMON: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 SPECIES = (
     Species(
-        "linear", linear_loss, linear_hand, lambda rng, n: _vector(rng, n, "real"),
+        "linear",
+        linear_loss,
+        linear_hand,
+        lambda rng, n: _vector(rng, n, "real"),
         {
             **COMMON,
             "y left out": (("wrong-value", "missing-term"), ("residual", "mean")),
@@ -396,10 +407,14 @@ SPECIES = (
             "one entry zero": (("entries", "missing-term"), ("residual",)),
             "bias summed": (("scale",), ("residual", "mean")),
             "one entry off by 1e-6": (("entries",), ("residual",)),
-        }, 0.1,
+        },
+        0.1,
     ),
     Species(
-        "logistic", logistic_loss, logistic_hand, lambda rng, n: _vector(rng, n, "binary"),
+        "logistic",
+        logistic_loss,
+        logistic_hand,
+        lambda rng, n: _vector(rng, n, "binary"),
         {
             **COMMON,
             "sigmoid' once too often": (("extra-derivative",), ("logit", "mean")),
@@ -411,10 +426,14 @@ SPECIES = (
             "as the lecture prints it": (("unstable",), ()),
             "bias zero": (("missing-term",), ("logit",)),
             "bias negated": (("sign",), ("logit", "mean")),
-        }, 0.5,
+        },
+        0.5,
     ),
     Species(
-        "cross entropy", cross_entropy_loss, cross_entropy_hand, lambda rng, n: _vector(rng, n, "binary"),
+        "cross entropy",
+        cross_entropy_loss,
+        cross_entropy_hand,
+        lambda rng, n: _vector(rng, n, "binary"),
         {
             **COMMON,
             "(1 - y) term left out": (("missing-term",), ("mean",)),
@@ -425,10 +444,14 @@ SPECIES = (
             "tanh' for sigmoid'": (("wrong-derivative",), ("sigmoid",)),
             "1 - s left out": (("missing-factor",), ("sigmoid",)),
             "h for s": (("wrong-value",), ("sigmoid",)),
-        }, 0.5,
+        },
+        0.5,
     ),
     Species(
-        "softmax", softmax_loss, softmax_hand, _classes,
+        "softmax",
+        softmax_loss,
+        softmax_hand,
+        _classes,
         {
             **COMMON,
             "Y left out": (("missing-term",), ("softmax", "mean")),
@@ -441,10 +464,14 @@ SPECIES = (
             "by columns": (("transposed",), ("logit",)),
             "W zero": (("missing-term",), ("logit",)),
             "one column of W zero": (("missing-term", "entries"), ("logit",)),
-        }, 0.5,
+        },
+        0.5,
     ),
     Species(
-        "two-layer net", two_layer_loss, two_layer_hand, _net,
+        "two-layer net",
+        two_layer_loss,
+        two_layer_hand,
+        _net,
         {
             **COMMON,
             "W2^T left out": (("missing-factor",), ("output",)),
@@ -461,10 +488,14 @@ SPECIES = (
             "W1 off by 1e-8": (("scale",), ()),
             "two mistakes": (("sign", "missing-term"), ("output", "hidden")),
             "sigmoid' left out, n too large": (("missing-derivative",), ("activation",)),
-        }, 0.5,
+        },
+        0.5,
     ),
     Species(
-        "deep net", deep_loss, deep_hand, _deep,
+        "deep net",
+        deep_loss,
+        deep_hand,
+        _deep,
         {
             **COMMON,
             "w3 left out": (("missing-factor",), ("output",)),
@@ -477,10 +508,14 @@ SPECIES = (
             "z1 for a1": (("wrong-value",), ("hidden2",)),
             "W2's gradient transposed": (("transposed",), ("hidden2",)),
             "W1 and W2 swapped": (("swapped-leaves",), ()),
-        }, 0.2,
+        },
+        0.2,
     ),
     Species(
-        "poisson", poisson_loss, poisson_hand, lambda rng, n: _vector(rng, n, "count"),
+        "poisson",
+        poisson_loss,
+        poisson_hand,
+        lambda rng, n: _vector(rng, n, "count"),
         {
             **COMMON,
             "exp' left out": (("missing-derivative",), ("mean",)),
@@ -491,7 +526,8 @@ SPECIES = (
             "penalty negated": (("negated-term",), ("penalty", "total")),
             "bias penalised": (("additive",), ()),
             "data term summed": (("scaled-term",), ("mean", "total")),
-        }, 0.1,
+        },
+        0.1,
     ),
 )
 
@@ -548,7 +584,12 @@ def _criteria(value: Callable[[np.ndarray], float], flat: np.ndarray, rng: np.ra
         central[i] = (value(flat + 1e-6 * e) - value(flat - 1e-6 * e)) / 2e-6
         forward[i] = (value(flat + step * e) - start) / step
     u = rng.standard_normal(size)
-    return {"central": central, "forward": forward, "u": u, "along": (value(flat + 5e-7 * u) - value(flat - 5e-7 * u)) / 1e-6}
+    return {
+        "central": central,
+        "forward": forward,
+        "u": u,
+        "along": (value(flat + 5e-7 * u) - value(flat - 5e-7 * u)) / 1e-6,
+    }
 
 
 def _judge(known: dict[str, Any], g: np.ndarray) -> dict[str, bool]:
@@ -616,6 +657,7 @@ _DESCENTS: dict[Any, Any] = {}
 
 def _descent(loss: Callable[..., Any], eta: float, steps: int) -> Any:
     if (loss, eta, steps) not in _DESCENTS:
+
         def descend(p: Any, batch: Any) -> Any:
             move = lambda _, q: jax.tree.map(lambda a, g: a - eta * g, q, jax.grad(loss)(q, batch))  # noqa: E731
             return jax.lax.fori_loop(0, steps, move, p)
@@ -664,10 +706,24 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         "right_line": int(sum(r["line"] in r["places"] for r in placed)),
         "with_line": len(placed),
         "mistakes": sorted({f"{r['species']}: {r['bug']}" for r in wrong}),
-        "misjudged": sorted({f"{r['species']}: {r['bug']} ({r['point']}): {r['found']}" for r in named if r["found"] not in r["expected"]}),
-        "misplaced": sorted({f"{r['species']}: {r['bug']} ({r['point']}): line {r['line']}" for r in placed if r["line"] not in r["places"]}),
+        "misjudged": sorted(
+            {
+                f"{r['species']}: {r['bug']} ({r['point']}): {r['found']}"
+                for r in named
+                if r["found"] not in r["expected"]
+            }
+        ),
+        "misplaced": sorted(
+            {
+                f"{r['species']}: {r['bug']} ({r['point']}): line {r['line']}"
+                for r in placed
+                if r["line"] not in r["places"]
+            }
+        ),
         "missed_by_us": sorted({f"{r['species']}: {r['bug']} ({r['point']})" for r in wrong if r["jaxgrad"]}),
-        "alarms_of_ours": sorted({f"{r['species']}: {r['bug']} ({r['point']}): {r['found']}" for r in right if not r["jaxgrad"]}),
+        "alarms_of_ours": sorted(
+            {f"{r['species']}: {r['bug']} ({r['point']}): {r['found']}" for r in right if not r["jaxgrad"]}
+        ),
         "smallest_detectable": float(max(r["smallest"] for r in right if "float32" not in r["bug"])),
         "seconds_warm": float(np.median([r["seconds"] for r in right])),
         "seconds_warm_wrong": float(np.median([r["seconds"] for r in wrong])),
@@ -687,7 +743,9 @@ def _judge_species(species: Species, config: Config) -> list[dict[str, Any]]:
         for name, p, batch in _points(species, seed, config):
             flat, rebuild = _flatten(p)
             known = _criteria(lambda x, r=rebuild, b=batch: float(value(r(x), b)), flat, np.random.default_rng(seed))
-            zoo = [(bug, True, wrong_gradient(species, bug)) for bug in species.bugs] if seed < config.wrong_seeds else []
+            zoo = (
+                [(bug, True, wrong_gradient(species, bug)) for bug in species.bugs] if seed < config.wrong_seeds else []
+            )
             if seed < config.seeds:
                 zoo += [(route, False, g) for route, g in right_gradients(species).items()]
             for bug, is_wrong, gradient in zoo:
@@ -764,16 +822,25 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
     line = numbers["right_line"] / numbers["with_line"]
     found = [
         Claim(
-            "detection", f"Our checker refuses every one of {planted.sum()} wrong gradients.",
-            f"{caught[0].sum()} refused", f"{planted.sum()}", bool(caught[0].sum() == planted.sum()),
+            "detection",
+            f"Our checker refuses every one of {planted.sum()} wrong gradients.",
+            f"{caught[0].sum()} refused",
+            f"{planted.sum()}",
+            bool(caught[0].sum() == planted.sum()),
         ),
         Claim(
-            "false alarms", f"It refuses none of {correct.sum()} right gradients.",
-            f"{alarms[0].sum()} refused", "0", bool(alarms[0].sum() == 0),
+            "false alarms",
+            f"It refuses none of {correct.sum()} right gradients.",
+            f"{alarms[0].sum()} refused",
+            "0",
+            bool(alarms[0].sum() == 0),
         ),
         Claim(
-            "power", "In float64 it would have seen an error of 1e-8 in any leaf, at every point.",
-            f"{numbers['smallest_detectable']:.1e}", "at most 1e-8", bool(numbers["smallest_detectable"] <= 1e-8),
+            "power",
+            "In float64 it would have seen an error of 1e-8 in any leaf, at every point.",
+            f"{numbers['smallest_detectable']:.1e}",
+            "at most 1e-8",
+            bool(numbers["smallest_detectable"] <= 1e-8),
         ),
         Claim("cause", "It names the right cause.", f"{cause:.1%}", "at least 95%", bool(cause >= 0.95)),
         Claim("line", "It names the right line of the loss.", f"{line:.1%}", "at least 90%", bool(line >= 0.9)),
@@ -782,20 +849,35 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
     best = int(np.argmax(others))
     found.append(
         Claim(
-            "others", "No other checker refuses as many of them.",
-            f"{others[best]} by {numbers['judges'][1 + best]}", f"fewer than {planted.sum()}",
+            "others",
+            "No other checker refuses as many of them.",
+            f"{others[best]} by {numbers['judges'][1 + best]}",
+            f"fewer than {planted.sum()}",
             bool(others[best] < planted.sum()),
         )
     )
     if "seconds_verdict" in numbers:
-        verdict, diagnosis = float(np.median(numbers["seconds_verdict"])), float(np.median(numbers["seconds_diagnosis"]))
-        found.append(
-            Claim("verdict time", "The first verdict on a two-layer net, compile included, takes at most 1 s.",
-                  f"{verdict:.2f} s", "at most 1 s", verdict <= 1.0)
+        verdict, diagnosis = (
+            float(np.median(numbers["seconds_verdict"])),
+            float(np.median(numbers["seconds_diagnosis"])),
         )
         found.append(
-            Claim("diagnosis time", "The first diagnosis, compile included, takes at most 3 s.",
-                  f"{diagnosis:.2f} s", "at most 3 s", diagnosis <= 3.0)
+            Claim(
+                "verdict time",
+                "The first verdict on a two-layer net, compile included, takes at most 1 s.",
+                f"{verdict:.2f} s",
+                "at most 1 s",
+                verdict <= 1.0,
+            )
+        )
+        found.append(
+            Claim(
+                "diagnosis time",
+                "The first diagnosis, compile included, takes at most 3 s.",
+                f"{diagnosis:.2f} s",
+                "at most 3 s",
+                diagnosis <= 3.0,
+            )
         )
     return found
 
@@ -834,8 +916,15 @@ def draw(numbers: dict[str, Any]) -> Figure:
         for j in range(len(kinds)):
             if confusion[i, j]:
                 dark = share[i, j] > 0.6
-                right.text(j, i, f"{int(confusion[i, j])}", ha="center", va="center", fontsize=7,
-                           color="white" if dark else plots.BLACK)
+                right.text(
+                    j,
+                    i,
+                    f"{int(confusion[i, j])}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else plots.BLACK,
+                )
     right.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize=7.5)
     right.set_yticks(range(len(kinds)), kinds, fontsize=7.5)
     right.grid(visible=False)
@@ -860,13 +949,17 @@ def report(numbers: dict[str, Any]) -> str:
     cause, line = numbers["right_cause"] / numbers["with_cause"], numbers["right_line"] / numbers["with_line"]
     lines += [
         "",
-        f"Of {numbers['with_cause']} wrong gradients ({len(numbers['mistakes'])} different mistakes) our checker names the "
-        f"right cause for {cause:.1%}, and the right line for {line:.1%} of the {numbers['with_line']} that have one. "
-        f"A check takes {1e3 * numbers['seconds_warm']:.0f} ms when the loss is compiled already "
+        f"Of {numbers['with_cause']} wrong gradients ({len(numbers['mistakes'])} different mistakes) our checker names "
+        f"the right cause for {cause:.1%}, and the right line for {line:.1%} of the {numbers['with_line']} that have "
+        f"one. A check takes {1e3 * numbers['seconds_warm']:.0f} ms when the loss is compiled already "
         f"({1e3 * numbers['seconds_warm_wrong']:.0f} ms with a diagnosis).",
     ]
-    for key, title in (("missed_by_us", "Missed by us"), ("alarms_of_ours", "False alarms of ours"),
-                       ("misjudged", "Another cause named"), ("misplaced", "Another line named")):
+    for key, title in (
+        ("missed_by_us", "Missed by us"),
+        ("alarms_of_ours", "False alarms of ours"),
+        ("misjudged", "Another cause named"),
+        ("misplaced", "Another line named"),
+    ):
         items: Sequence[str] = list(numbers[key])
         if items:
             lines += ["", f"{title}: " + "; ".join(items) + "."]

@@ -1,6 +1,6 @@
 """The lecture's logistic regression (F16), its gradient in the form that never divides by zero: right.
 
-    python -m jaxgrad.check experiments/derivations/logistic_regression.py
+python -m jaxgrad.check experiments/derivations/logistic_regression.py
 """
 
 import jax

@@ -1,6 +1,6 @@
 """The lecture's logistic regression exactly as its slide prints it (F16): right on paper, NaN in a computer.
 
-    python -m jaxgrad.check experiments/derivations/logistic_regression_as_printed.py
+python -m jaxgrad.check experiments/derivations/logistic_regression_as_printed.py
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Logistic regression with a planted mistake: can you see it before the checker tells you?
 
-    python -m jaxgrad.check experiments/derivations/logistic_regression_with_a_mistake.py
+python -m jaxgrad.check experiments/derivations/logistic_regression_with_a_mistake.py
 """
 
 import jax

@@ -1,6 +1,6 @@
 """The lecture's two-layer net (F10): the shape-correct forms of F12 and F13, averaged over the examples: right.
 
-    python -m jaxgrad.check experiments/derivations/two_layer_net.py
+python -m jaxgrad.check experiments/derivations/two_layer_net.py
 """
 
 import jax

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxgrad.check.backprop import check_backprop
     from jaxgrad.check.gradient import assert_gradient, check_gradient
-    from jaxgrad.check.report import Finding, Report
     from jaxgrad.check.precision import stability
+    from jaxgrad.check.report import Finding, Report
 
 __all__ = ["Finding", "Report", "assert_gradient", "check_backprop", "check_gradient", "stability"]
 

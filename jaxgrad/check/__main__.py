@@ -128,7 +128,9 @@ def _print_theirs(error: BaseException) -> None:
     frames = _their_frames(error)
     if frames:
         sys.stderr.write("Traceback (most recent call last):\n" + "".join(traceback.format_list(frames)))
-    sys.stderr.write("".join(traceback.format_exception_only(type(error), error)).split("\njaxgrad:")[0].rstrip() + "\n")
+    sys.stderr.write(
+        "".join(traceback.format_exception_only(type(error), error)).split("\njaxgrad:")[0].rstrip() + "\n"
+    )
 
 
 def _unusable(message: str) -> int:

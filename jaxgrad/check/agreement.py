@@ -69,8 +69,7 @@ def tolerance(sizes: Sequence[float], noise: float = 0.0, dead: Sequence[bool] =
     relative = max(RELATIVE, 300 * noise)
     floor = max(FLOOR, 30 * noise)
     absolute = [
-        floor * total if (dead and dead[i]) else floor * s if s > 0 else FLOOR * total
-        for i, s in enumerate(sizes)
+        floor * total if (dead and dead[i]) else floor * s if s > 0 else FLOOR * total for i, s in enumerate(sizes)
     ]
     return Tolerance(tuple(relative for _ in sizes), tuple(absolute), noise)
 
@@ -90,19 +89,25 @@ def wrong_leaves(evaluation: Evaluation, tol: Tolerance) -> list[int]:
     return out
 
 
-def relative_errors(evaluation: Evaluation, sizes: Sequence[float]) -> list[float]:
-    """Errors over the norm of the true leaf (over the usual norm where that is rounding)."""
+def relative_errors(evaluation: Evaluation, sizes: Sequence[float], dead: Sequence[bool] = ()) -> list[float]:
+    """Errors over the norm of the true leaf, or over that of all leaves where the true one is rounding."""
     out = []
-    for error, true, size in zip(errors(evaluation), evaluation.true, sizes, strict=True):
-        scale = max(_norm(true), FLOOR * size)
+    total = float(np.sqrt(np.sum(np.square(sizes))))
+    for i, (error, true, size) in enumerate(zip(errors(evaluation), evaluation.true, sizes, strict=True)):
+        scale = total if (dead and dead[i]) else max(_norm(true), FLOOR * size)
         out.append(error / scale if scale > 0 else (0.0 if error == 0 else float("inf")))
     return out
 
 
-def smallest_detectable(evaluations: Sequence[Evaluation], tol: Tolerance) -> float:
-    """The relative error that would have been seen in every leaf at the best point for it."""
+def smallest_detectable(evaluations: Sequence[Evaluation], tol: Tolerance, dead: Sequence[bool] = ()) -> float:
+    """The relative error that would have been seen in every leaf at the best point for it.
+
+    Leaves whose true gradient is rounding only (`dead`) have no relative error.
+    """
     worst = 0.0
     for i in range(len(tol.relative)):
+        if dead and dead[i]:
+            continue
         best = [
             tol.allowed(i, _norm(e.true[i])) / _norm(e.true[i])
             for e in evaluations
@@ -120,6 +125,7 @@ def noise_of(problem: Problem, store: Kernel, points: Sequence[Point]) -> tuple[
     (times √20), in float32 code too, where such a step is some ten units in the last place.
     """
     rng = np.random.default_rng(7)
+    norms: list[float] = []
     mine: list[float] = []
     theirs: list[list[float]] = []
     for point in points[:3]:
@@ -136,10 +142,11 @@ def noise_of(problem: Problem, store: Kernel, points: Sequence[Point]) -> tuple[
                 return 0.0, [0.0] * len(problem.leaves)
             runs_hand.append(got)
         theirs.append(_third(runs_true))
-        mine.append(max(_live(_third(runs_hand), runs_hand[0])))
+        mine.append(max(_live(_third(runs_hand), [_norm(g) for g in runs_hand[0]])))
+        norms = [_norm(g) for g in runs_true[0]]
     usual = [float(np.median(column)) for column in np.array(theirs).T]
     worst = [float(np.max(column)) for column in np.array(theirs).T]
-    return max(float(np.median(mine)), *_live(usual, runs_true[0])), worst
+    return max(float(np.median(mine)), *_live(usual, norms)), worst
 
 
 def local_noise(problem: Problem, store: Kernel, point: Point) -> tuple[list[float], list[float]]:
@@ -172,9 +179,8 @@ def local_noise(problem: Problem, store: Kernel, point: Point) -> tuple[list[flo
     return clean(true), clean(mine)
 
 
-def _live(noise: list[float], gradient: Sequence[Any]) -> list[float]:
+def _live(noise: list[float], norms: list[float]) -> list[float]:
     """The noise of the leaves that are more than rounding beside the others."""
-    norms = [_norm(g) for g in gradient]
     total = max(norms)
     return [x for x, n in zip(noise, norms, strict=True) if n > 1e-9 * total] or [0.0]
 
@@ -190,7 +196,9 @@ def _third(runs: Sequence[Sequence[Any]]) -> list[float]:
     return out
 
 
-def compare(problem: Problem, evaluation: Evaluation, tol: Tolerance, sizes: Sequence[float]) -> list[Leaf]:
+def compare(
+    problem: Problem, evaluation: Evaluation, tol: Tolerance, sizes: Sequence[float], dead: Sequence[bool] = ()
+) -> list[Leaf]:
     """The table of leaves at one point."""
     wrong = set(wrong_leaves(evaluation, tol))
     table = []
@@ -202,11 +210,21 @@ def compare(problem: Problem, evaluation: Evaluation, tol: Tolerance, sizes: Seq
             size = _norm(t)
             ratio = _norm(h) / size if size > 0 else float("inf") if _norm(h) > 0 else 1.0
             ratio = -ratio if cosine < -1 + 1e-9 else ratio
-            error = relative_errors(evaluation, sizes)[i] if len(sizes) else float("nan")
+            error = relative_errors(evaluation, sizes, dead)[i] if len(sizes) else float("nan")
             index = tuple(int(j) for j in worst)
             table.append(
-                Leaf(path, h.shape, i not in wrong, error, cosine, float(ratio), index, float(h[worst]),
-                     float(t[worst]), evaluation.point.name)
+                Leaf(
+                    path,
+                    h.shape,
+                    i not in wrong,
+                    error,
+                    cosine,
+                    float(ratio),
+                    index,
+                    float(h[worst]),
+                    float(t[worst]),
+                    evaluation.point.name,
+                )
             )
     return table
 

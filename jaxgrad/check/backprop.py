@@ -1,7 +1,7 @@
 """`check_backprop`: adjoint by adjoint, from the loss backwards."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,9 +55,7 @@ class BackpropReport(NamedTuple):
         return backprop_text(self, colored())
 
 
-def check_backprop(
-    loss: Callable[..., Any], backprop: Callable[..., Any], params: Any, batch: Any = NO_BATCH
-) -> BackpropReport:
+def check_backprop(loss: Any, backprop: Any, params: Any, batch: Any = NO_BATCH) -> BackpropReport:
     """Where a hand-written backward pass goes wrong first.
 
     `backprop(params, batch)` returns `(gradient, {"name": adjoint})`: dL/dθ as a tree like `params`, and dL/dv
@@ -124,7 +122,11 @@ def _check(problem: Problem, store: Kernel) -> BackpropReport:
                 place = _where(program, names, first, problem)
                 findings.append(
                     Finding(
-                        "unknown", extended.paths[first], None, place, "",
+                        "unknown",
+                        extended.paths[first],
+                        None,
+                        place,
+                        "",
                         f"{extended.paths[first]} has a mistake of its own besides what it inherits: put the "
                         "first one right and check again.",
                     )
@@ -142,7 +144,9 @@ def backprop_text(report: BackpropReport, color: bool = False) -> str:
     paint = painter(color)
     lines = []
     if report.ok:
-        lines.append(paint("RIGHT", "green", "bold") + f"  All {len(report.adjoints)} adjoints and leaves agree with autodiff.")
+        lines.append(
+            paint("RIGHT", "green", "bold") + f"  All {len(report.adjoints)} adjoints and leaves agree with autodiff."
+        )
     else:
         first = next((a for a in report.adjoints if a.status == "wrong"), None)
         what = f"the first mistake is in {first.name}" if first is not None else "see below"
@@ -153,9 +157,8 @@ def backprop_text(report: BackpropReport, color: bool = False) -> str:
         mark = {"right": paint("right", "green"), "wrong": paint("WRONG", "red", "bold")}.get(
             a.status, paint("inherited", "yellow")
         )
-        kind = "dL/d" if not a.is_leaf else "dL/d"
         error = "" if a.status == "right" else f"  rel. error {a.error:.1e}"
-        lines.append(f"  {kind}{a.name:<{width}}  {a.where:<16}  {mark}{error}")
+        lines.append(f"  dL/d{a.name:<{width}}  {a.where:<16}  {mark}{error}")
     for f in report.findings:
         lines += ["", *finding_lines(f, paint)]
     return "\n".join(lines)

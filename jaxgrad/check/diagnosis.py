@@ -242,7 +242,7 @@ def _exact(factor: str | None) -> bool:
 
 def _search(case: Case, leaves: tuple[int, ...], pairs: bool = True) -> Explanation | None:
     """The cheapest explanation of the person's numbers on `leaves`."""
-    everything = tuple(leaves) == tuple(case.wrong)
+    everything = leaves == case.wrong
     best: list[Explanation] = []
     for attempt in (_scaled_all, _moved_leaves):
         if everything or attempt is _scaled_all:
@@ -279,7 +279,7 @@ def _leaf_by_leaf(case: Case) -> tuple[Finding, ...]:
         else:
             findings.append(words.unknown(case.problem, leaf))
     if all(f.kind == "unknown" for f in findings):
-        return (words.unknown(case.problem, None if len(case.wrong) > 1 else case.wrong[0]),)
+        return (words.unknown(case.problem, case.wrong[0] if len(case.wrong) == 1 else None),)
     return tuple(findings)
 
 
@@ -329,7 +329,7 @@ def _scaled_all(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     if factor == "0":
         if not whole and len(leaves) > 1:
             return []
-        leaf = None if whole and len(leaves) > 1 else leaves[0]
+        leaf = leaves[0] if len(leaves) == 1 else None
         return [Explanation(12.0, leaves, (words.zero(case.problem, s, leaf, leaves),))]
     if whole:
         return [Explanation(0.0, leaves, (words.scale(case.problem, s, factor, None, leaves),))]
@@ -408,9 +408,7 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     if len(leaves) == 1:
         for other in range(len(case.problem.leaves)):
             if other != leaves[0] and all(equal(e.hand[leaves[0]], e.true[other], e) for e in evaluations):
-                out.append(
-                    Explanation(3.0, leaves, (words.swapped(case.problem, case.samples[0], leaves, (other,)),))
-                )
+                out.append(Explanation(3.0, leaves, (words.swapped(case.problem, case.samples[0], leaves, (other,)),)))
     return out
 
 
@@ -447,7 +445,7 @@ def _one_fault(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     misfit = _worst_misfit(case, lambda s: s.true[None, :] + s.changes)
     moves = np.max([np.linalg.norm(s.changes, axis=1) for s in case.samples], axis=0)
     on_all = np.nonzero((misfit.max(axis=1) <= 1) & (moves > 0))[0]
-    everything = tuple(leaves) == tuple(case.wrong)
+    everything = leaves == case.wrong
     if len(on_all) and everything:
         cost, best, rest = _ranked(case, [int(m) for m in on_all])
         found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=False)
@@ -509,7 +507,16 @@ def _term_cost(case: Case, m: int, factor: str, clean: bool) -> float:
     step = s.program.steps[term.step]
     cost = 0.0 if factor in ("0", "-1") else 0.5 if _exact(factor) else 3.0
     cost += 0.0 if clean else 6.0
-    if step.primitive in ("add", "sub", "add_any", "dot_general", "mul", "concatenate", "select_n", "conv_general_dilated"):
+    if step.primitive in (
+        "add",
+        "sub",
+        "add_any",
+        "dot_general",
+        "mul",
+        "concatenate",
+        "select_n",
+        "conv_general_dilated",
+    ):
         cost -= 0.2
     if not step.frames:
         cost += 0.5
@@ -588,7 +595,7 @@ def _entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         masks.append((leaf, bad, factor))
         findings.append(words.entries(case.problem, case.samples[0], leaf, np.argwhere(bad), factor))
     slices = {_slice_of(bad) for _, bad, _ in masks if bad.ndim > 1}
-    factors = {factor for _, _, factor in masks}
+    factors = {factor or "" for _, _, factor in masks}
     if len(slices) == 1 and None not in slices and factors <= {"0", "-1"} and len(factors) == 1:
         axis, index = next(iter(slices))  # type: ignore[misc]
         if all(bad.ndim > 1 or (axis == 1 and bad[index]) for _, bad, _ in masks):
@@ -616,7 +623,8 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     s = case.samples[0]
     for m, fault in enumerate(case.faults):
         if fault.kind not in ("missing-derivative", "wrong-argument", "transposed", "missing-factor") and not (
-            fault.kind in ("extra-derivative", "wrong-derivative") and fault.detail[0] in ("twice", "sigmoid", "tanh", "relu")
+            fault.kind in ("extra-derivative", "wrong-derivative")
+            and fault.detail[0] in ("twice", "sigmoid", "tanh", "relu")
         ):
             continue
         names = tuple(s.program.steps[k].name for k in fault.members)
@@ -653,9 +661,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     if not hits:
         return []
     _, chosen = min(hits)
-    findings = tuple(
-        words.fault(case.problem, s, case.faults[m], leaves, restricted=False) for m in chosen
-    )
+    findings = tuple(words.fault(case.problem, s, case.faults[m], leaves, restricted=False) for m in chosen)
     return [Explanation(21.0, leaves, _in_line_order(findings))]
 
 
@@ -738,7 +744,7 @@ def replayed(case: Case, s: Sample, chosen: Sequence[int]) -> list[Any]:
 
 def _fault_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     """One faulty step and a factor in front of everything."""
-    everything = tuple(leaves) == tuple(case.wrong)
+    everything = leaves == case.wrong
     c, misfit = _fit(case, leaves, lambda s: s.true[None, :] + s.changes)
     moves = np.max([np.linalg.norm(s.changes, axis=1) for s in case.samples], axis=0)
     hits = []
@@ -786,7 +792,8 @@ def _term_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         inner = "0" if np.all(np.abs(factors) < 1e-6) else _named(case, np.array(factors), 1e-5)
         if not (_exact(factor) and _exact(inner)) or factor in ("0", "1"):
             continue
-        assert factor is not None and inner is not None
+        assert factor is not None
+        assert inner is not None
         cost = _term_cost(case, m, inner, True) + _complexity(factor) + _complexity(inner)
         cost += 0.0 if len(leaves) in (1, len(case.problem.leaves)) else 3.0  # half of an overall factor
         hits.append((cost, m, factor, inner))
@@ -813,7 +820,7 @@ def _slices(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             if found is None:
                 continue
             weights, overall = found
-            key = (axis, *(int(round(10 * w)) for w in weights[0]))
+            key = (axis, *(round(10 * w) for w in weights[0]))
             if key in seen:
                 continue
             seen.add(key)

@@ -16,9 +16,7 @@ _CONSTANTS = {
 }
 
 
-def name_factor(
-    samples: Sequence[tuple[int | None, float]], dims: Mapping[str, int], tol: float = 1e-6
-) -> str | None:
+def name_factor(samples: Sequence[tuple[int | None, float]], dims: Mapping[str, int], tol: float = 1e-6) -> str | None:
     """The exact form of a factor seen as `(batch size, value)` pairs, or None if it is not one number.
 
     A factor that is 1 but for a small error is given as a decimal with all its digits.

@@ -1,7 +1,8 @@
 """The catalogue of single faults: for each, by how much it changes the gradient.
 
-Every fault is one way to do one step of the chain rule wrong. `catalogue` lists them for a program,
-`change` says what one does at a point, and `changes` gives the matrix [fault, direction] of J_vᵀ Δ (see `replay`) at one point, in the same order.
+Every fault is one way to do one step of the chain rule wrong. `catalogue` lists them for a program, `change`
+says what one does to an adjoint at a point, and `changes` gives the matrix [fault, direction] of J_vᵀ Δ (see
+`replay`), in the order of the catalogue.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -126,10 +127,7 @@ def change(program: Program, todo: Plan, fault: Fault, at: Replay) -> tuple[int,
 def terms(program: Program) -> tuple[Term, ...]:
     """Every (step, operand) through which the gradient flows."""
     return tuple(
-        Term(k, i)
-        for k, step in enumerate(program.steps)
-        for i, s in enumerate(step.inputs)
-        if s in program.moving
+        Term(k, i) for k, step in enumerate(program.steps) for i, s in enumerate(step.inputs) if s in program.moving
     )
 
 

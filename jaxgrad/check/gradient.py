@@ -17,6 +17,7 @@ from jaxgrad.check.problem import (
     NotScalarError,
     Problem,
     Wrong,
+    cached_kernel,
     hand,
     kernel,
     prepare,
@@ -27,8 +28,8 @@ from jaxgrad.check.report import Finding, Report, Tried, text
 
 
 def check_gradient(
-    loss: Callable[..., Any],
-    gradient: Callable[..., Any],
+    loss: Any,
+    gradient: Any,
     params: Any,
     batch: Any = NO_BATCH,
     *args: Any,
@@ -57,8 +58,8 @@ def check_gradient(
 
 
 def assert_gradient(
-    loss: Callable[..., Any],
-    gradient: Callable[..., Any],
+    loss: Any,
+    gradient: Any,
     params: Any,
     batch: Any = NO_BATCH,
     *args: Any,
@@ -74,6 +75,11 @@ def assert_gradient(
         raise AssertionError("\n" + text(report, color=False))
 
 
+def forget() -> None:
+    """Drop the losses that are kept compiled between checks."""
+    cached_kernel.cache_clear()
+
+
 def trace_given(problem: Problem, store: Kernel) -> None:
     """Trace the loss at the given point, twice if it is new, and say in words why that fails."""
     try:
@@ -85,8 +91,12 @@ def trace_given(problem: Problem, store: Kernel) -> None:
             "loss is random or depends on something besides its arguments: two evaluations at one point differ. "
             "Pass the random key, or whatever changes, as an argument."
         ) from None
-    except (jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError,
-            jax.errors.TracerBoolConversionError, jax.errors.ConcretizationTypeError) as error:
+    except (
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+        jax.errors.TracerBoolConversionError,
+        jax.errors.ConcretizationTypeError,
+    ) as error:
         first = str(error).strip().split("\n")[0]
         raise TypeError(
             "JAX cannot trace this loss: it uses the value of an array where only its shape is known "
@@ -172,8 +182,12 @@ def _check(problem: Problem, store: Kernel) -> Report:
         ok = False
         findings = custom
     rank = [e for e, _ in firm] or failing or usable[:1]
-    shown = first if any(e is first for e in rank) else max(rank, key=lambda e: max(agreement.relative_errors(e, sizes), default=0))
-    leaves = agreement.compare(problem, shown, tol, sizes)
+    shown = (
+        first
+        if any(e is first for e in rank)
+        else max(rank, key=lambda e: max(agreement.relative_errors(e, sizes), default=0))
+    )
+    leaves = agreement.compare(problem, shown, tol, sizes, dead)
     if not all(e.true_finite for e in evaluations):
         notes.append("autodiff of your loss is itself not finite at some of the points tried; they were left out.")
     for i, size in enumerate(sizes):
@@ -185,10 +199,10 @@ def _check(problem: Problem, store: Kernel) -> Report:
             "smaller errors cannot be told from it."
         )
     table = tuple(
-        Tried(e.point.name, e.point.n, e.loss, max(agreement.relative_errors(e, sizes), default=0.0))
+        Tried(e.point.name, e.point.n, e.loss, max(agreement.relative_errors(e, sizes, dead), default=0.0))
         for e in usable
     )
-    smallest = agreement.smallest_detectable(usable, tol)
+    smallest = agreement.smallest_detectable(usable, tol, dead)
     return Report(ok, tuple(leaves), tuple(findings), smallest, table, tuple(notes))
 
 
@@ -247,8 +261,6 @@ def _repeats(a: Sequence[Any], b: Sequence[Any]) -> bool:
     )
 
 
-
-
 def _structure(problem: Problem, store: Kernel, wrong: Wrong) -> Report:
     """The report on a gradient that is not of the form of the parameters."""
     loss, true = truth(store, problem.leaves, problem.data)
@@ -263,7 +275,11 @@ def _structure(problem: Problem, store: Kernel, wrong: Wrong) -> Report:
                 if v.shape != t.shape:
                     findings.append(
                         Finding(
-                            "transposed", problem.paths[i], None, "", "",
+                            "transposed",
+                            problem.paths[i],
+                            None,
+                            "",
+                            "",
                             f"Your gradient of {problem.paths[i]} is the transpose of the true one: its shape is "
                             f"{v.shape}, that of the parameter {t.shape}.",
                         )

@@ -19,13 +19,10 @@ from jaxgrad.check.report import Finding
 from jaxgrad.check.source import Where, describe, locate
 from jaxgrad.check.steps import Place, Program, is_library, trace
 
-
 # ------------------------------------------------------------------------------------------ kinks
 
 
-def kink(
-    problem: Problem, store: Kernel, failing: Sequence[Evaluation], tol: Tolerance
-) -> tuple[list[Finding], bool]:
+def kink(problem: Problem, store: Kernel, failing: Sequence[Evaluation], tol: Tolerance) -> tuple[list[Finding], bool]:
     """Whether all the disagreement sits where the loss is not differentiable, and if so whether the person's
     choice there lies between the one-sided derivatives."""
     places: list[tuple[Where, str, int]] = []
@@ -65,14 +62,22 @@ def _kinks(program: Program, point: Point) -> list[tuple[Where, str, int]]:
         names = set(step.inner)
         inputs = [np.asarray(values[s]) for s in step.inputs]
         ties = 0
-        if step.primitive in ("abs", "sign", "sqrt") or (step.primitive.startswith("custom_") and names & {"max", "abs"}):
+        if step.primitive in ("abs", "sign", "sqrt") or (
+            step.primitive.startswith("custom_") and names & {"max", "abs"}
+        ):
             ties = int(np.sum(inputs[0] == 0))
         elif step.primitive in ("max", "min", "gt", "ge", "lt", "le", "eq", "ne"):
             ties = int(np.sum(inputs[0] == inputs[1]))
         elif step.primitive == "clamp":
             ties = int(np.sum((inputs[1] == inputs[0]) | (inputs[1] == inputs[2])))
         if ties:
-            found.append((locate(program, [k], elementwise=True), {"max": "the maximum", "abs": "the absolute value"}.get(step.name, step.name), ties))
+            found.append(
+                (
+                    locate(program, [k], elementwise=True),
+                    {"max": "the maximum", "abs": "the absolute value"}.get(step.name, step.name),
+                    ties,
+                )
+            )
     return found
 
 
@@ -195,7 +200,11 @@ def _largest_logit(
     sizes = []
     name = None
     for row in range(problem.n or 0):
-        one = tuple(a[row : row + 1] if r else a for a, r in zip(data, problem.rows, strict=True) if np.ndim(a) == 0 or row < len(a))
+        one = tuple(
+            a[row : row + 1] if r else a
+            for a, r in zip(data, problem.rows, strict=True)
+            if np.ndim(a) == 0 or row < len(a)
+        )
         if len(one) != len(data):
             break
         try:
@@ -221,8 +230,12 @@ def _first_exponent(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -
         if not (moved and set(step.inner) & {"logistic", "exp", "tanh", "log1p"}):
             continue
         slot = moved[0]
-        if slot in makers and makers[slot].primitive == "neg":
-            slot = makers[slot].inputs[0]
+        # Back to what the person calls the logit: past steps of the same expression (z - max in a softmax).
+        while slot in makers and (makers[slot].primitive == "neg" or makers[slot].frames[:1] == step.frames[:1]):
+            back = [s for s in makers[slot].inputs if s in program.moving]
+            if not back:
+                break
+            slot = back[0]
         peak = float(np.max(np.abs(np.asarray(values[slot]))))
         number = next((k for k, m in enumerate(program.steps) if slot in m.outputs), None)
         if number is None or not np.isfinite(peak):
@@ -233,9 +246,7 @@ def _first_exponent(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -
     return None
 
 
-def _mechanism(
-    problem: Problem, leaves: Sequence[Any], data: Sequence[Any]
-) -> tuple[Where, str, str]:
+def _mechanism(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[Where, str, str]:
     """The first step of the person's own gradient that makes a NaN or an infinity."""
 
     def total(leaves_: Sequence[Any], data_: Sequence[Any]) -> Any:
@@ -263,7 +274,11 @@ def _mechanism(
             where = locate(program, [k])
             how = _how(step.primitive, arrays, out)
             return where, f"In `{where.expression}` ({where.where}) {how}.", _advice(problem, "")
-        if infinite is None and np.any(np.isinf(out)) and not any(a.dtype.kind == "f" and np.any(np.isinf(a)) for a in arrays):
+        if (
+            infinite is None
+            and np.any(np.isinf(out))
+            and not any(a.dtype.kind == "f" and np.any(np.isinf(a)) for a in arrays)
+        ):
             where = locate(program, [k])
             infinite = (k, f"`{where.expression}` ({where.where}) overflows.", _advice(problem, ""))
     if infinite is not None:
@@ -311,9 +326,7 @@ def _advice_for(sigmoid: bool, division: bool, normalised: bool, exp: bool) -> s
     return ""
 
 
-def _numpy_mechanism(
-    problem: Problem, leaves: Sequence[Any], data: Sequence[Any]
-) -> tuple[Where, str, str]:
+def _numpy_mechanism(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[Where, str, str]:
     """The same for numpy code: let numpy raise at the first invalid operation."""
     settings: list[dict[str, Any]] = [
         {"invalid": "raise", "divide": "ignore", "over": "ignore"},
@@ -369,9 +382,7 @@ def central_difference(
     return refined[best + 1], gaps[best]
 
 
-def _directional(
-    store: Kernel, e: Evaluation, u: Sequence[Any]
-) -> tuple[float, float]:
+def _directional(store: Kernel, e: Evaluation, u: Sequence[Any]) -> tuple[float, float]:
     return central_difference(
         lambda h: truth(store, tuple(p + h * x for p, x in zip(e.point.leaves, u, strict=True)), e.point.data)[0]
     )
@@ -393,7 +404,9 @@ def custom_rules(
 ) -> list[Finding]:
     """A custom derivative rule of the loss that central differences contradict."""
     program = program_at(store, problem.leaves, problem.data)
-    rules = [k for k, s in enumerate(program.steps) if s.primitive.startswith("custom_") and set(s.inputs) & program.moving]
+    rules = [
+        k for k, s in enumerate(program.steps) if s.primitive.startswith("custom_") and set(s.inputs) & program.moving
+    ]
     if not rules:
         return []
     rng = np.random.default_rng(5)

@@ -20,7 +20,8 @@ def batch_sizes(n: int | None, shapes: Sequence[tuple[int, ...]]) -> tuple[int, 
     """Two small batch sizes that are no other dimension of the problem, so that n cannot be mistaken."""
     taken = {d for shape in shapes for d in shape} | {n}
     free = [m for m in (7, 11, 13, 17, 5, 19, 23, 29, 31) if m not in taken]
-    return (free + [37, 41])[0], (free + [37, 41])[1]
+    first, second, *_ = [*free, 37, 41]
+    return first, second
 
 
 def resample(
@@ -81,9 +82,7 @@ class Plan(NamedTuple):
 Truth = Callable[..., tuple[float, list[Any]]]
 
 
-def draw(
-    problem: Any, store: Any, rng: np.random.Generator, sizes: tuple[int, int] | None, truth: Truth
-) -> Plan:
+def draw(problem: Any, store: Any, rng: np.random.Generator, sizes: tuple[int, int] | None, truth: Truth) -> Plan:
     """The points of a verdict. `sizes` are two small batch sizes, or None if the batch must stay as it is."""
     first = sizes[0] if sizes is not None else None
     ordinary = generic(problem, store, rng, first, truth)

@@ -19,7 +19,26 @@ from jaxgrad.check.report import colored, painter
 from jaxgrad.check.steps import Program, Step, flatten, jaxpr_of
 
 DIGITS = 1200
-SCALES = (1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 35.0, 40.0, 60.0, 80.0, 90.0, 100.0, 200.0, 500.0, 700.0, 720.0, 1000.0)
+SCALES = (
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    35.0,
+    40.0,
+    60.0,
+    80.0,
+    90.0,
+    100.0,
+    200.0,
+    500.0,
+    700.0,
+    720.0,
+    1000.0,
+)
 
 
 class Row(NamedTuple):

@@ -67,8 +67,8 @@ NO_BATCH = object()
 
 
 def prepare(
-    loss: Callable[..., Any],
-    gradient: Callable[..., Any],
+    loss: Any,
+    gradient: Any,
     params: Any,
     arguments: tuple[Any, ...],
     keywords: dict[str, Any],
@@ -87,7 +87,9 @@ def prepare(
         name = leaf_name(path)
         kind = _kind(leaf)
         if kind in ("float", "numpy", "jax") and np.size(leaf) == 0:
-            raise ValueError(f"params leaf {name} is empty (shape {np.shape(leaf)}): there is nothing to differentiate.")
+            raise ValueError(
+                f"params leaf {name} is empty (shape {np.shape(leaf)}): there is nothing to differentiate."
+            )
         kinds.append(kind)
         if kind in ("float", "numpy", "jax"):
             value = np.asarray(leaf).astype(np.float64)
@@ -144,7 +146,9 @@ def prepare(
     return Problem(loss, gradient, spec, tuple(paths), tuple(leaves), tuple(data), rows, n, tuple(data_names))
 
 
-def assemble(spec: Spec, leaves: Sequence[Any], data: Sequence[Any], numpy: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def assemble(
+    spec: Spec, leaves: Sequence[Any], data: Sequence[Any], numpy: bool
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The person's own arguments from flat lists; with `numpy`, arrays of the kind that was given."""
 
     params = jax.tree_util.tree_unflatten(spec.params, _fill(spec.fixed_params, spec.params_kinds, leaves, numpy))
@@ -212,16 +216,16 @@ class NotScalarError(ValueError):
 
 
 @functools.lru_cache(maxsize=32)
-def _kernel(loss: Callable[..., Any], spec: Spec) -> Kernel:
+def cached_kernel(loss: Callable[..., Any], spec: Spec) -> Kernel:
     return Kernel(scalar_loss(loss, spec), {}, {})
 
 
 def kernel(problem: Problem) -> Kernel:
     """The kernel of this loss: from the cache if the function and its static arguments can be hashed."""
     try:
-        return _kernel(problem.loss, problem.spec)
+        return cached_kernel(problem.loss, problem.spec)
     except TypeError:
-        return _kernel.__wrapped__(problem.loss, problem.spec)
+        return cached_kernel.__wrapped__(problem.loss, problem.spec)
 
 
 def shape_key(leaves: Sequence[Any], data: Sequence[Any]) -> Any:

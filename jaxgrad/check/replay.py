@@ -21,15 +21,15 @@ import numpy as np
 
 from jaxgrad.check.steps import Program, Step
 
-UNARY = frozenset(
-    "abs acos acosh asin asinh atan atanh cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor "
-    "integer_pow lgamma log log1p logistic neg round rsqrt sign sin sinh sqrt square tan tanh copy copy_p "
-    "convert_element_type reduce_precision stop_gradient name is_finite not".split()
-)
-BINARY = frozenset(
-    "add sub mul div max min pow rem atan2 add_any select_n clamp eq ne lt le gt ge and or xor".split()
-)
-ELEMENTWISE = UNARY | BINARY
+_UNARY = """
+abs acos acosh asin asinh atan atanh cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor
+integer_pow lgamma log log1p logistic neg round rsqrt sign sin sinh sqrt square tan tanh copy copy_p
+convert_element_type reduce_precision stop_gradient name is_finite not
+"""
+_BINARY = """
+add sub mul div max min pow rem atan2 add_any select_n clamp eq ne lt le gt ge and or xor
+"""
+ELEMENTWISE = frozenset((_UNARY + _BINARY).split())
 BILINEAR = frozenset(["mul", "dot_general", "conv_general_dilated", "div"])
 
 
@@ -94,9 +94,7 @@ def analysis(program: Program, todo: Plan) -> Callable[..., Replay]:
         adjoints, contributions = _reverse(program, values)
         tangents = _tangents(program, values, directions, adjoints)
         derivatives = {i: _derivatives(program, piece, values, adjoints) for i, piece in enumerate(todo.pieces)}
-        alternatives = {
-            i: _alternatives(program, product, values, adjoints) for i, product in enumerate(todo.products)
-        }
+        alternatives = {i: _alternatives(program, product, values, adjoints) for i, product in enumerate(todo.products)}
         kept = {s: v for s, v in values.items() if s in program.varying and _float(program, s)}
         return {
             "values": kept,
@@ -196,7 +194,7 @@ def is_elementwise(program: Program, step: Step) -> bool:
 
 def _float(program: Program, slot: int) -> bool:
     dtype = getattr(program.avals[slot], "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, np.floating)
+    return dtype is not None and jnp.issubdtype(dtype, np.floating)
 
 
 def _differentiable(
@@ -254,9 +252,7 @@ def _push(step: Step, function: Callable[..., Any], moved: Sequence[Any], incomi
     return jax.vmap(lambda *t: forwards(tuple(t))[0])(*incoming)
 
 
-def pull(
-    program: Program, step: Step, values: Mapping[int, Any], adjoints: Mapping[int, Any]
-) -> dict[int, Any]:
+def pull(program: Program, step: Step, values: Mapping[int, Any], adjoints: Mapping[int, Any]) -> dict[int, Any]:
     """What one step sends back to each moving operand: `jax.vjp` of that primitive alone."""
     operands, outs, function, moved = _differentiable(program, step, values)
     if not operands or not any(step.outputs[j] in adjoints for j in outs):
@@ -271,9 +267,7 @@ def pull(
     return dict(zip(operands, pull(incoming), strict=True))
 
 
-def _reverse(
-    program: Program, values: Mapping[int, Any]
-) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
+def _reverse(program: Program, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
     """All adjoints, and what each step contributes to them."""
     adjoints: dict[int, Any] = {program.output: jnp.ones_like(values[program.output])}
     contributions: dict[tuple[int, int], Any] = {}
@@ -328,7 +322,15 @@ def _straight(program: Program, step: Step, inside: Mapping[int, Any], shape: tu
     """Whether a step is affine in what comes from the piece, so that its derivative is a constant."""
     if step.primitive in ("add", "sub", "neg", "copy", "copy_p", "convert_element_type", "name", "add_any"):
         return True
-    if step.primitive in ("broadcast_in_dim", "reduce_sum", "reshape", "transpose", "squeeze", "reduce_max", "stop_gradient"):
+    if step.primitive in (
+        "broadcast_in_dim",
+        "reduce_sum",
+        "reshape",
+        "transpose",
+        "squeeze",
+        "reduce_max",
+        "stop_gradient",
+    ):
         return True
     if step.primitive == "max" and tuple(program.avals[step.outputs[0]].shape) != shape:
         return True  # the largest logit on its way into a softmax
@@ -403,9 +405,7 @@ def pull_product(program: Program, product: Product, values: Mapping[int, Any], 
     return jax.vjp(function, arguments[product.operand])[1](adjoint)[0]
 
 
-def _alternatives(
-    program: Program, product: Product, values: Mapping[int, Any], adjoints: Mapping[int, Any]
-) -> Any:
+def _alternatives(program: Program, product: Product, values: Mapping[int, Any], adjoints: Mapping[int, Any]) -> Any:
     step = program.steps[product.step]
     if step.outputs[0] not in adjoints:
         return jnp.zeros((0, *program.avals[step.inputs[product.operand]].shape))

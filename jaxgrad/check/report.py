@@ -167,9 +167,9 @@ def _wrap(sentence: str, indent: int, width: int = 100) -> list[str]:
     pad = " " * indent
     out: list[str] = []
     for paragraph in sentence.split("\n"):
-        out += textwrap.wrap(
-            paragraph, width, initial_indent=pad, subsequent_indent=pad, break_long_words=False
-        ) or [pad]
+        out += textwrap.wrap(paragraph, width, initial_indent=pad, subsequent_indent=pad, break_long_words=False) or [
+            pad
+        ]
     return out
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 
 try:
@@ -140,9 +141,7 @@ def flatten(closed: Any, n_leaves: int) -> Program:
             varying |= set(step.outputs)
         if moving & set(step.inputs):
             moving |= {o for o in step.outputs if _is_float(avals[o])}
-    return Program(
-        tuple(steps), tuple(avals), leaves, data, constants, output, frozenset(moving), frozenset(varying)
-    )
+    return Program(tuple(steps), tuple(avals), leaves, data, constants, output, frozenset(moving), frozenset(varying))
 
 
 def same_trace(a: Any, b: Any) -> bool:
@@ -180,7 +179,7 @@ def low_precision(closed: Any) -> float:
 
 
 def _plain(value: Any) -> Any:
-    if jax.dtypes.issubdtype(getattr(value, "dtype", np.float64), jax.dtypes.prng_key):
+    if jnp.issubdtype(getattr(value, "dtype", np.float64), jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     value = np.asarray(value)
     return value if value.dtype.kind in "biuf" else value.astype(np.float64)
@@ -192,7 +191,7 @@ def _literals(eqn: Any) -> list[str]:
 
 def _is_float(aval: Any) -> bool:
     dtype = getattr(aval, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, np.floating)
+    return dtype is not None and jnp.issubdtype(dtype, np.floating)
 
 
 def _name(eqn: Any) -> str:

@@ -28,7 +28,11 @@ def unknown(problem: Problem, leaf: int | None) -> Finding:
     path = None if leaf is None else problem.paths[leaf]
     part = "The gradient" if path is None else f"Leaf {path}"
     return Finding(
-        "unknown", path, None, "", "",
+        "unknown",
+        path,
+        None,
+        "",
+        "",
         f"{part} is wrong, and no one or two mistakes that this checker knows give these numbers. "
         "Check the leaf with the largest cosine first, or tag intermediate values and use check_backprop.",
     )
@@ -152,7 +156,11 @@ def zero(problem: Problem, s: Any, leaf: int | None, leaves: Sequence[int]) -> F
     if leaf is None:
         place = _scale_place(s, "1", leaves)
         return Finding(
-            "missing-term", None, None, place.where, place.expression,
+            "missing-term",
+            None,
+            None,
+            place.where,
+            place.expression,
             "Your gradient is zero everywhere; the loss does depend on the parameters.",
         )
     place = _use_of(s, leaf)
@@ -205,9 +213,7 @@ def fault(problem: Problem, s: Any, f: Fault, leaves: Sequence[int], restricted:
         # a (1 - a) is a product and can lose a factor; 1 - a for tanh is just another function
         sigmoid = _names(problem, s, f)[0] == "sigmoid"
         kind = "missing-factor" if sigmoid else "wrong-derivative"
-    return Finding(
-        kind, _one_leaf(problem, leaves, restricted), None, place.where, place.expression, sentence + "."
-    )
+    return Finding(kind, _one_leaf(problem, leaves, restricted), None, place.where, place.expression, sentence + ".")
 
 
 def short(s: Any, f: Fault) -> str:
@@ -321,7 +327,9 @@ def _piece_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str) -
     if how == "itself":
         if function == "sigmoid":
             return f"In {at} you multiplied by `{a}` itself; {true}, the factor (1 - {a}) is missing"
-        return f"In {at} you multiplied by the value `{a}` itself instead of its derivative{': ' + true if true else ''}"
+        return (
+            f"In {at} you multiplied by the value `{a}` itself instead of its derivative{': ' + true if true else ''}"
+        )
     if how == "argument":
         return f"In {at} you multiplied by the input `{z}` instead of the derivative{': ' + true if true else ''}"
     if how == "magnitude":
@@ -334,8 +342,7 @@ def _piece_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str) -
         return f"In {at} the condition is the wrong way round: the derivative is 1 where yours is 0"
     return (
         f"In {at} you used the derivative of {how} ({text}); the function is "
-        f"{function if function != 'f' else '`' + (place.expression or a) + '`'}"
-        + (f" and {true}" if true else "")
+        f"{function if function != 'f' else '`' + (place.expression or a) + '`'}" + (f" and {true}" if true else "")
     )
 
 
@@ -365,9 +372,7 @@ def _product_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str)
     return f"In {at} you used `{used}` where `{other}` belongs, going back to `{mine}`"
 
 
-def term(
-    problem: Problem, s: Any, t: Term, factor: str, leaves: Sequence[int], restricted: bool
-) -> Finding:
+def term(problem: Problem, s: Any, t: Term, factor: str, leaves: Sequence[int], restricted: bool) -> Finding:
     """One operand's contribution left out, negated or scaled."""
     program: Program = s.program
     step = program.steps[t.step]
@@ -442,9 +447,7 @@ def entries(problem: Problem, s: Any, leaf: int, where: np.ndarray, factor: str 
     return Finding("entries", path, shown, place.where, place.expression, sentence)
 
 
-def class_slice(
-    problem: Problem, s: Any, leaves: Sequence[int], axis: int, index: int, factor: str
-) -> Finding:
+def class_slice(problem: Problem, s: Any, leaves: Sequence[int], axis: int, index: int, factor: str) -> Finding:
     """A whole row or column is zero or negated: one output, or one input, was left out."""
     place = _use_of(s, leaves[0])
     what = "output" if axis == 1 else "input"
@@ -462,9 +465,7 @@ def class_slice(
     return Finding("negated-term", path, "-1", place.where, place.expression, sentence)
 
 
-def sliced(
-    problem: Problem, s: Any, t: Term, weights: Sequence[Any], by_rows: bool, leaves: Sequence[int]
-) -> Finding:
+def sliced(problem: Problem, s: Any, t: Term, weights: Sequence[Any], by_rows: bool, leaves: Sequence[int]) -> Finding:
     """Examples or classes with the wrong weight."""
     program: Program = s.program
     place = locate(program, [t.step])

@@ -1,0 +1,160 @@
+"""check_gradient on input that cannot be used: a sentence for people, never a traceback of ours."""
+
+import random
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrad.check import check_gradient
+
+X = np.random.default_rng(0).normal(size=(8, 3))
+W = np.ones(3)
+
+
+def loss(w, X):
+    return jnp.mean((X @ w) ** 2)
+
+
+def right(w, X):
+    return 2 * X.T @ (X @ w) / len(X)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "words"),
+    [
+        (lambda w, X: None, "returned None"),
+        (lambda w, X: [right(w, X), 1.0], "a list"),
+        (lambda w, X: {"w": right(w, X)}, "a dict"),
+        (lambda w, X: right(w, X)[:2], "shape (2,)"),
+        (lambda w, X: right(w, X)[:, None], "(3, 1)"),
+        (lambda w, X: 2 * X * (X @ w)[:, None], "one axis too many"),
+        (lambda w, X: right(w, X).sum(), "Everything was summed"),
+        (lambda w, X: "2 X^T X w", "str"),
+        (lambda w, X: right(w, X) * 1j, "complex"),
+        (lambda w, X: (x for x in right(w, X)), "generator"),
+    ],
+)
+def test_a_gradient_of_another_form_is_a_structure_finding(gradient, words):
+    report = check_gradient(loss, gradient, W, X)
+    assert not report.ok
+    assert report.findings[-1].kind == "structure"
+    assert words in str(report)
+
+
+def test_integers_and_nan_in_the_gradient_are_compared_as_numbers():
+    rounded = check_gradient(loss, lambda w, X: np.rint(right(w, X)).astype(int), W, X)
+    assert not rounded.ok
+    assert check_gradient(lambda w: jnp.sum(w), lambda w: np.ones(3, int), W).ok
+    nan = check_gradient(loss, lambda w, X: right(w, X) * np.nan, W, X)
+    assert nan.findings[0].kind == "unstable"
+    assert "NaN" in str(nan)
+
+
+def test_a_python_float_is_accepted_for_a_leaf_without_axes():
+    p = {"a": 2.0, "b": np.asarray(1.0)}
+    loss = lambda p: p["a"] ** 2 * p["b"]  # noqa: E731
+    assert check_gradient(loss, lambda p: {"a": float(2 * p["a"] * p["b"]), "b": float(p["a"] ** 2)}, p).ok
+    assert not check_gradient(loss, lambda p: {"a": float(p["a"] * p["b"]), "b": float(p["a"] ** 2)}, p).ok
+
+
+def test_an_exception_of_the_gradient_is_passed_on_with_one_line_of_ours():
+    def gradient(w, X):
+        raise KeyError("W7")
+
+    with pytest.raises(KeyError, match="W7") as caught:
+        check_gradient(loss, gradient, W, X)
+    assert len(caught.value.__notes__) == 1
+    assert caught.value.__notes__[0].startswith("jaxgrad: your gradient raised this")
+
+
+def impure(w, X):
+    return loss(w, X) * (1 + random.random())
+
+
+def by_value(w, X):
+    return loss(w, X) if float(w[0]) > 0 else 0.0 * loss(w, X)
+
+
+def by_numpy(w, X):
+    return np.mean((X @ np.asarray(w)) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((lambda w, X: (X @ w) ** 2, right, W, X), ValueError, "array of shape (8,)"),
+        ((lambda w, X: (loss(w, X), 1.0), right, W, X), ValueError, "has_aux"),
+        ((lambda w, X: None, right, W, X), ValueError, "return statement"),
+        ((lambda w, X: {"loss": loss(w, X)}, right, W, X), ValueError, "a dict"),
+        ((lambda w, X: jnp.sum(w > 0), right, W, X), ValueError, "floating-point"),
+        ((by_value, right, W, X), TypeError, "cannot trace"),
+        ((by_numpy, right, W, X), TypeError, "cannot trace"),
+        ((impure, right, W, X), ValueError, "random"),
+        ((loss, lambda w, X: right(w, X) * (1 + random.random()), W, X), ValueError, "gradient is random"),
+        ((loss, right, W, np.ones((0, 3))), ValueError, "empty"),
+        ((loss, right, np.array([1, 2, 3]), X), TypeError, "floating-point leaf"),
+        ((loss, right, {}, X), TypeError, "no floating-point leaf"),
+        ((loss, right, W * np.nan, X), ValueError, "holds nan at [0]"),
+        ((loss, right, W, np.where(X[2, 1] == X, np.inf, X)), ValueError, "inf in X at [2, 1]"),
+        ((loss, right(W, X), W, X), TypeError, "must be a function"),
+        ((loss(W, X), right, W, X), TypeError, "must be a function"),
+        ((lambda w, X: jnp.log(-jnp.sum(w**2)), right, W, X), ValueError, "not finite"),
+    ],
+)
+def test_a_loss_or_input_that_cannot_be_used_is_explained(arguments, error, words):
+    with pytest.raises(error) as caught:
+        check_gradient(*arguments)
+    text = str(caught.value)
+    if words == "not finite":
+        assert "NaN or infinite" in text
+    else:
+        assert words in text
+    assert text[0].isalpha()
+
+
+def test_an_error_inside_the_loss_is_passed_on():
+    with pytest.raises((TypeError, ValueError)) as caught:
+        check_gradient(lambda w, X: jnp.mean(X @ w[:2]), right, W, X)
+    assert any("your loss raised" in note for note in caught.value.__notes__)
+
+
+def test_a_leaf_that_the_loss_does_not_use_is_noted():
+    p = {"used": W, "idle": np.ones(2)}
+    gradient = lambda p, X: {"used": right(p["used"], X), "idle": np.zeros(2)}  # noqa: E731
+    report = check_gradient(lambda p, X: loss(p["used"], X), gradient, p, X)
+    assert report.ok
+    assert any("does not depend on idle" in note for note in report.notes)
+    wrong = lambda p, X: {"used": right(p["used"], X), "idle": np.ones(2)}  # noqa: E731
+    report = check_gradient(lambda p, X: loss(p["used"], X), wrong, p, X)
+    assert not report.ok
+    assert report.findings[0].kind == "additive"
+
+
+def test_a_loss_that_reads_a_global_is_checked_as_it_is_now():
+    settings = {"strength": 0.1}
+
+    def penalised(w, X):
+        return loss(w, X) + settings["strength"] * jnp.sum(w**2)
+
+    gradient = lambda w, X: right(w, X) + 2 * settings["strength"] * w  # noqa: E731
+    assert check_gradient(penalised, gradient, W, X).ok
+    settings["strength"] = 0.2
+    assert check_gradient(penalised, gradient, W, X).ok
+
+
+def test_the_callers_arrays_and_settings_are_left_alone():
+    import jax
+
+    def gradient(w, X):
+        g = right(w, X)
+        w *= 0
+        X *= 0
+        return g
+
+    w, data = W.copy(), X.copy()
+    before = jax.config.jax_enable_x64
+    assert check_gradient(loss, gradient, w, data).ok
+    np.testing.assert_array_equal(w, W)
+    np.testing.assert_array_equal(data, X)
+    assert jax.config.jax_enable_x64 == before

@@ -225,8 +225,8 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
             f"on the clock (dense nets, width {numbers['width']}, n = {numbers['n']:,}): all derivatives by backprop "
             "cost a few forward passes at any depth, each layer's by itself ever more",
             f"depth {depths[0]} to {depths[-1]}: backprop {back[0, 0]:.2g} to {back[-1, 0]:.2g} forward passes, "
-            f"separate layers {separate[0, 0]:.2g} to {separate[-1, 0]:.3g} (counted {apart[0]:.2g} to {apart[-1]:.3g})",
-            "backprop at most 6; separate layers more than backprop beyond doubt, at the deepest",
+            f"layer by layer {separate[0, 0]:.2g} to {separate[-1, 0]:.3g} (counted {apart[0]:.2g} to {apart[-1]:.3g})",
+            "backprop at most 6; separate layers beyond doubt more than backprop, at the deepest",
             bool(back[:, 0].max() <= 6 and separate[-1, 1] > back[-1, 2]),
         ),
         Claim(

@@ -163,7 +163,7 @@ def quantile_band(
 
     # An observed value, not an interpolation: between a finite and an infinite run there is no middle.
     def at(q: float) -> np.ndarray:
-        return x[int(np.ceil(q * (len(x) - 1) - 1e-9))]
+        return np.asarray(x[int(np.ceil(q * (len(x) - 1) - 1e-9))])
 
     return at(low), at(high)
 

@@ -154,17 +154,17 @@ class TestSamplings:
 def well():
     land = escape.double_well()
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), land.data)
-    eta, runs = float(np.float32(0.2)), 60_000
+    eta, runs = float(np.float32(0.2)), 30_000
     keys = jax.random.split(jax.random.key(2), runs)
     here = jnp.full(runs, land.bad, jnp.float32)
-    crossed = escapes._crossed(keys, here, land, batch, eta, 60, with_replacement(4)).sum()
+    crossed = escapes._crossed(keys, here, land, batch, eta, 120, with_replacement(4)).sum()
     return SimpleNamespace(land=land, eta=eta, crossed=int(crossed), runs=runs)
 
 
 class TestEscape:
     @staticmethod
     def met(well, sampling, eta):
-        bound = escapes.certified(well.land, sampling, eta, 60, 8192)
+        bound = escapes.certified(well.land, sampling, eta, 120, 8192)
         return bool(escapes.overlaps(well.crossed, well.runs, bound.low[-1], bound.high[-1], 0.99))
 
     def test_the_right_bracket_is_met(self, well):

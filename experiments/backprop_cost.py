@@ -43,7 +43,7 @@ class Config:
     """Each contender runs at least this long per round."""
 
 
-QUICK = Config(chain=(1, 2, 4, 8, 16, 32), depths=(1, 6), rows=1024, deepest_slow=1, repeats=6, min_seconds=0.002)
+QUICK = Config(chain=(1, 2, 4, 8, 16, 32), depths=(1, 4), rows=1024, deepest_slow=1, repeats=6, min_seconds=0.002)
 
 FORMULAS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "forward": ("2L + 2", lambda L: 2 * L + 2),

@@ -52,8 +52,8 @@ class Config:
     """How far one point is carried away, in standard deviations."""
     points: int = 25
     """Places of that point."""
-    seeds: int = 1
-    """Which rows get an outlier: drawn with this number."""
+    drawn_with: int = 1
+    """The number that the rows with an outlier are drawn with."""
 
 
 QUICK = Config(steps=10_000, points=7)
@@ -70,7 +70,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     X = theory.design_matrix(bmi - bmi.min())
     # In units of the clean target's standard deviation; a slipped point multiplies the raw number.
     centre, unit = raw.mean(), raw.std()
-    rows = np.random.default_rng(config.seeds).permutation(len(raw))[: round(config.share * len(raw))]
+    rows = np.random.default_rng(config.drawn_with).permutation(len(raw))[: round(config.share * len(raw))]
     slipped = raw.copy()
     slipped[rows] *= config.factor
     targets = {"clean": (raw - centre) / unit, "outliers": (slipped - centre) / unit}
@@ -166,7 +166,7 @@ def _logistic(config: Config, record: np.ndarray) -> dict[str, Any]:
     x = np.asarray(cancer.batch.x[:, [cancer.names.index("mean texture")]], float)
     y = np.asarray(cancer.batch.y, float)
     n = len(y)
-    flips = np.random.default_rng(config.seeds).permutation(n)[: round(config.share * n)]
+    flips = np.random.default_rng(config.drawn_with).permutation(n)[: round(config.share * n)]
     flipped = y.copy()
     flipped[flips] = 1 - flipped[flips]
     minima = {kind: optimum.logistic(Batch(x, labels)) for kind, labels in (("clean", y), ("outliers", flipped))}

@@ -100,7 +100,7 @@ def trace_given(problem: Problem, store: Kernel) -> None:
         first = str(error).strip().split("\n")[0]
         raise TypeError(
             "JAX cannot trace this loss: it uses the value of an array where only its shape is known "
-            "(a numpy function, float(...), or an `if` on an array).\n"
+            "(a numpy function, float(...), or an `if` on an array). "
             f"Use jax.numpy in the loss (the gradient may stay numpy). JAX says: {first}"
         ) from error
     except Exception as error:

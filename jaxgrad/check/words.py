@@ -49,7 +49,7 @@ def scale(problem: Problem, s: Any, factor: str, leaf: int | None, leaves: Seque
     if factor == "-1":
         sentence = f"{whose} has the wrong sign everywhere: it points downhill."
         if place.where:
-            sentence += f" An inner derivative of -1 is missing or doubled, for instance that of{at}."
+            sentence += f" An inner derivative of -1 is missing or doubled, for instance in `{place.expression}` ({place.where})."
         return Finding("sign", path, "-1", place.where, place.expression, sentence)
     sentence = f"{whose} is {_times(factor)} the true one. {_scale_reason(factor, at)}"
     return Finding("scale", path, factor, place.where, place.expression, sentence.strip())

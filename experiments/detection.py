@@ -56,7 +56,7 @@ class Config:
     """Whether to time the first check of a fresh process, compile included."""
 
 
-QUICK = Config(species=("logistic", "two-layer net"), seeds=1, train_steps=100, cold=False)
+QUICK = Config(species=("logistic",), seeds=1, train_steps=100, cold=False)
 
 POINTS = ("random", "trained", "saturated")
 

@@ -49,7 +49,8 @@ def scale(problem: Problem, s: Any, factor: str, leaf: int | None, leaves: Seque
     if factor == "-1":
         sentence = f"{whose} has the wrong sign everywhere: it points downhill."
         if place.where:
-            sentence += f" An inner derivative of -1 is missing or doubled, for instance in `{place.expression}` ({place.where})."
+            sentence += " An inner derivative of -1 is missing or doubled, for instance"
+            sentence += f" in `{place.expression}` ({place.where})."
         return Finding("sign", path, "-1", place.where, place.expression, sentence)
     sentence = f"{whose} is {_times(factor)} the true one. {_scale_reason(factor, at)}"
     return Finding("scale", path, factor, place.where, place.expression, sentence.strip())
@@ -65,7 +66,7 @@ def _scale_reason(factor: str, at: str) -> str:
     if bare == "n":
         return f"It is the exact gradient of the sum over the examples; this loss is their mean{at}: divide by n."
     if bare == "1/n":
-        return f"You divided by the number of examples n once too often{at}."
+        return f"It is that of the mean over the examples where this loss sums, or divided by n once too often{at}."
     if bare == "1/2":
         return f"It is the exact gradient of 1/2 of this loss: the factor 2 of a square's derivative is missing{at}."
     if bare == "2":
@@ -357,8 +358,8 @@ def _product_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str)
     kind = f.detail[0]
     if kind in ("ones", "passed"):
         return (
-            f"In {at} the factor `{factor}` is missing: going back to `{mine}`, the adjoint must be multiplied "
-            f"by it, and you passed the adjoint on without it"
+            f"In {at} the factor `{factor}` is missing: going back to `{mine}`, the adjoint must be "
+            f"{'divided' if step.primitive == 'div' else 'multiplied'} by it, and you passed the adjoint on without it"
         )
     if kind == "transposed":
         return f"In {at} the matrix `{other}` is not transposed on the way back to `{mine}`: it must be `{other}^T`"

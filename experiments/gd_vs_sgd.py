@@ -5,7 +5,8 @@ batch and with b = 1, 8, 64, 512 different examples a step (C2, C3). Nothing dif
 batch size and its step size: same start, same data, same loop.
 
 Every batch size has one budget: `epochs` passes over the data, and at least `updates` updates (a few passes of
-the full batch would be a few updates). Its step size is tuned under that budget on seeds of its own (the grid point with the lowest
+the full batch would be a few updates). Its step size is tuned under that budget on seeds of its own (the grid
+point with the lowest
 median final loss), then run again with fresh seeds. All runs of a batch size start from the same parameters, so
 what varies over seeds is the order of the examples and nothing else.
 
@@ -65,7 +66,7 @@ class Config:
 
 
 QUICK = Config(
-    seeds=5, batch_sizes=(1, 64), epochs=1, updates=200, updates_net=60, tuning_seeds=2, halvings=7, points=25,
+    seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2, halvings=7, points=25,
     rows=4000, hidden=16,
 )  # fmt: skip
 

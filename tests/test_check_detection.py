@@ -1,0 +1,55 @@
+"""The detection matrix: the quick size runs, its claims hold, and they can fail."""
+
+import numpy as np
+import pytest
+
+from experiments import detection
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return detection.run(detection.QUICK, lambda _: None)
+
+
+def test_the_quick_zoo_is_caught_and_named(numbers):
+    held = {claim.id: claim.holds for claim in detection.claims(numbers)}
+    assert held["detection"]
+    assert held["false alarms"]
+    assert held["power"]
+    assert held["cause"]
+    assert held["line"]
+    assert numbers["planted"].sum() == 3 * len(detection.SPECIES[1].bugs)
+
+
+def test_claims_and_figure_and_report_follow_the_numbers(numbers):
+    worse = {**numbers, "caught": numbers["caught"].copy(), "false_alarms": numbers["false_alarms"].copy()}
+    worse["caught"][0, 0] -= 1
+    worse["false_alarms"][0, 1] += 1
+    worse["right_cause"], worse["right_line"], worse["smallest_detectable"] = 0, 0, 1e-7
+    held = {claim.id: claim.holds for claim in detection.claims(worse)}
+    assert not any(held[name] for name in ("detection", "false alarms", "power", "cause", "line"))
+    figure = detection.draw(worse)
+    words = [t.get_text() for t in figure.axes[0].texts]
+    assert "1" in words
+    assert "1 false alarm" in figure.axes[0].get_yticklabels()[0].get_text()
+    assert "| jaxgrad | 1 |" in detection.report(worse)
+
+
+def test_the_full_zoo_is_as_large_as_promised():
+    config = detection.Config()
+    wrong = 3 * config.wrong_seeds * sum(len(s.bugs) for s in detection.SPECIES)
+    right = 3 * config.seeds * sum(len(detection.right_gradients(s)) for s in detection.SPECIES)
+    kinds = {kinds[0] for s in detection.SPECIES for kinds, _ in s.bugs.values()}
+    assert wrong >= 300
+    assert right >= 1000
+    assert len(detection.SPECIES) >= 6
+    assert len(kinds) >= 12
+    assert set(config.species) == {s.name for s in detection.SPECIES}
+
+
+def test_the_others_criteria_accept_the_truth_and_refuse_a_sign():
+    rng = np.random.default_rng(0)
+    known = detection._criteria(lambda x: float(np.sum(x**3)), np.array([1.0, -0.5, 2.0]), rng)
+    right = 3 * np.array([1.0, -0.5, 2.0]) ** 2
+    assert all(detection._judge(known, right).values())
+    assert not any(detection._judge(known, -right).values())

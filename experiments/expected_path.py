@@ -86,7 +86,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
 
     def gaps(eta: float, sampling: Sampling, record: np.ndarray) -> np.ndarray:
         """`L(w_t) − L*[run, checkpoint]`, of float32 runs, in float64."""
-        runs = _runs(keys, jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=sampling)
+        runs = runs_of(keys, jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=sampling)
         with np.errstate(over="ignore", invalid="ignore"):
             return theory.excess_loss(problem, np.asarray(runs, float).reshape(-1, runs.shape[-1])).reshape(
                 runs.shape[:2]
@@ -135,7 +135,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         "beyond/quantiles": np.stack(statistics.quantile_band(runs)),
         "beyond/line": theory.sgd_moments(problem, start, over, smallest, every).excess,
     }  # fmt: skip
-    full = _runs(keys[:2], jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=full_batch())
+    full = runs_of(keys[:2], jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=full_batch())
     numbers["gd/runs"] = theory.excess_loss(problem, np.asarray(full, float).reshape(-1, full.shape[-1])).reshape(2, -1)
     return numbers
 
@@ -150,7 +150,7 @@ def few_features(dataset: data.Dataset, features: int, rows: int | None) -> tupl
 
 
 @partial(jax.jit, static_argnames=("sampling",))
-def _runs(keys: Any, eta: Any, batch: Batch, record: Any, start: Any, *, sampling: Sampling) -> jax.Array:
+def runs_of(keys: Any, eta: Any, batch: Batch, record: Any, start: Any, *, sampling: Sampling) -> jax.Array:
     """Coefficients `[run, checkpoint, p]`: one program per sampling, for any step size and checkpoints."""
 
     def one(key: Any) -> Any:

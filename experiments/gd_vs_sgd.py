@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments import plots
+from experiments.report import brief
 from experiments.results import Claim
 from jaxgrad import data, losses, models, optimum, statistics
 from jaxgrad.descent import descend, log_spaced, trajectory
@@ -342,10 +343,7 @@ def headline(numbers: dict[str, Any]) -> str:
 
 
 def _time(seconds: float) -> str:
-    if not np.isfinite(seconds):
-        return "not within the budget"
-    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
-    return f"{seconds * scale:.3g} {unit}"
+    return brief(seconds, "not within the budget")
 
 
 def _count(number: float) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments import catalogue, plots, results
 from experiments.results import Claim, Result
 
@@ -161,6 +163,14 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def brief(seconds: float, never: str) -> str:
+    """Seconds of any size in one number, for tables of measurements: 473 µs, 15.4 ms, 2 s; `never` for infinity."""
+    if not np.isfinite(seconds):
+        return never
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
+    return f"{seconds * scale:.3g} {unit}"
 
 
 def _current(folder: str | Path, result: Result, module: ModuleType) -> Result:

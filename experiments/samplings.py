@@ -12,21 +12,18 @@ formula.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments import plots
-from experiments.expected_path import few_features
+from experiments.expected_path import few_features, runs_of
 from experiments.results import Claim
-from jaxgrad import data, losses, models, statistics
-from jaxgrad.descent import trajectory
+from jaxgrad import data, models, statistics
 from jaxgrad.sampling import distinct, reshuffled, with_replacement
 from jaxgrad.theory import least_squares as theory
 from jaxgrad.theory import reshuffling
@@ -56,7 +53,6 @@ class Config:
 
 QUICK = Config(examples=10, batch_sizes=(5,), fractions=(0.1, 0.4, 0.8), seeds=1000, large_eta=0.05, passes=4)
 
-LOSS = losses.mean_loss(models.linear, losses.squared)
 KINDS: dict[str, Callable[[int], Sampling]] = {
     "with replacement": with_replacement,
     "distinct": distinct,
@@ -121,21 +117,8 @@ def _settle(
     per_pass = len(problem.X) // b
     passes = int(np.ceil(4 / (eta * problem.eigenvalues[-1] * per_pass))) + 1
     record = passes * per_pass - np.arange(per_pass)[::-1]
-    runs = np.asarray(_runs(keys, jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=sampling))
+    runs = np.asarray(runs_of(keys, jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=sampling))
     return compare(problem, start, eta, sampling, record, runs.astype(float))
-
-
-@partial(jax.jit, static_argnames=("sampling",))
-def _runs(keys: Any, eta: Any, batch: Batch, record: Any, start: Any, *, sampling: Sampling) -> jax.Array:
-    """Coefficients `[run, checkpoint, p]`."""
-
-    def one(key: Any) -> Any:
-        return trajectory(
-            LOSS, start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=record,
-            observe=lambda params: jnp.append(params.w, params.b),
-        )[1]  # fmt: skip
-
-    return jax.vmap(one)(keys)
 
 
 def compare(
@@ -173,7 +156,7 @@ def _large(batch: Batch, keys: Any, config: Config, progress: Callable[[str], No
     for kind in ("distinct", "reshuffled"):
         progress(f"{kind}, n = {n}, b = {b}")
         sampling, some = KINDS[kind](b), keys[:500]
-        runs = _runs(some, jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=sampling)
+        runs = runs_of(some, jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=sampling)
         gaps = theory.excess_loss(problem, np.asarray(runs, float).reshape(-1, runs.shape[-1])).reshape(runs.shape[:2])
         numbers[f"large/{kind}"], numbers[f"large/{kind} error"] = (
             gaps.mean(axis=0),

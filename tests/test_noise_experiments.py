@@ -31,7 +31,7 @@ def paths():
     eta = float(np.float32(0.3 * least_squares.sgd_edge(problem, distinct(B))))
     keys = jax.random.split(jax.random.key(0), SEEDS)
     record = jnp.asarray(STEPS, jnp.int32)
-    runs = expected_path._runs(keys, jnp.float32(eta), batch, record, start, sampling=distinct(B))
+    runs = expected_path.runs_of(keys, jnp.float32(eta), batch, record, start, sampling=distinct(B))
     gaps = least_squares.excess_loss(problem, np.asarray(runs, float).reshape(-1, 2)).reshape(SEEDS, -1)
     return SimpleNamespace(problem=problem, batch=batch, start=start, eta=eta, gaps=gaps)
 
@@ -124,7 +124,7 @@ def settled():
     record = 40 + np.arange(1, 5)
     keys = jax.random.split(jax.random.key(1), 20_000)
     steps = jnp.asarray(record, jnp.int32)
-    runs = samplings._runs(keys, jnp.float32(eta), batch, steps, start, sampling=reshuffled(2))
+    runs = expected_path.runs_of(keys, jnp.float32(eta), batch, steps, start, sampling=reshuffled(2))
     return SimpleNamespace(problem=problem, start=start, eta=eta, record=record, runs=np.asarray(runs, float))
 
 

@@ -7,8 +7,30 @@ jaxgrad.theory      what descent must do, exactly, on these very data
 jaxgrad.models, losses, lecture, optimum, statistics, data, timing: what those stand on
 """
 
-from jaxgrad.descent import descend
-from jaxgrad.sampling import distinct, full_batch, reshuffled, with_replacement
-from jaxgrad.types import Batch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxgrad.descent import descend
+    from jaxgrad.sampling import distinct, full_batch, reshuffled, with_replacement
+    from jaxgrad.types import Batch
 
 __all__ = ["Batch", "descend", "distinct", "full_batch", "reshuffled", "with_replacement"]
+
+_HOMES = {
+    "Batch": "types",
+    "descend": "descent",
+    "distinct": "sampling",
+    "full_batch": "sampling",
+    "reshuffled": "sampling",
+    "with_replacement": "sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: `python -m jaxgrad.check --help` runs this file and has no need of JAX.
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in ("data", "descent", "sampling", "types"):  # what importing the names above brings along
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

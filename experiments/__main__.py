@@ -36,7 +36,7 @@ OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 EXAMPLES = """\
 examples:
   python -m experiments                            the whole study, at full size, into results/
-  python -m experiments --quick                    all of it, small, within a minute, into results-quick/
+  python -m experiments --quick                    all of it at small sizes, into results-quick/
   python -m experiments gd_vs_sgd step_cost        two experiments
   python -m experiments list                       what there is, and what each shows
   python -m experiments report                     draw everything again from saved data; runs nothing

@@ -147,9 +147,14 @@ def _reachable(numbers: dict[str, Any]) -> np.ndarray:
     return numbers["predicted"] <= numbers["steps"]
 
 
+def _off(numbers: dict[str, Any]) -> np.ndarray:
+    """By how many steps the measured count differs from the predicted one, for each pair within the budget."""
+    reachable = _reachable(numbers)
+    return np.abs(np.where(reachable, numbers["measured"], 0) - np.where(reachable, numbers["predicted"], 0))
+
+
 def claims(numbers: dict[str, Any]) -> list[Claim]:
-    reachable, measured, predicted = _reachable(numbers), numbers["measured"], numbers["predicted"]
-    difference = np.abs(np.where(reachable, measured, 0) - np.where(reachable, predicted, 0))
+    reachable, measured, difference = _reachable(numbers), numbers["measured"], _off(numbers)
     exact = int(np.sum(difference[reachable] == 0))
     both = bool((np.isfinite(measured) == reachable).all())
     share = numbers["shares"][-2]
@@ -201,15 +206,15 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
 
 
 def headline(numbers: dict[str, Any]) -> str:
-    column = numbers["measured"][:, -2]
+    column, reachable = numbers["measured"][:, -2], _reachable(numbers)
     best = int(np.argmin(column))
+    exact = int(np.sum(_off(numbers)[reachable] == 0))
+    growing = numbers["fractions"][numbers["grows"]].min()
     return (
         f"**The step size.** On {numbers['data']} (condition number {numbers['condition_number']:,.0f}) GD needs "
         f"{column[best]:,.0f} steps to {numbers['shares'][-2]:.0%} of the starting gap at "
-        f"{numbers['fractions'][best]:.2g} of the edge 2/λmax = {numbers['edge']:.4g}; every count is the predicted "
-        "one to within a step, and at 1.002 of the edge it diverges."
-        if 1.002 in numbers["fractions"]
-        else f"**The step size.** {column[best]:,.0f} steps at the best η tried."
+        f"{numbers['fractions'][best]:.2g} of the edge 2/λmax = {numbers['edge']:.4g}; {exact} of {reachable.sum()} "
+        f"counts are the predicted ones to the step, and from {growing:.4g} of the edge on the gap grows."
     )
 
 

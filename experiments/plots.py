@@ -234,6 +234,9 @@ def save(drawing: Figure, folder: str | Path, stem: str = "figure") -> tuple[Pat
         # The layout is solved once: each further draw would move things by another fraction of a point.
         drawing.draw_without_rendering()
         drawing.set_layout_engine("none")
+        for axis in drawing.axes:
+            # The solver's last bits depend on where objects lie in memory, and they reach the ids of the SVG.
+            axis.set_position(np.round(axis.get_position().bounds, 6))  # type: ignore[arg-type]
         drawing.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         drawing.savefig(png, format="png", metadata={"Software": None})
     results.replace(place / f"{stem}.svg", svg.getvalue())

@@ -19,13 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Int, UInt
 
 from jaxgrad.types import Key, Sampling
 
 EXACT_UP_TO = 64
-"""Orders of at most this many examples are drawn exactly, each as likely, from n random words."""
+"""Orders of at most this many examples are drawn from n random words, each as likely."""
 
 _NETWORKS = 5
 _MAX_EXAMPLES = 2**31 - 1
@@ -90,8 +89,7 @@ def _every(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
 
 def _independent(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
     check_sizes(with_replacement(b), n)
-    pair = jax.random.key_data(jax.random.fold_in(key, step)).reshape(-1)
-    words = threefry_2x32(jnp.stack([pair[0], pair[-1]]), jnp.arange(2 * b, dtype=jnp.uint32))
+    words = _words(_stream(key, step), 2 * b)
     high, low = words[:b], words[b:]
     # The whole part of n times the binary fraction 0.(high)(low): uniform to n in 2⁶⁴, without a division by n.
     carry = _scaled(low, n)
@@ -101,7 +99,7 @@ def _independent(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
 
 def _fresh_order(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
     check_sizes(distinct(b), n)
-    return permuted(jax.random.fold_in(key, step), jnp.arange(b, dtype=jnp.int32), n)
+    return permuted(_stream(key, step), jnp.arange(b, dtype=jnp.int32), n)
 
 
 def _pass_order(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
@@ -109,11 +107,15 @@ def _pass_order(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
     steps_per_pass = n // b
     step = jnp.asarray(step, jnp.int32)
     positions = (step % steps_per_pass) * b + jnp.arange(b, dtype=jnp.int32)
-    return permuted(jax.random.fold_in(key, step // steps_per_pass), positions, n)
+    return permuted(_stream(key, step // steps_per_pass), positions, n)
 
 
-def permuted(key: Key, positions: Int[Array, " b"], n: int) -> Int[Array, " b"]:
-    """`π(positions)` for a random permutation `π` of `[0, n)` that is determined by `key`: O(b) for any n.
+Stream = tuple[UInt[Array, ""], UInt[Array, ""]]
+"""64 random bits, from which a step (or a pass) takes all its random words."""
+
+
+def permuted(stream: Stream, positions: Int[Array, " b"], n: int) -> Int[Array, " b"]:
+    """`π(positions)` for a random permutation `π` of `[0, n)` that is determined by `stream`: O(b) for any n.
 
     Up to `EXACT_UP_TO` examples `π` is uniform over all n! orders. Beyond, it is five times a Feistel network
     (Luby & Rackoff 1988) of two rounds on pairs `(l, r)` in `[0, p) × [0, q)`, whose rounds add a keyed hash
@@ -122,14 +124,11 @@ def permuted(key: Key, positions: Int[Array, " b"], n: int) -> Int[Array, " b"]:
     network out, and the rotation takes them into the next. Nothing is rejected: all n cost the same.
     """
     if n <= EXACT_UP_TO:
-        # The rank of a random word among n of them; a tie (one in 2³² pairs) goes to the earlier one.
-        words, place = jax.random.bits(key, (n,), jnp.uint32), jnp.arange(n, dtype=jnp.int32)
-        mine, here = words[positions][:, None], positions[:, None]
-        before = (words[None, :] < mine) | ((words[None, :] == mine) & (place[None, :] < here))
-        return jnp.sum(before, axis=1, dtype=jnp.int32)
+        # The rank of a random word among n of them, which are all different.
+        words = _words(stream, n)
+        return jnp.sum(words[None, :] < words[positions][:, None], axis=1, dtype=jnp.int32)
     p, q = _grid(n)
-    words = jax.random.key_data(key).reshape(-1)
-    keys = _hash(_hash(jnp.arange(3 * _NETWORKS, dtype=jnp.uint32), words[0]), words[-1]).reshape(_NETWORKS, 3)
+    keys = _words(stream, 3 * _NETWORKS).reshape(_NETWORKS, 3)
 
     def network(i: Any, x: UInt[Array, " b"]) -> UInt[Array, " b"]:
         l, r = x // q, x % q
@@ -154,8 +153,24 @@ def _added(x: UInt[Array, " b"], shift: UInt[Array, "..."], m: int) -> UInt[Arra
     return jnp.where(moved >= m, moved - jnp.uint32(m), moved)
 
 
-def _hash(x: UInt[Array, " b"], round_key: UInt[Array, ""]) -> UInt[Array, " b"]:
-    """A 32-bit mix of value and key, every input bit on every output bit (MurmurHash3)."""
+# Random words are hashes of a counter, keyed twice. JAX's own generator does the same with a cipher; in the loop it
+# took longer to compile than everything else together, and longer to run than the rest of the sampling.
+
+
+def _stream(key: Key, index: Any) -> Stream:
+    """The random bits of one step or pass: a function of the key and of its number."""
+    words = jax.random.key_data(key).reshape(-1)
+    first, last, index = words[0], words[-1], jnp.asarray(index).astype(jnp.uint32)
+    return _hash(_hash(index, first), last), _hash(_hash(index, ~last), first)
+
+
+def _words(stream: Stream, count: int) -> UInt[Array, " count"]:
+    """`count` random words, all different."""
+    return _hash(_hash(jnp.arange(count, dtype=jnp.uint32), stream[0]), stream[1])
+
+
+def _hash(x: UInt[Array, "..."], round_key: UInt[Array, ""]) -> UInt[Array, "..."]:
+    """A 32-bit mix of value and key, every input bit on every output bit, one-to-one in x (MurmurHash3)."""
     x = (x ^ round_key) * jnp.uint32(0x9E3779B1) + round_key
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

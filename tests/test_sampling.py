@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from jaxgrad import sampling
-from jaxgrad.sampling import distinct, full_batch, permuted, reshuffled, with_replacement
+from jaxgrad.sampling import _stream, distinct, full_batch, permuted, reshuffled, with_replacement
 
 SMALL, LARGE = 12, 97  # below and beyond EXACT_UP_TO: by sorting, and by the bijection
 KINDS = [with_replacement, distinct, reshuffled]
@@ -82,7 +82,7 @@ def test_all_orders_of_few_examples_are_exactly_as_likely(n):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 64, 65, 66, 97, 100, 1000, 1009, 53_917, 3 * 2**12])
 def test_a_random_order_is_a_bijection(n):
-    order = permuted(jax.random.key(n), jnp.arange(n, dtype=jnp.int32), n)
+    order = permuted(_stream(jax.random.key(n), 0), jnp.arange(n, dtype=jnp.int32), n)
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
 
 

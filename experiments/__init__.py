@@ -8,6 +8,7 @@ Each experiment is a module beside this one that defines
     draw(numbers)          the figure
     report(numbers)        optional: Markdown for under the figure, with tables and numbers
     headline(numbers)      optional: one Markdown bullet for the front page
+    TIMED = True           where seconds are measured: then it has the machine to itself
 
 `claims`, `draw`, `report` and `headline` get the numbers as they were saved, so that nothing which is
 published can disagree with the saved data. A new experiment is a new file: nothing else lists it.
@@ -16,9 +17,12 @@ Nothing heavy is imported here: a command line is read, and refused, before JAX 
 """
 
 import ast
+import os
 import pkgutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ORDER = (
     "formulas", "descent_paths", "gd_vs_sgd", "learning_rate", "step_cost", "gradient_noise", "expected_path",
@@ -36,6 +40,8 @@ class Entry(NamedTuple):
     """The first line of its docstring."""
     fields: tuple[str, ...]
     """The names of its settings, the fields of its `Config`."""
+    timed: bool
+    """Whether it measures seconds, and so must run alone."""
 
 
 def catalogue() -> dict[str, Entry]:
@@ -57,4 +63,17 @@ def _entry(file: Path) -> Entry | None:
         file.stem,
         (ast.get_docstring(tree) or file.stem).splitlines()[0],
         tuple(field.id for field in fields if isinstance(field, ast.Name)),
+        any(isinstance(node, ast.Assign) and ast.unparse(node) == "TIMED = True" for node in tree.body),
     )
+
+
+def side_by_side(work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
+    """`[work(job) for job in jobs]`, two at a time: while one compiles, which takes a core, the next one can too.
+
+    Not for what is timed, nor under `jax.enable_x64`, which holds for one thread only.
+    """
+    pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1))
+    try:
+        return list(pool.map(work, jobs))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -8,10 +8,13 @@ import difflib
 import importlib
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -32,6 +35,10 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 """The study's own results, which the front page shows."""
 OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+MOST_TOGETHER = 4
+"""Experiments that run side by side at most, since memory is not without end."""
+DRAWING = threading.Lock()
+"""Matplotlib's parser of formulas serves one thread at a time."""
 
 EXAMPLES = """\
 examples:
@@ -228,25 +235,33 @@ def run(plan: Plan) -> int:
     device = start_jax(plan.device)
     say(f"results go to {plan.out}")
     compile_seconds = compile_clock()
+    begun: list[str] = []
     done: list[str] = []
     failed: list[str] = []
+
+    def work(entry: Entry) -> dict[str, float]:
+        begun.append(entry.name)
+        return run_one(entry, plan, device, compile_seconds, status)
+
     with screen(len(plan.entries)) as (status, line):
-        for entry in plan.entries:
-            try:
-                times = run_one(entry, plan, device, compile_seconds, status)
-                done.append(entry.name)
-                line("{}: {seconds:.1f} s, {compile_seconds:.1f} s of it compiling".format(entry.name, **times))
-            except KeyboardInterrupt:
-                so_far = f"; {', '.join(done)} finished" if done else ""
-                line(f"interrupted during {entry.name}, whose earlier results are untouched{so_far}")
-                return INTERRUPTED
-            except Exception as error:
-                if is_the_persons(error, plan):
-                    missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
-                    hint = f"; {INSTALL}" if missing else ""
-                    raise Unusable(f"{entry.name}: {error}{hint}") from error
-                failed.append(entry.name)
-                line(f"{entry.name} failed: {short_traceback(error)}")
+        try:
+            for entry, times in outcomes(plan, work):
+                try:
+                    spent = times()
+                    done.append(entry.name)
+                    line("{}: {seconds:.1f} s, {compile_seconds:.1f} s of it compiling".format(entry.name, **spent))
+                except Exception as error:
+                    if is_the_persons(error, plan):
+                        missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
+                        hint = f"; {INSTALL}" if missing else ""
+                        raise Unusable(f"{entry.name}: {error}{hint}") from error
+                    failed.append(entry.name)
+                    line(f"{entry.name} failed: {short_traceback(error)}")
+        except KeyboardInterrupt:
+            broken_off = " and ".join(name for name in begun if name not in done + failed)
+            so_far = f"; {', '.join(done)} finished" if done else ""
+            line(f"interrupted during {broken_off}, whose earlier results are untouched{so_far}")
+            return INTERRUPTED
     from experiments import results
 
     chapters = load(plan.out)
@@ -259,11 +274,40 @@ def run(plan: Plan) -> int:
     return FAILED if failed else OK
 
 
+def outcomes(plan: Plan, work: Callable[[Entry], Any]) -> Iterator[tuple[Entry, Callable[[], Any]]]:
+    """Each experiment of the plan with a function that returns what `work` returned for it, or raises.
+
+    Those that measure seconds go first, one at a time. The others share the cores: most of their time is
+    compiling, which uses one.
+    """
+    import jax
+
+    from experiments import results
+
+    together = [entry for entry in plan.entries if not entry.timed]
+    for entry in plan.entries:
+        if entry.timed or len(together) == 1:
+            # Each pays for its own compilation, whichever ran before, and what they compiled does not pile up.
+            jax.clear_caches()
+            yield entry, partial(work, entry)
+    if len(together) > 1:
+        jax.clear_caches()
+        pool = ThreadPoolExecutor(min(MOST_TOGETHER, results.cores()))
+        running = {pool.submit(work, entry): entry for entry in together}
+        try:
+            # A wait without end could not be interrupted everywhere.
+            while running:
+                for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def run_one(
     entry: Entry,
     plan: Plan,
     device: str,
-    compile_seconds: Callable[[], float],
+    compile_seconds: Callable[..., float],
     status: Callable[[str], None],
 ) -> dict[str, float]:
     """Run one experiment, draw it, and write its results; returns what its time was spent on.
@@ -271,29 +315,27 @@ def run_one(
     The figure is drawn before anything is written, so that an experiment that cannot be drawn leaves the
     results as they were.
     """
-    import jax
-
     from experiments import plots, report, results
 
     status(entry.name)
     module = importlib.import_module(f"experiments.{entry.name}")
     settings = {key: value for key, value in plan.overrides.items() if key in entry.fields}
     config = dataclasses.replace(module.QUICK if plan.quick else module.Config(), **settings)
-    # Each pays for its own compilation, whichever ran before, and what they compiled does not pile up.
-    jax.clear_caches()
-    start, compiled_before = time.perf_counter(), compile_seconds()
+    # What measures seconds runs alone, and may compile in several threads; the others are one thread each.
+    start, compiled_before = time.perf_counter(), compile_seconds(entry.timed)
     numbers = module.run(config, lambda message: status(f"{entry.name}: {message}"))
     times = {
         "seconds": round(time.perf_counter() - start, 3),
-        "compile_seconds": round(compile_seconds() - compiled_before, 3),
+        "compile_seconds": round(compile_seconds(entry.timed) - compiled_before, 3),
     }
     numbers = results.as_saved(numbers)
-    figure = module.draw(numbers)
     if Path(str(settings.get("data", ""))).is_file():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)
-    results.write(plan.out, entry.name, device, config, numbers, module.claims(numbers), times)
-    plots.save(figure, plan.out / entry.name, report.figure_stem(device))
+    with DRAWING:
+        figure = module.draw(numbers)
+        results.write(plan.out, entry.name, device, config, numbers, module.claims(numbers), times)
+        plots.save(figure, plan.out / entry.name, report.figure_stem(device))
     return times
 
 
@@ -343,26 +385,31 @@ def start_jax(device: str | None) -> str:
     return backend
 
 
-def compile_clock() -> Callable[[], float]:
-    """A clock that runs while JAX traces, lowers or compiles: seconds since it was made.
+def compile_clock() -> Callable[..., float]:
+    """A clock that runs while JAX traces, lowers or compiles: seconds since it was made, of every core at work on it.
 
-    JAX tells of each such span when it ends. One that was spent within another (an operation on constants is
-    compiled while a function is traced) counts once.
+    That is, in all threads, or in the one that asks (`everybody=False`). JAX tells of each such span when it ends.
+    One that was spent within another (an operation on constants is compiled while a function is traced) counts once.
     """
     import jax
 
-    spans: list[tuple[float, float]] = []
+    spans: dict[int, list[tuple[float, float]]] = {}
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
+            mine = spans.setdefault(threading.get_ident(), [])
             end = time.perf_counter()
             start = end - duration_secs
-            while spans and spans[-1][0] >= start:
-                spans.pop()
-            spans.append((start, end))
+            while mine and mine[-1][0] >= start:
+                mine.pop()
+            mine.append((start, end))
+
+    def clock(everybody: bool = True) -> float:
+        counted = list(spans.values()) if everybody else [spans.get(threading.get_ident(), [])]
+        return sum(end - start for own in counted for start, end in own)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    return lambda: sum(end - start for start, end in spans)
+    return clock
 
 
 @contextmanager
@@ -386,7 +433,9 @@ def screen(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], 
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # In one piece: experiments that run side by side speak too.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def is_the_persons(error: Exception, plan: Plan) -> bool:
@@ -409,8 +458,8 @@ def short_traceback(error: Exception) -> str:
 
 if __name__ == "__main__":
     exit_status = main()
-    if exit_status == INTERRUPTED:
-        # Without this, Python would wait for the program that the device still runs.
+    if exit_status in (INTERRUPTED, UNUSABLE):
+        # Without this, Python would wait for what other threads or the device still run.
         sys.stdout.flush()
         os._exit(exit_status)
     sys.exit(exit_status)

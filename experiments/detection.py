@@ -57,6 +57,7 @@ class Config:
     """Whether to time the first check of a fresh process, compile included."""
 
 
+TIMED = True
 QUICK = Config(species=("logistic",), seeds=1, train_steps=100, cold=False)
 
 POINTS = ("random", "trained", "saturated")

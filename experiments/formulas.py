@@ -55,7 +55,7 @@ class Config:
     """Points of the curves of F16's error over the logit."""
 
 
-QUICK = Config(seeds=3, shapes=((1, 3, 4, 1), (5, 5, 5, 5)), training=50, steps=4, logits=40, curve=600)
+QUICK = Config(seeds=3, shapes=((5, 3, 4, 2),), training=50, steps=4, logits=40, curve=600)
 
 DEPTHS = 5
 """Nets of 1 to so many layers, in turn, over the shapes."""
@@ -646,7 +646,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
             if i % 2 == 0:  # these depend on n and k only, and compile as slowly as the others
                 tables += compare(functional_family(shape, config))
             tables += compare(two_layer_family(shape, config, i % len(ACTIVATIONS)))
-            tables += compare(deep_family(shape, config, (i + 1) % len(ACTIVATIONS), 1 + i % DEPTHS))
+            tables += compare(deep_family(shape, config, (i + 1) % len(ACTIVATIONS), 1 + (i + 1) % DEPTHS))
             tables += compare(logistic_family(shape, config))
         progress("descents, step by step")
         more, stopped = compare_descents(config, config.shapes[-1])

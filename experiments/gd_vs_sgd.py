@@ -27,7 +27,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots
+from experiments import plots, side_by_side
 from experiments.report import brief
 from experiments.results import Claim
 from jaxgrad import data, losses, models, optimum, statistics
@@ -66,6 +66,7 @@ class Config:
     """Use only so many training examples (None: all)."""
 
 
+TIMED = True
 QUICK = Config(
     seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2, halvings=7, points=25,
     rows=4000, hidden=16,
@@ -92,11 +93,30 @@ class Problem(NamedTuple):
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     names = THREE if config.data is None else (config.data,)
     numbers: dict[str, Any] = {"problems": []}
+    jobs: list[tuple[Problem, int | None]] = []
     for name in names:
         progress(f"loading {name}")
         problem = _problem(name, config)
-        numbers["problems"].append(problem.name)
-        numbers |= {f"{problem.name}/{key}": value for key, value in _compare(problem, config, progress).items()}
+        prefix = problem.name
+        n = problem.batch.x.shape[0]
+        sizes: list[int | None] = [None, *(b for b in config.batch_sizes if b < n)]
+        jobs += [(problem, b) for b in sizes]
+        numbers["problems"].append(prefix)
+        numbers |= {
+            f"{prefix}/what": problem.what, f"{prefix}/n": n, f"{prefix}/labels": [_label(b) for b in sizes],
+            f"{prefix}/kind": "gap to the minimum" if problem.minimum else "training loss",
+            f"{prefix}/start": _excess(problem, jax.tree.map(lambda leaf: leaf[None], problem.start))[0],
+        }  # fmt: skip
+        if problem.minimum:
+            numbers |= {f"{prefix}/minimum": problem.minimum.value, f"{prefix}/bound": problem.minimum.bound}
+    found = side_by_side(lambda job: _tuned(job[0], job[1], config, progress), jobs)
+    for (problem, b), run_numbers in zip(jobs, found, strict=True):
+        progress(f"{problem.name}, {_label(b)}: seconds per update")
+        per_update = _seconds_per_update(problem, _sampling(b), run_numbers["eta"], jax.random.key(2022))
+        run_numbers |= {
+            "seconds_per_update": float(np.median(per_update)), "seconds_per_update_runs": per_update,
+        }  # fmt: skip
+        numbers |= {f"{problem.name}/{_label(b)}/{key}": value for key, value in run_numbers.items()}
     return numbers
 
 
@@ -135,51 +155,36 @@ def _problem(name: str, config: Config) -> Problem:
     return Problem(short, what, loss, start, batch, 1 / top, config.updates, minimum, None)
 
 
-def _compare(problem: Problem, config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    """One problem: for each batch size tune, run with fresh seeds, and time one run."""
+def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+    """One problem and batch size: tune the step size, then run with fresh seeds."""
     n = problem.batch.x.shape[0]
     key_tune, key_order = jax.random.split(jax.random.key(2021))
     tune_keys = jax.random.split(key_tune, config.tuning_seeds)
     run_keys = jax.random.split(key_order, config.seeds)
-    sizes: list[int | None] = [None, *(b for b in config.batch_sizes if b < n)]
-    numbers: dict[str, Any] = {
-        "what": problem.what, "n": n, "labels": [_label(b) for b in sizes],
-        "kind": "gap to the minimum" if problem.minimum else "training loss",
-        "start": _excess(problem, jax.tree.map(lambda leaf: leaf[None], problem.start))[0],
+    steps = max(-(-config.epochs * n // (b or n)), problem.least_updates)
+    progress(f"{problem.name}, {_label(b)}: tuning the step size under {steps:,} updates")
+    etas = problem.largest * 0.5 ** np.arange(config.halvings)
+    # Without sampling there is nothing random: one run stands for all.
+    keys = tune_keys[:1] if b is None else tune_keys
+    final = _final_losses(problem, _sampling(b), steps, keys, etas)
+    score = np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
+    eta = float(etas[np.argmin(score)])
+    progress(f"{problem.name}, {_label(b)}: {config.seeds} fresh runs with step size {eta:.3g}")
+    many = descend(
+        problem.loss, problem.start, problem.batch, optimizer=eta, sampling=_sampling(b), steps=steps,
+        key=run_keys[:1] if b is None else run_keys, record=log_spaced(steps, config.points),
+        observe=(lambda params: params) if problem.minimum else problem.accuracy,
+    )  # fmt: skip
+    numbers = {
+        "eta": eta, "etas": etas, "tuning": score, "steps": many.steps, "examples": many.examples,
+        "excess": many.loss if problem.minimum is None else _excess(problem, many.observed),
+        "diverged": int(sum(s.startswith("diverged") for s in many.status)),
     }  # fmt: skip
-    if problem.minimum:
-        numbers |= {"minimum": problem.minimum.value, "bound": problem.minimum.bound}
-    for b in sizes:
-        sampling = full_batch() if b is None else distinct(b)
-        per_step = n if b is None else b
-        steps = max(-(-config.epochs * n // per_step), problem.least_updates)
-        label = _label(b)
-        progress(f"{problem.name}, {label}: tuning the step size under {steps:,} updates")
-        etas = problem.largest * 0.5 ** np.arange(config.halvings)
-        # Without sampling there is nothing random: one run stands for all.
-        keys = tune_keys[:1] if b is None else tune_keys
-        final = _final_losses(problem, sampling, steps, keys, etas)
-        score = np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
-        eta = float(etas[np.argmin(score)])
-        progress(f"{problem.name}, {label}: {config.seeds} fresh runs with step size {eta:.3g}")
-        many = descend(
-            problem.loss, problem.start, problem.batch, optimizer=eta, sampling=sampling, steps=steps,
-            key=run_keys[:1] if b is None else run_keys, record=log_spaced(steps, config.points),
-            observe=(lambda params: params) if problem.minimum else problem.accuracy,
-        )  # fmt: skip
-        excess = many.loss if problem.minimum is None else _excess(problem, many.observed)
-        per_update = _seconds_per_update(problem, sampling, eta, run_keys[0])
-        numbers |= {
-            f"{label}/eta": eta, f"{label}/etas": etas, f"{label}/tuning": score,
-            f"{label}/steps": many.steps, f"{label}/examples": many.examples, f"{label}/excess": excess,
-            f"{label}/diverged": int(sum(s.startswith("diverged") for s in many.status)),
-            f"{label}/seconds_per_update": float(np.median(per_update)),
-            f"{label}/seconds_per_update_runs": per_update,
-            f"{label}/compile_seconds": many.compile_seconds,
-        }  # fmt: skip
-        if problem.accuracy:
-            numbers[f"{label}/test_accuracy"] = many.observed[:, -1]
-    return numbers
+    return numbers | ({"test_accuracy": many.observed[:, -1]} if problem.accuracy else {})
+
+
+def _sampling(b: int | None) -> Sampling:
+    return full_batch() if b is None else distinct(b)
 
 
 def _final_losses(problem: Problem, sampling: Sampling, steps: int, keys: jax.Array, etas: np.ndarray) -> np.ndarray:

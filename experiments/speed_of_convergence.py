@@ -63,6 +63,7 @@ class Config:
     """Use only so many examples (None: all)."""
 
 
+TIMED = True
 QUICK = Config(
     batch_sizes=(1, 64), shares=(0.01,), exact_shares=(0.1, 0.01), most=20_000, seeds=20, path_points=3,
     repeats=6, min_seconds=0.001, rows=4000,

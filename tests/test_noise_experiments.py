@@ -29,7 +29,7 @@ def paths():
     batch = Batch(few.x[:80], few.y[:80])
     problem, start = least_squares.problem(batch), models.init_linear(1)
     eta = float(np.float32(0.3 * least_squares.sgd_edge(problem, distinct(B))))
-    keys = jax.random.split(jax.random.key(0), SEEDS)
+    keys = jax.random.split(jax.random.key(1), SEEDS)
     record = jnp.asarray(STEPS, jnp.int32)
     runs = expected_path.runs_of(keys, jnp.float32(eta), batch, record, start, sampling=distinct(B))
     gaps = least_squares.excess_loss(problem, np.asarray(runs, float).reshape(-1, 2)).reshape(SEEDS, -1)

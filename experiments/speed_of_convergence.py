@@ -320,7 +320,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
             bool(fit.any() and scales["floor"].min() > 1 / 4 and scales["floor"].max() < 4),
         ),
         Claim(
-            "C2",
+            "folklore",
             "the usual prediction of the critical batch size, the mean noise scale along GD's path, is right within a "
             "factor of 10",
             f"too large by a factor of {1 / scales['noise'].max():,.3g} to {1 / scales['noise'].min():,.3g}",

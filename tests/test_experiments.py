@@ -23,7 +23,7 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import plots, report, results
+from experiments import plots, report, results, verdicts
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -573,10 +573,12 @@ class TestReport:
         assert command.main(["line"]) == 0
         text = (study / "results" / "README.md").read_text()
         rows = [line for line in text.splitlines() if line.startswith("| ")]
-        assert [row.split(" | ")[0] for row in rows] == ["| id", "| F2", "| F10", "| C1"]
+        assert [row.split(" | ")[0] for row in rows] == 2 * ["| id", "| F2", "| F10", "| C1"]
+        assert rows[2].startswith("| F10 | the two-layer net | holds | ")
+        assert "| **not settled**: a check of line fails | " in rows[3]
         links = "[figure](line/figure.svg) · [data](line/cpu.json)"
-        assert rows[2] == rf"| F10 | the slope \| of a line | 2.0 | 2 | holds | {links} |"
-        assert rows[3] == f"| C1 | it is steep | 2.0 | at least 5 | **does not hold** | {links} |"
+        assert rows[6] == rf"| F10 | the slope \| of a line | 2.0 | 2 | holds | {links} |"
+        assert rows[7] == f"| C1 | it is steep | 2.0 | at least 5 | **does not hold** | {links} |"
         assert "2 of 3 hold." in text
         assert text.index("| C1") < text.index("## line") < text.index("![") < text.index("The slope is 2.0.")
         assert "Full size; took " in text
@@ -655,7 +657,7 @@ def copy_of_the_study(folder, **extra):
     """The package of experiments without its experiments, plus some, in a folder of its own."""
     package = folder / "experiments"
     package.mkdir()
-    for name in ("__init__", "__main__", "results", "plots", "report"):
+    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts"):
         shutil.copy(ROOT / "experiments" / f"{name}.py", package)
     for name, source in extra.items():
         (package / f"{name}.py").write_text(source)
@@ -806,6 +808,14 @@ class TestCommitted:
             for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text()):
                 target = (page.parent / link).relative_to(copy)
                 assert (ROOT / target).exists(), f"{page.name}: {link}"
+
+    def test_every_row_of_the_lecture_is_settled(self):
+        claims = report.claims_of(report.load(ROOT / "results"))
+        assert [row.id for row in verdicts.ROWS] == [f"F{i}" for i in range(1, 17)] + [f"C{i}" for i in range(1, 9)]
+        for row in verdicts.ROWS:
+            assert verdicts.settled(row, claims)[0] == row.verdict, row.id
+            assert verdicts.evidence(row, claims), row.id
+            assert (ROOT / row.test).is_file()
 
     def test_the_results_are_small_and_tell_no_path(self):
         files = contents(ROOT / "results")

@@ -720,7 +720,8 @@ class TestProcess:
         ) as process:
             for line in process.stderr:
                 lines.append(line)
-                if {"line: going\n", "formulas: 0.0 s, 0.0 s of it compiling\n"} <= set(lines):
+                finished = any(re.match(r"formulas: .* compiling", said) for said in lines)
+                if finished and "line: going\n" in lines:
                     process.send_signal(signal.SIGINT)
                     break
             lines += process.stderr.readlines()

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -292,6 +292,10 @@ def outcomes(plan: Plan, work: Callable[[Entry], Any]) -> Iterator[tuple[Entry, 
             yield entry, partial(work, entry)
     if len(together) > 1:
         jax.clear_caches()
+        for name in ("plots", "report", *(entry.name for entry in together)):
+            # Threads that import at once may see each other's modules half made. An error comes again in its thread.
+            with suppress(Exception):
+                importlib.import_module(f"experiments.{name}")
         pool = ThreadPoolExecutor(min(MOST_TOGETHER, results.cores()))
         running = {pool.submit(work, entry): entry for entry in together}
         try:

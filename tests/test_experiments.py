@@ -720,6 +720,7 @@ class TestProcess:
         ) as process:
             for line in process.stderr:
                 lines.append(line)
+                assert not line.startswith("formulas failed"), line
                 finished = any(re.match(r"formulas: .* compiling", said) for said in lines)
                 if finished and "line: going\n" in lines:
                     process.send_signal(signal.SIGINT)

@@ -788,6 +788,7 @@ class TestCommitted:
     def copy(self, tmp_path):
         shutil.copytree(ROOT / "results", tmp_path / "results")
         shutil.copy(ROOT / "README.md", tmp_path)
+        (tmp_path / "tests").mkdir()  # the report links them where they are
         return tmp_path
 
     def test_the_report_and_the_front_page_are_those_of_the_data(self, copy):

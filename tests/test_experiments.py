@@ -716,7 +716,13 @@ class TestProcess:
         before = contents(tmp_path / "results")
         lines = []
         with subprocess.Popen(
-            run, cwd=tmp_path, env=os.environ | {"ENDLESS": "1"}, stderr=subprocess.PIPE, text=True
+            run,
+            cwd=tmp_path,
+            env=os.environ | {"ENDLESS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell starts what it puts in the background with SIGINT ignored, and so would be all of this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             for line in process.stderr:
                 lines.append(line)

@@ -395,7 +395,7 @@ def report(numbers: dict[str, Any]) -> str:
         ):
             cells = []
             for _, crossed, low, _, high in rows:
-                bracket = "0, exactly" if np.isfinite(wall) else f"{low:.2g}, {high:.2g}"
+                bracket = "0, exactly" if np.isfinite(wall) else f"{low:.4g}, {high:.4g}"
                 cells.append(f"{crossed / numbers['seeds']:.4g} [{bracket}]")
             out.append(f"| {label} | " + " | ".join(cells) + " |")
         out.append("")

@@ -810,7 +810,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
     lost = np.max(chosen(numbers, id="F14", series="printed", kind="saturated")["relative"])
     auto = np.max(chosen(numbers, id="F14", series="autodiff", kind="saturated")["relative"])
     add(
-        "F14", "s′ = s(1 − s); computed so it loses its digits where s rounds to 1, as does autodiff of s",
+        "F14", "s′ = s(1 − s); computed so it loses its digits as s nears 1, as does autodiff of s",
         f"so computed, wrong by up to {lost:.0%}, autodiff by {auto:.0%}", "100%", bool(lost == auto == 1),
     )  # fmt: skip
     broken = ~np.isfinite(chosen(numbers, id="F15", series="printed", kind="saturated")["relative"])
@@ -1003,7 +1003,9 @@ def verdict(numbers: dict[str, Any], id: str) -> str:
         return "right"
     saturated = table["relative"][table["kind"] == "saturated"]
     lost, broken = np.nanmax(np.where(np.isfinite(saturated), saturated, np.nan)), np.mean(~np.isfinite(saturated))
-    return f"right, until p rounds: wrong by up to {lost:.0%}" + (f", NaN or inf at {broken:.0%}" if broken else "")
+    return f"right on paper; at saturated points wrong by up to {lost:.0%}" + (
+        f", NaN or inf at {broken:.0%}" if broken else ""
+    )
 
 
 def nan_table(numbers: dict[str, Any]) -> list[str]:
@@ -1025,8 +1027,8 @@ def said(value: float) -> str:
 def headline(numbers: dict[str, Any]) -> str:
     most = max(worst(numbers, id) for id in NAMES)
     return (
-        f"**The formulas.** All {len(NAMES)} agree with autodiff to {most:.0f} units of rounding or better, as they "
-        f"must be. As printed, the two gradients of the net multiply only at special shapes, one slide has a quarter "
-        f"of the gradient, and logistic regression by backprop is NaN for every logit from "
+        f"**The formulas.** As they must be, all {len(NAMES)} agree with autodiff to {most:.0f} units of rounding or "
+        f"better. As the lecture prints them, the two gradients of the net multiply only at special shapes, one slide "
+        f"has a quarter of the gradient, and logistic regression by backprop is NaN for every logit from "
         f"{numbers['nan/found'][0, 0, 0, 0]:.6g} (float64) or {numbers['nan/found'][1, 0, 0, 0]:.6g} (float32)."
     )

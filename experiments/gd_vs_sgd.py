@@ -301,7 +301,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         out.append(
             Claim(
                 "C2",
-                f"{problem}: after one pass over the data SGD is ahead of GD ({kind}, median)",
+                f"{problem}: after one pass over the data, one step of GD, SGD is ahead ({kind}, median)",
                 f"{best}: {middle[best]:.3g}; {gd}: {middle[gd]:.3g}",
                 "SGD lower",
                 middle[best] < middle[gd],
@@ -323,7 +323,7 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
             Claim(
                 "C3",
                 f"{problem}: runs of SGD scatter where runs of GD are one and the same "
-                "(90 % over 10 % quantile after one pass)",
+                "(90 % over 10 % quantile after one pass, each b at its own η)",
                 "; ".join(f"{label}: ×{value:.3g}" for label, value in scatter.items()),
                 "above ×1 for each b",
                 min(scatter.values()) > 1,
@@ -344,7 +344,7 @@ def headline(numbers: dict[str, Any]) -> str:
             f"{_count(reached[best].examples)} examples, the full batch {_time(reached[gd].seconds)} and "
             f"{_count(reached[gd].examples)}"
         )
-    return "**GD against SGD, each with its best step size.** " + "; ".join(parts) + "."
+    return "**GD against SGD, each with the step size that ends lowest.** " + "; ".join(parts) + "."
 
 
 def _time(seconds: float) -> str:

@@ -272,8 +272,8 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
     out.append(
         Claim(
             "C3",
-            f"two batch sizes ({numbers['two/sizes'][0]} and {numbers['two/sizes'][1]}) with the right γ show it "
-            "without bias",
+            f"two batch sizes ({numbers['two/sizes'][0]} and {numbers['two/sizes'][1]}), with the right γ, show the "
+            "noise scale B that one cannot: estimate (99 % interval) at each point",
             "; ".join(f"{_number(row[0])} ({_number(row[1])} to {_number(row[2])}), true {b:.3g}"
                       for row, b in zip(two, scale, strict=True)),
             "99 % intervals hold the true B",

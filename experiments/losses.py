@@ -1,4 +1,4 @@
-"""Three losses and outliers: MSE follows them, MAE hardly, logloss in between; GD settles differently on each (F7).
+"""Three losses and outliers: MSE follows them, MAE hardly, flipped labels pull logloss; GD on each (F7).
 
 One straight line on real data (diabetes: disease progression on body mass index), and the same data with a slipped
 decimal point in a few rows: the target there is ten times too large. MSE and MAE are minimised by GD from one start;

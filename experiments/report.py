@@ -189,7 +189,11 @@ def brief(seconds: float, never: str) -> str:
 
 
 def _current(folder: str | Path, result: Result, module: ModuleType) -> Result:
-    claims = tuple(module.claims(result.numbers))
+    try:
+        claims = tuple(module.claims(result.numbers))
+    except LookupError as error:
+        again = f"run `python -m experiments {result.name}` again"
+        raise ValueError(f"{result.name} was saved by an older version (it has no {error}); {again}") from None
     return result if claims == result.claims else results.reclaim(folder, result, claims)
 
 
@@ -215,7 +219,7 @@ def _provenance(chapter: Chapter, result: Result) -> str:
     kind = ", ".join(machine["device_kind"])
     sentences = [
         f"{_size(chapter, result)}; took {duration(result.times['seconds'])}, "
-        f"{duration(result.times['compile_seconds'])} of it compiling, on {kind} "
+        f"{duration(result.times['compile_seconds'])} of it compiling (all cores together), on {kind} "
         f"({machine['system']} {machine['architecture']}, {machine['cores']} cores), "
         f"Python {versions['python']}, jax {versions['jax']}, "
         f"matmul precision {precision['default_matmul_precision'] or 'default'}",

@@ -266,8 +266,9 @@ def headline(numbers: dict[str, Any]) -> str:
     ratios = _ratios(numbers)
     best, worst = min(ratios), max(ratios)
     return (
-        f"**Ways of sampling.** Reshuffling lowers the noise floor ×{best[1]:.2g} at {best[4]:.2g} of the edge and "
-        f"raises it ×{worst[1]:.2g} at {worst[4]:.2g} (b = {worst[3]}), both as computed exactly; its mean is biased. "
+        f"**Ways of sampling.** Reshuffling takes the noise floor to ×{best[0]:.2g} that of distinct examples at "
+        f"{best[4]:.2g} of the edge, but to ×{worst[0]:.2g} at {worst[4]:.2g} (b = {worst[3]}; exact, measured "
+        f"×{best[1]:.2g} and ×{worst[1]:.2g}); its mean is biased. "
         f"n draws with replacement are not GD: stable only up to {numbers['whole_with_replacement']:.2g} of its edge."
     )
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Int, UInt
 from jaxgrad.types import Key, Sampling
 
 EXACT_UP_TO = 64
-"""Orders of at most this many examples are drawn from n random words, each as likely."""
+"""Orders of at most this many examples are drawn from n random words: each as likely, as far as 64 random bits go."""
 
 _NETWORKS = 5
 _MAX_EXAMPLES = 2**31 - 1
@@ -37,6 +37,9 @@ def full_batch() -> Sampling:
 
 def with_replacement(b: int) -> Sampling:
     """`b` independent, uniform indices a step; an example may occur twice. `Cov[g_B] = Σ/b`.
+
+    The random words behind a batch are all different, so that two of its indices agree n in 2³² too rarely (0.2 % at
+    n = 10⁷).
 
     Raises ValueError if `b < 1`. `b > n` is allowed: the draws are independent.
     """
@@ -117,11 +120,12 @@ Stream = tuple[UInt[Array, ""], UInt[Array, ""]]
 def permuted(stream: Stream, positions: Int[Array, " b"], n: int) -> Int[Array, " b"]:
     """`π(positions)` for a random permutation `π` of `[0, n)` that is determined by `stream`: O(b) for any n.
 
-    Up to `EXACT_UP_TO` examples `π` is uniform over all n! orders. Beyond, it is five times a Feistel network
-    (Luby & Rackoff 1988) of two rounds on pairs `(l, r)` in `[0, p) × [0, q)`, whose rounds add a keyed hash
-    of one half to the other (Black & Rogaway 2002), and after each a keyed rotation of `[0, n)`. Every part is
-    a bijection, so `π` is. The grid has `pq <= n` with as few numbers left over as there can be; they sit a
-    network out, and the rotation takes them into the next. Nothing is rejected: all n cost the same.
+    Up to `EXACT_UP_TO` examples `π` is uniform over all n! orders, as far as the 64 bits of the stream go. Beyond,
+    it is five times a Feistel network (Luby & Rackoff 1988) of two rounds on pairs `(l, r)` in `[0, p) × [0, q)`,
+    whose rounds add a keyed hash of one half to the other (Black & Rogaway 2002), and after each a keyed rotation of
+    `[0, n)`. Every part is a bijection, so `π` is. The grid has `pq <= n` with as few numbers left over as its shape
+    allows; they sit a network out, and the rotation takes them into the next. Nothing is rejected: all n cost the
+    same.
     """
     if n <= EXACT_UP_TO:
         # The rank of a random word among n of them, which are all different.

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from experiments import escape as escapes
-from experiments import expected_path, gradient_noise, samplings
+from experiments import expected_path, gradient_noise, no_guarantee, samplings
 from jaxgrad import data, losses, models, noise, statistics
-from jaxgrad.sampling import distinct, reshuffled, with_replacement
+from jaxgrad.descent import descend
+from jaxgrad.sampling import distinct, full_batch, reshuffled, with_replacement
 from jaxgrad.theory import escape, least_squares
 from jaxgrad.types import Batch
 
@@ -180,3 +181,18 @@ class TestEscape:
     def test_a_wall_where_there_is_none_is_caught(self, well):
         """Probability 0, as for GD, beside runs that did cross."""
         assert not escapes.overlaps(well.crossed, well.runs, 0.0, 0.0, 0.99)
+
+
+class TestNoGuarantee:
+    """C1: a start from which descent never moves, though it is no minimum."""
+
+    @pytest.mark.parametrize("sampling", [full_batch(), distinct(16)], ids=["GD", "SGD"])
+    def test_from_zero_a_net_of_tanh_keeps_all_weights_at_zero(self, sampling):
+        cancer = data.load("breast_cancer").batch
+        batch = Batch(jnp.asarray(cancer.x[:, :2]), jnp.asarray(cancer.y))
+        loss = losses.mean_loss(no_guarantee.predict, losses.logloss)
+        zero = jax.tree.map(jnp.zeros_like, models.init_two_layer(jax.random.key(0), 2, 3, 1))
+        for start, stuck in ((zero, True), (zero._replace(b1=zero.b1 + 1e-3), False)):
+            end = descend(loss, start, batch, optimizer=0.5, sampling=sampling, steps=50, key=jax.random.key(1)).params
+            assert np.any(end.b2 != 0)
+            assert (np.all(end.W1 == 0) and np.all(end.W2 == 0)) == stuck

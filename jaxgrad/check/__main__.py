@@ -1,10 +1,11 @@
 """`python -m jaxgrad.check FILE`: which step of the derivation in FILE is wrong.
 
-FILE is a Python file that defines `loss(params, batch)`, `gradient(params, batch)`, `params` and `batch`, or
-several of them by suffix (`gradient_output` is checked against `loss_output`, or `loss` if there is none, and
-so for `params` and `batch`). `has_aux = True` says that the loss returns `(value, aux)`. A function `backprop`
-that returns `(gradient, {"name": adjoint})` is checked adjoint by adjoint.
-Exit status: 0 right, 1 wrong, 2 the file or what it defines cannot be used.
+FILE is a Python file that defines `loss(params, batch)`, `gradient(params, batch)`, `params` and, unless the
+loss does without, `batch`; or several of them by suffix (`gradient_output` is checked against `loss_output`, or
+`loss` if there is none, and so for `params` and `batch`). `has_aux = True` says that the loss returns
+`(value, aux)`. A function `backprop` that returns `(gradient, {"name": adjoint})` is checked adjoint by adjoint.
+
+exit status: 0 right, 1 wrong, 2 unusable: the file or what it defines cannot be checked
 """
 
 import argparse
@@ -51,10 +52,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m jaxgrad.check",
         description="Say whether a hand-derived gradient is right, and if not, which step of the derivation is wrong.",
-        epilog="exit status: 0 right, 1 wrong, 2 unusable",
+        # What the file may define is said once, above.
+        epilog=str(__doc__).partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", help="a Python file that defines loss, gradient, params and batch")
-    parser.add_argument("--only", metavar="SUFFIX", help="check gradient_SUFFIX alone")
+    parser.add_argument("file", help="a Python file, see below")
+    parser.add_argument("--only", metavar="SUFFIX", help="check gradient_SUFFIX and backprop_SUFFIX alone")
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=None, help="colour the report")
     return parser.parse_args(arguments)
 

@@ -249,7 +249,7 @@ def run(plan: Plan) -> int:
                 try:
                     spent = times()
                     done.append(entry.name)
-                    line("{}: {seconds:.1f} s, {compile_seconds:.1f} s of it compiling".format(entry.name, **spent))
+                    line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(entry.name, **spent))
                 except Exception as error:
                     if is_the_persons(error, plan):
                         missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)

@@ -219,7 +219,7 @@ def _provenance(chapter: Chapter, result: Result) -> str:
     kind = ", ".join(machine["device_kind"])
     sentences = [
         f"{_size(chapter, result)}; took {duration(result.times['seconds'])}, "
-        f"{duration(result.times['compile_seconds'])} of it compiling (all cores together), on {kind} "
+        f"{duration(result.times['compile_seconds'])} of compiling on all cores together, on {kind} "
         f"({machine['system']} {machine['architecture']}, {machine['cores']} cores), "
         f"Python {versions['python']}, jax {versions['jax']}, "
         f"matmul precision {precision['default_matmul_precision'] or 'default'}",

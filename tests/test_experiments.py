@@ -412,7 +412,7 @@ class TestCommand:
         ]
         assert "results-quick" in err
         assert "line: drawing a line" in err
-        assert re.search(r"line: \d+\.\d s, \d+\.\d s of it compiling", err)
+        assert re.search(r"line: \d+\.\d s, compiling \d+\.\d core s", err)
         assert [line.split()[0] for line in out.splitlines()] == ["F2", "F10", "C1"]
         assert "C1   DOES NOT HOLD it is steep: 2.0 (expected at least 5) [line]" in out
         result = results.read(folder, "line", "cpu")

@@ -16,3 +16,8 @@ settings.load_profile("jaxgrad")
 @pytest.fixture
 def key():
     return jax.random.key(20210407)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: "quick_study" not in item.name)

@@ -9,7 +9,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The first call of a shape compiles, so a deadline would measure the compiler.
-settings.register_profile("jaxgrad", deadline=None, derandomize=True, max_examples=12, print_blob=False)
+settings.register_profile("jaxgrad", deadline=None, derandomize=True, max_examples=25, print_blob=False)
 settings.load_profile("jaxgrad")
 
 

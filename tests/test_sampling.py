@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from jaxgrad import sampling
-from jaxgrad.sampling import _stream, distinct, full_batch, permuted, reshuffled, with_replacement
+from jaxgrad.sampling import _scaled, _stream, _words, distinct, full_batch, permuted, reshuffled, with_replacement
 
 SMALL, LARGE = 12, 97  # below and beyond EXACT_UP_TO: by sorting, and by the bijection
 KINDS = [with_replacement, distinct, reshuffled]
@@ -118,6 +118,17 @@ def test_the_same_indices_alone_jitted_vmapped_and_in_any_chunking(kind, n):
     scanned = jax.lax.scan(lambda c, t: (c, s.indices(keys[0], t, n)), 0, jnp.arange(steps))[1]
     np.testing.assert_array_equal(scanned, alone[0])
     assert len({tuple(row) for row in alone.reshape(-1, 5).tolist()}) == 4 * steps, "keys and steps differ"
+
+
+@pytest.mark.parametrize("n", [1, 3, 65_535, 65_536, 10**7, 2**30 + 7, 2**31 - 1])
+def test_random_words_are_scaled_as_python_scales_them(n):
+    """32 × 31 bits in 32-bit arithmetic, and the 64-bit fraction of a draw with its carry, for every size of n."""
+    words = np.r_[np.random.default_rng(n).integers(0, 2**32, 5000), 0, 1, 65_535, 65_536, 2**32 - 1].astype(np.uint32)
+    assert np.asarray(_scaled(jnp.asarray(words), n)).tolist() == [int(word) * n >> 32 for word in words]
+    b, key = 5000, jax.random.key(n)
+    high, low = np.asarray(_words(_stream(key, 4), 2 * b)).astype(object).reshape(2, b)
+    exact = [(int(h) * 2**32 + int(low)) * n >> 64 for h, low in zip(high, low, strict=True)]
+    assert with_replacement(b).indices(key, 4, n).tolist() == exact
 
 
 def test_full_batch_is_every_example_in_order(key):

@@ -17,7 +17,6 @@ Nothing heavy is imported here: a command line is read, and refused, before JAX 
 """
 
 import ast
-import os
 import pkgutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +71,9 @@ def side_by_side(work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
 
     Not for what is timed, nor under `jax.enable_x64`, which holds for one thread only.
     """
-    pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1))
+    from experiments import results
+
+    pool = ThreadPoolExecutor(min(2, results.cores()))
     try:
         return list(pool.map(work, jobs))
     finally:

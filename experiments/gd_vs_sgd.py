@@ -103,7 +103,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         jobs += [(problem, b) for b in sizes]
         numbers["problems"].append(prefix)
         numbers |= {
-            f"{prefix}/what": problem.what, f"{prefix}/n": n, f"{prefix}/labels": [_label(b) for b in sizes],
+            f"{prefix}/what": problem.what, f"{prefix}/n": n, f"{prefix}/labels": [label_of(b) for b in sizes],
             f"{prefix}/kind": "gap to the minimum" if problem.minimum else "training loss",
             f"{prefix}/start": _excess(problem, jax.tree.map(lambda leaf: leaf[None], problem.start))[0],
         }  # fmt: skip
@@ -111,12 +111,12 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
             numbers |= {f"{prefix}/minimum": problem.minimum.value, f"{prefix}/bound": problem.minimum.bound}
     found = side_by_side(lambda job: _tuned(job[0], job[1], config, progress), jobs)
     for (problem, b), run_numbers in zip(jobs, found, strict=True):
-        progress(f"{problem.name}, {_label(b)}: seconds per update")
-        per_update = _seconds_per_update(problem, _sampling(b), run_numbers["eta"], jax.random.key(2022))
+        progress(f"{problem.name}, {label_of(b)}: seconds per update")
+        per_update = _seconds_per_update(problem, sampling_of(b), run_numbers["eta"], jax.random.key(2022))
         run_numbers |= {
             "seconds_per_update": float(np.median(per_update)), "seconds_per_update_runs": per_update,
         }  # fmt: skip
-        numbers |= {f"{problem.name}/{_label(b)}/{key}": value for key, value in run_numbers.items()}
+        numbers |= {f"{problem.name}/{label_of(b)}/{key}": value for key, value in run_numbers.items()}
     return numbers
 
 
@@ -162,16 +162,16 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
     tune_keys = jax.random.split(key_tune, config.tuning_seeds)
     run_keys = jax.random.split(key_order, config.seeds)
     steps = max(-(-config.epochs * n // (b or n)), problem.least_updates)
-    progress(f"{problem.name}, {_label(b)}: tuning the step size under {steps:,} updates")
+    progress(f"{problem.name}, {label_of(b)}: tuning the step size under {steps:,} updates")
     etas = problem.largest * 0.5 ** np.arange(config.halvings)
     # Without sampling there is nothing random: one run stands for all.
     keys = tune_keys[:1] if b is None else tune_keys
-    final = _final_losses(problem, _sampling(b), steps, keys, etas)
+    final = _final_losses(problem, sampling_of(b), steps, keys, etas)
     score = np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
     eta = float(etas[np.argmin(score)])
-    progress(f"{problem.name}, {_label(b)}: {config.seeds} fresh runs with step size {eta:.3g}")
+    progress(f"{problem.name}, {label_of(b)}: {config.seeds} fresh runs with step size {eta:.3g}")
     many = descend(
-        problem.loss, problem.start, problem.batch, optimizer=eta, sampling=_sampling(b), steps=steps,
+        problem.loss, problem.start, problem.batch, optimizer=eta, sampling=sampling_of(b), steps=steps,
         key=run_keys[:1] if b is None else run_keys, record=log_spaced(steps, config.points),
         observe=(lambda params: params) if problem.minimum else problem.accuracy,
     )  # fmt: skip
@@ -183,7 +183,8 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
     return numbers | ({"test_accuracy": many.observed[:, -1]} if problem.accuracy else {})
 
 
-def _sampling(b: int | None) -> Sampling:
+def sampling_of(b: int | None) -> Sampling:
+    """`b` different examples a step; None is the full batch."""
     return full_batch() if b is None else distinct(b)
 
 
@@ -232,7 +233,8 @@ def _excess(problem: Problem, params: Params) -> np.ndarray:
         return np.asarray(values).reshape(leading) - problem.minimum.value
 
 
-def _label(b: int | None) -> str:
+def label_of(b: int | None) -> str:
+    """How a batch size is called in tables, figures and the names of numbers."""
     return "full batch" if b is None else f"b = {b}"
 
 
@@ -248,7 +250,7 @@ def _of(numbers: dict[str, Any], problem: str) -> Callable[[str], Any]:
     return lambda key: numbers[f"{problem}/{key}"]
 
 
-def _first(excess: np.ndarray, axis: np.ndarray, target: float) -> np.ndarray:
+def first_at_most(excess: np.ndarray, axis: np.ndarray, target: float) -> np.ndarray:
     """Per run, where on `axis` the excess first is at most `target`; infinite where it never is."""
     met = excess <= target
     return np.where(met.any(axis=1), axis[np.argmax(met, axis=1)], np.inf)
@@ -271,7 +273,9 @@ def _reached(numbers: dict[str, Any], problem: str) -> tuple[str, dict[str, Reac
         excess, steps = numbers[f"{problem}/{label}/excess"], numbers[f"{problem}/{label}/steps"]
         examples = numbers[f"{problem}/{label}/examples"]
         seconds = steps * numbers[f"{problem}/{label}/seconds_per_update"]
-        out[label] = Reached(*(float(np.median(_first(excess, axis, target))) for axis in (steps, examples, seconds)))
+        out[label] = Reached(
+            *(float(np.median(first_at_most(excess, axis, target))) for axis in (steps, examples, seconds))
+        )
     return words, out
 
 

@@ -28,13 +28,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments import plots
+from experiments.gd_vs_sgd import first_at_most, label_of, sampling_of
 from experiments.report import brief
 from experiments.results import Claim
 from jaxgrad import data, losses, models, noise, optimum, statistics, timing
 from jaxgrad.descent import advance, init, trajectory
-from jaxgrad.sampling import distinct, full_batch, with_replacement
+from jaxgrad.sampling import full_batch, with_replacement
 from jaxgrad.theory import least_squares as theory
-from jaxgrad.types import Batch, Linear, Sampling
+from jaxgrad.types import Batch, Linear
 
 
 @dataclass(frozen=True)
@@ -85,30 +86,30 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     sizes: list[int | None] = [*(b for b in config.batch_sizes if b < n), None]
     numbers: dict[str, Any] = {
         "data": dataset.name, "n": n, "start": gap, "bound": certified.bound, "minimum": certified.value,
-        "condition_number": theory.condition_number(geometry), "labels": [_label(b) for b in sizes],
-        "sizes": np.array([b or n for b in sizes]), "gamma": np.array([noise.gamma(_sampling(b), n) for b in sizes]),
+        "condition_number": theory.condition_number(geometry), "labels": [label_of(b) for b in sizes],
+        "sizes": np.array([b or n for b in sizes]), "gamma": np.array([noise.gamma(sampling_of(b), n) for b in sizes]),
         "shares": np.array(config.shares), "exact_shares": np.array(config.exact_shares), "most": config.most,
         "seeds": config.seeds,
     }  # fmt: skip
 
     progress("exact steps to each target, at the best step size of each batch size")
     best = {
-        share: [theory.best_step(geometry, start, _sampling(b), share * gap, most=config.most) for b in sizes]
+        share: [theory.best_step(geometry, start, sampling_of(b), share * gap, most=config.most) for b in sizes]
         for share in {*config.exact_shares, *config.shares}
     }
     numbers["exact_steps"] = np.array([[step.steps for step in best[share]] for share in config.exact_shares])
     numbers["exact_etas"] = np.array([[step.eta for step in best[share]] for share in config.exact_shares])
 
     for k, b in enumerate(sizes):
-        progress(f"{config.seeds} runs to each target, {_label(b)}")
+        progress(f"{config.seeds} runs to each target, {label_of(b)}")
         numbers |= _runs(config, geometry, batch, {share: (share * gap, best[share][k]) for share in config.shares}, b)
 
     progress("seconds of a step")
     took = timing.race(
-        {_label(b): _loop(batch, b) for b in sizes}, repeats=config.repeats, min_seconds=config.min_seconds
+        {label_of(b): _loop(batch, b) for b in sizes}, repeats=config.repeats, min_seconds=config.min_seconds
     )
     numbers["seconds"] = np.array(
-        [[t / _timed_steps(b) for t in took[_label(b)][:3]] for b in sizes]
+        [[t / _timed_steps(b) for t in took[label_of(b)][:3]] for b in sizes]
     )  # median and the ends of its interval
 
     progress("the noise scale along GD's path")
@@ -125,14 +126,6 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     return numbers
 
 
-def _sampling(b: int | None) -> Sampling:
-    return full_batch() if b is None else distinct(b)
-
-
-def _label(b: int | None) -> str:
-    return "full batch" if b is None else f"b = {b}"
-
-
 def _runs(
     config: Config,
     geometry: theory.Problem,
@@ -141,7 +134,7 @@ def _runs(
     b: int | None,
 ) -> dict[str, Any]:
     """Runs with the best step size for each target: gaps at record points to one and a half times the exact steps."""
-    label, start = _label(b), models.init_linear(batch.x.shape[1])
+    label, start = label_of(b), models.init_linear(batch.x.shape[1])
     # One run of GD stands for all.
     keys = jax.random.split(jax.random.key(11), 1 if b is None else config.seeds)
 
@@ -149,7 +142,7 @@ def _runs(
     def paths(eta: Any, record: Any) -> Any:
         def one(key: Any) -> Any:
             _, seen = trajectory(
-                LOSS, start, batch, optimizer=optax.sgd(eta), sampling=_sampling(b), key=key, record=record,
+                LOSS, start, batch, optimizer=optax.sgd(eta), sampling=sampling_of(b), key=key, record=record,
                 observe=lambda params: jnp.append(params.w, params.b),
             )  # fmt: skip
             return seen
@@ -167,18 +160,12 @@ def _runs(
         excess = theory.excess_loss(geometry, np.asarray(paths(jnp.float32(eta), jnp.asarray(record))))
         numbers |= {
             f"{label}/{share:g}/record": record, f"{label}/{share:g}/mean": excess.mean(axis=0),
-            f"{label}/{share:g}/first": _first(excess, record, target),
-            f"{label}/{share:g}/expected": theory.sgd_moments(geometry, start, eta, _sampling(b), record).excess,
+            f"{label}/{share:g}/first": first_at_most(excess, record, target),
+            f"{label}/{share:g}/expected": theory.sgd_moments(geometry, start, eta, sampling_of(b), record).excess,
         }  # fmt: skip
         at = int(np.searchsorted(record, step.steps))
         numbers[f"{label}/{share:g}/z"] = _z(excess[:, at], numbers[f"{label}/{share:g}/expected"][at])
     return numbers
-
-
-def _first(excess: np.ndarray, record: np.ndarray, target: float) -> np.ndarray:
-    """Per run, the first record point at or below the target; infinite where there is none."""
-    met = excess <= target
-    return np.where(met.any(axis=1), record[np.argmax(met, axis=1)], np.inf)
 
 
 def _z(values: np.ndarray, expected: float) -> float:
@@ -195,7 +182,7 @@ def _timed_steps(b: int | None) -> int:
 def _loop(batch: Batch, b: int | None) -> Callable[[], Any]:
     """One run alone, so many steps that starting it costs nothing beside them."""
     state, optimizer = init(models.init_linear(batch.x.shape[1]), optax.sgd(1e-3)), optax.sgd(1e-3)
-    go = jax.jit(partial(advance, loss=LOSS, optimizer=optimizer, sampling=_sampling(b)))
+    go = jax.jit(partial(advance, loss=LOSS, optimizer=optimizer, sampling=sampling_of(b)))
     key, until = jax.random.key(0), jnp.int32(_timed_steps(b))
     return lambda: go(state, key, batch, until)
 

@@ -1,7 +1,7 @@
 """The lecture row by row: what each formula and claim says, what became of it, and where the evidence is.
 
 The words of a verdict are ours; whether they stand is not: they are printed only where every check of that row
-held in the saved results. Otherwise the row says whose check failed.
+held in the saved results and the row's own experiment is among them. Otherwise the row says what is amiss.
 """
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ Nothing heavy is imported here: a command line is read, and refused, before JAX 
 
 import ast
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,3 +78,12 @@ def side_by_side(work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
         return list(pool.map(work, jobs))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def random_keys(seed: int | Sequence[int], count: int) -> Any:
+    """`count` independent JAX keys, one for each run. NumPy spreads the seed: JAX would compile a program for it."""
+    import jax
+    import numpy as np
+
+    words = np.random.SeedSequence(seed).generate_state(2 * count)
+    return jax.random.wrap_key_data(words.reshape(count, 2))

@@ -27,7 +27,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.gd_vs_sgd import first_at_most, label_of, sampling_of
 from experiments.report import brief
 from experiments.results import Claim
@@ -136,7 +136,7 @@ def _runs(
     """Runs with the best step size for each target: gaps at record points to one and a half times the exact steps."""
     label, start = label_of(b), models.init_linear(batch.x.shape[1])
     # One run of GD stands for all.
-    keys = jax.random.split(jax.random.key(11), 1 if b is None else config.seeds)
+    keys = random_keys(11, 1 if b is None else config.seeds)
 
     @jax.jit
     def paths(eta: Any, record: Any) -> Any:

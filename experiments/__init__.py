@@ -8,7 +8,7 @@ Each experiment is a module beside this one that defines
     draw(numbers)          the figure
     report(numbers)        optional: Markdown for under the figure, with tables and numbers
     headline(numbers)      optional: one Markdown bullet for the front page
-    TIMED = True           where seconds are measured: then it has the machine to itself
+    TIMED = True           where seconds are measured, in `work.alone()`: no two such experiments run together
 
 `claims`, `draw`, `report` and `headline` get the numbers as they were saved, so that nothing which is
 published can disagree with the saved data. A new experiment is a new file: nothing else lists it.
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
     fields: tuple[str, ...]
     """The names of its settings, the fields of its `Config`."""
     timed: bool
-    """Whether it measures seconds, and so must run alone."""
+    """Whether it measures seconds: such ones do not run together."""
 
 
 def catalogue() -> dict[str, Entry]:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -272,35 +272,43 @@ def outcomes(
 ) -> Iterator[Iterator[tuple[str, work.Product | work.Failure]]]:
     """What each experiment of the plan yields, as it becomes ready; `running` holds the names of those at work.
 
-    Several on the CPU run in worker processes: first those that measure seconds, one at a time, then the others,
-    one on each core, since most of their time is compiling, which uses one. One alone, or on a GPU, which a process
-    has to itself, runs here. Whatever ends the block, an interrupt too, ends the workers.
+    Several on the CPU run in worker processes, one on each core, since most of their time is compiling, which uses
+    one. Those that measure seconds come first, one at a time; while they measure, the others stand still
+    (`work.alone`). One experiment alone, or on a GPU, which a process has to itself, runs here. Whatever ends the
+    block, an interrupt too, ends the workers.
     """
     from experiments import results
 
     tasks = [work.Task(entry, plan.overrides, plan.quick, device) for entry in plan.entries]
-    tasks = [task for task in tasks if task.entry.timed] + [task for task in tasks if not task.entry.timed]
+    timed = [task for task in tasks if task.entry.timed]
+    others = [task for task in tasks if not task.entry.timed]
 
     def here() -> Iterator[tuple[str, work.Product | work.Failure]]:
-        for task in tasks:
+        for task in timed + others:
             running[:] = [task.entry.name]
             outcome = work.perform(task, status)
             running.clear()
             yield task.entry.name, outcome
 
-    if device != "cpu" or len(tasks) == 1 or (workers := min(MOST_TOGETHER, results.cores())) == 1:
+    if device != "cpu" or len(tasks) == 1 or (cores := min(MOST_TOGETHER, results.cores())) == 1:
         yield here()
         return
     new = multiprocessing.get_context("spawn")
-    messages = new.SimpleQueue()
-    pool = ProcessPoolExecutor(workers, new, work.start, (list(experiments.__path__), device, messages))
+    messages, workers = new.SimpleQueue(), new.Array("i", cores)
+    pool = ProcessPoolExecutor(cores, new, work.start, (list(experiments.__path__), device, messages, workers))
 
     def together() -> Iterator[tuple[str, work.Product | work.Failure]]:
-        waiting, at_work = list(tasks), {}
-        while waiting or at_work:
-            alone = any(task.entry.timed for task in at_work.values())
-            while waiting and not alone and len(at_work) < (1 if waiting[0].entry.timed else workers):
-                task = waiting.pop(0)
+        at_work: dict[Future[Any], work.Task] = {}
+
+        def next_task() -> work.Task | None:
+            measuring = any(task.entry.timed for task in at_work.values())
+            if timed and not measuring and (work.CAN_STOP or not at_work):
+                return timed.pop(0)
+            beside = work.CAN_STOP or not (measuring or timed)
+            return others.pop(0) if others and beside and len(at_work) < cores else None
+
+        while timed or others or at_work:
+            while task := next_task():
                 at_work[pool.submit(work.perform_here, task)] = task
             running[:] = [task.entry.name for task in at_work.values()]
             # A wait without end could not be interrupted everywhere.
@@ -324,7 +332,7 @@ def outcomes(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            process.terminate()
+            process.kill()  # one that stands still would not hear anything else
 
 
 def store(out: Path, name: str, device: str, product: work.Product) -> None:

@@ -27,7 +27,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots, random_keys, side_by_side
+from experiments import plots, random_keys, side_by_side, work
 from experiments.report import brief
 from experiments.results import Claim
 from jaxgrad import data, losses, models, optimum, statistics
@@ -212,8 +212,9 @@ def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: j
         )  # fmt: skip
         return np.diff(trace.seconds) / np.diff(trace.steps)
 
-    probe = float(np.median(chunks(40, 5)))
-    return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
+    probe = float(np.median(chunks(40, 5)))  # compiles, too
+    with work.alone():
+        return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
 
 
 def _excess(problem: Problem, params: Params) -> np.ndarray:

@@ -6,11 +6,14 @@ study writes it. So nobody else writes, whatever becomes of the workers.
 
 import dataclasses
 import importlib
+import multiprocessing
+import os
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,17 +94,73 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
 # --- in a process of its own -----------------------------------------------------------------------------------
 
 _speak: Callable[[str], None] = print
+_workers: Any = None
+"""The process ids of all workers, 0 where there is none yet; its lock is held by who speaks."""
+_alone = False
 
 
-def start(folders: Sequence[str], device: str, messages: Any) -> None:
+def start(folders: Sequence[str], device: str, messages: Any, workers: Any) -> None:
     """Make a new process ready for `perform_here`: where experiments are, what to compute on, who hears of it."""
-    global _speak
+    global _speak, _workers
     from experiments import plots, report  # noqa: F401  while `experiments` is where it is
 
+    def speak(text: str) -> None:
+        with workers.get_lock():
+            messages.put(text)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     experiments.__path__[:] = folders  # type: ignore[index]
-    _speak = messages.put
+    _speak, _workers = speak, workers
     start_jax(device)
+    with workers.get_lock():
+        workers[list(workers).index(0)] = os.getpid()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Nothing else of the study computes while the block runs: for what is timed.
+
+    The other workers are stopped where they are, and go on behind it. What is timed can so be compiled beside them.
+    """
+    global _alone
+    stopped: list[int] = []
+    if _workers is not None and CAN_STOP and not _alone:
+        with _workers.get_lock():  # nobody is stopped while speaking, which others wait for
+            stopped = [pid for pid in _workers if pid not in (0, os.getpid())]
+            for pid in stopped:
+                _signal(pid, signal.SIGSTOP)
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+        for pid in stopped:
+            _signal(pid, signal.SIGCONT)
+
+
+CAN_STOP = hasattr(signal, "SIGSTOP")
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def race(contenders: dict[str, Callable[[], Any]], **options: Any) -> dict[str, Any]:
+    """`timing.race` of contenders that are compiled side by side before, and then have the machine to themselves."""
+    from jaxgrad import timing
+
+    experiments.side_by_side(lambda contender: contender(), contenders.values())
+    with alone():
+        return timing.race(contenders, **options)
 
 
 def perform_here(task: Task) -> Product | Failure:

@@ -5,6 +5,7 @@ The command line is read and refused before JAX is imported: help and errors com
 
 import dataclasses
 import difflib
+import gc
 import multiprocessing
 import os
 import sys
@@ -330,9 +331,9 @@ def outcomes(
     try:
         yield together()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.kill()  # one that stands still would not hear anything else
+        pool.shutdown(cancel_futures=True)
 
 
 def store(out: Path, name: str, device: str, product: work.Product) -> None:
@@ -402,7 +403,9 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     exit_status = main()
     if exit_status in (INTERRUPTED, UNUSABLE):
-        # Without this, Python would wait for what other threads or the device still run.
+        # Without this, Python would wait for what other threads or the device still run. Locks of the workers that
+        # are not collected before are reported as leaks.
+        gc.collect()
         sys.stdout.flush()
         os._exit(exit_status)
     sys.exit(exit_status)

@@ -78,8 +78,8 @@ def is_mean(loss: Loss, params: Params, data: Any) -> bool:
         apart = [jnp.linalg.norm((a - b).ravel()) for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True)]
         return jnp.max(jnp.stack(apart)) / jnp.max(jnp.stack(size))
 
-    rows = jax.tree.map(lambda leaf: leaf[: 2 * half], data)
-    return bool(off(params, rows) < 1e-3)
+    apart = off(params, jax.tree.map(lambda leaf: leaf[: 2 * half], data))
+    return bool(apart < 1000 * jnp.finfo(apart.dtype).eps)
 
 
 def _largest(loss: Loss, params: Params, data: Any) -> int:

@@ -290,7 +290,14 @@ def descend(
     judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, many=many, rows=rows)
 
     began = time.perf_counter()
-    jax.block_until_ready(go(state, key, data, state.step, halt=halt))
+    try:
+        jax.block_until_ready(go(state, key, data, state.step, halt=halt))
+    except jax.errors.JaxRuntimeError as error:
+        if many or "UNIMPLEMENTED" not in str(error):
+            raise
+        # `onecore` took the step for simpler than the compiler does.
+        go = partial(go, single=False)
+        jax.block_until_ready(go(state, key, data, state.step, halt=halt))
     compile_seconds = time.perf_counter() - began
 
     shape = (seeds,) if many else ()
@@ -372,11 +379,11 @@ def _init(params, *, optimizer, many):
     return state._replace(step=state.step[0])
 
 
-@partial(jax.jit, static_argnames=("loss", "optimizer", "sampling", "halt", "axes"))
-def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes):
+@partial(jax.jit, static_argnames=("loss", "optimizer", "sampling", "halt", "axes", "single"))
+def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes, single=True):
     one = partial(advance, loss=loss, optimizer=optimizer, sampling=sampling, halt=halt)
     if axes is None:
-        return one(state, key, data, until, single=True)
+        return one(state, key, data, until, single=single)
     if halt is None:
         # One step counter serves all runs, so the loop needs no masks.
         return jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=axes)(state, key, data, until)

@@ -88,7 +88,7 @@ def mean_loss(model: Callable[[Params, Any], Any], example_loss: ExampleLoss, l2
     return loss
 
 
-def _weights_squared(params: Params) -> Float[Array, ""]:
+def _weights_squared(params: Params) -> Any:
     """`Σ W²` over the leaves that are not biases."""
 
     def is_bias(path: tuple[Any, ...]) -> bool:
@@ -96,4 +96,4 @@ def _weights_squared(params: Params) -> Float[Array, ""]:
         return name[:1] == "b" and (name[1:] == "" or name[1:].isdigit())
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return sum((jnp.sum(leaf**2) for path, leaf in leaves if not is_bias(path)), start=jnp.zeros(()))
+    return sum((jnp.sum(leaf**2) for path, leaf in leaves if not is_bias(path)), start=0.0)

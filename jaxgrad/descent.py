@@ -174,7 +174,7 @@ def advance(
 
     def take_drawn(state: State) -> State:
         first, bound = state.step, jnp.minimum(until, state.step + ahead)
-        drawn = jax.vmap(lambda t: sampling.indices(key, t, n))(first + jnp.arange(ahead, dtype=jnp.int32))
+        drawn = sampling.ahead(key, first, ahead, n)
 
         def steps(state: State, drawn: Any, bound: Any, data: Any) -> State:
             def one(state: State) -> State:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Params: TypeAlias = Any
@@ -72,7 +73,15 @@ class Sampling(NamedTuple):
     """`draw(key, step, n, b) -> int32[b]`, pure."""
     rows: int | None = None
     """Of the full batch: evaluate its gradient over blocks of so many rows (`jaxgrad.blocks`)."""
+    draw_many: Callable[[Key, Any, int, int, int], Int[Array, "steps b"]] | None = None
+    """`draw_many(key, first, steps, n, b) -> int32[steps, b]`: the same, for many steps in less time."""
 
     def indices(self, key: Key, step: Any, n: int) -> Int[Array, " b"]:
         """The examples of step `step` out of `n`: `int32[b]`, a pure function of `(key, step)`."""
         return self.draw(key, step, n, n if self.batch_size is None else self.batch_size)
+
+    def ahead(self, key: Key, first: Any, steps: int, n: int) -> Int[Array, "steps b"]:
+        """The examples of `steps` steps from step `first` on: the same as `indices` for each of them."""
+        if self.draw_many is not None:
+            return self.draw_many(key, first, steps, n, self.batch_size or n)
+        return jax.vmap(lambda step: self.indices(key, step, n))(first + jnp.arange(steps, dtype=jnp.int32))

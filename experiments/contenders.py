@@ -228,10 +228,15 @@ def sklearn_sgd(case: Case, x: Any, y: Any, device: str) -> list[Entrant]:
         else partial(linear_model.SGDRegressor, loss="squared_error", eta0=2 * case.eta, **plain)
     )
 
+    rng = np.random.default_rng(0)
+
     def run(steps: int) -> float:
-        model = make(max_iter=steps // case.n)
+        # It knows whole passes only. A part of one is a pass over so many examples, chosen at random.
+        rows = slice(None) if steps % case.n == 0 else rng.permutation(case.n)[:steps]
+        model = make(max_iter=max(1, steps // case.n))
+        some_x, some_y = x[rows], y[rows]
         start = time.perf_counter()
-        model.fit(x, y)
+        model.fit(some_x, some_y)
         seconds = time.perf_counter() - start
         fitted[:] = [model.coef_.ravel(), model.intercept_]
         return seconds
@@ -411,9 +416,10 @@ def optimistix_gd(case: Case, x: Any, y: Any, device: str) -> list[Entrant]:
             return loss(params, *batch)
 
         return optimistix.minimise(
-            objective, solver, params, args=batch, max_steps=case.steps, throw=False
+            objective, solver, params, args=batch, max_steps=case.steps + 1, throw=False
         ).value
 
+    # Its first step only evaluates.
     batch = jax.device_put((x, y))
 
     def restart() -> None:

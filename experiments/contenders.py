@@ -75,7 +75,8 @@ def first_point(case: Case) -> list[np.ndarray]:
 
 def full_loss(case: Case, params: list[Any], x: np.ndarray, y: np.ndarray, block: int = 1 << 16) -> float:
     """The mean loss over all the data in float64, by NumPy for everybody alike."""
-    params = [np.asarray(leaf, np.float64).reshape(start.shape) for leaf, start in zip(params, first_point(case))]
+    start = first_point(case)
+    params = [np.asarray(leaf, np.float64).reshape(first.shape) for leaf, first in zip(params, start, strict=True)]
     total = 0.0
     for i in range(0, len(y), block):
         rows, target = x[i : i + block].astype(np.float64), y[i : i + block].astype(np.float64)
@@ -394,9 +395,7 @@ def optax_loop(case: Case, x: Any, y: Any, device: str) -> list[Entrant]:
         return [entrant("", lambda params, state, _: step(params, state, data, target))]
     return [
         entrant("a NumPy batch passed to the step", lambda params, state, rows: step(params, state, x[rows], y[rows])),
-        entrant(
-            "indices passed to the step", lambda params, state, rows: step_at(params, state, rows, data, target)
-        ),
+        entrant("indices passed to the step", lambda params, state, rows: step_at(params, state, rows, data, target)),
     ]
 
 
@@ -415,9 +414,7 @@ def optimistix_gd(case: Case, x: Any, y: Any, device: str) -> list[Entrant]:
         def objective(params: Any, batch: Any) -> Any:
             return loss(params, *batch)
 
-        return optimistix.minimise(
-            objective, solver, params, args=batch, max_steps=case.steps + 1, throw=False
-        ).value
+        return optimistix.minimise(objective, solver, params, args=batch, max_steps=case.steps + 1, throw=False).value
 
     # Its first step only evaluates.
     batch = jax.device_put((x, y))

@@ -8,7 +8,7 @@ Each experiment is a module beside this one that defines
     draw(numbers)          the figure
     report(numbers)        optional: Markdown for under the figure, with tables and numbers
     headline(numbers)      optional: one Markdown bullet for the front page
-    TIMED = True           where seconds are measured: then it has the machine to itself
+    TIMED = True           where seconds are measured, in `work.alone()`: no two such experiments run together
 
 `claims`, `draw`, `report` and `headline` get the numbers as they were saved, so that nothing which is
 published can disagree with the saved data. A new experiment is a new file: nothing else lists it.
@@ -18,7 +18,7 @@ Nothing heavy is imported here: a command line is read, and refused, before JAX 
 
 import ast
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
     fields: tuple[str, ...]
     """The names of its settings, the fields of its `Config`."""
     timed: bool
-    """Whether it measures seconds, and so must run alone."""
+    """Whether it measures seconds: such ones do not run together."""
 
 
 def catalogue() -> dict[str, Entry]:
@@ -78,3 +78,12 @@ def side_by_side(work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
         return list(pool.map(work, jobs))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def random_keys(seed: int | Sequence[int], count: int) -> Any:
+    """`count` independent JAX keys, one for each run. NumPy spreads the seed: JAX would compile a program for it."""
+    import jax
+    import numpy as np
+
+    words = np.random.SeedSequence(seed).generate_state(2 * count)
+    return jax.random.wrap_key_data(words.reshape(count, 2))

@@ -5,21 +5,18 @@ The command line is read and refused before JAX is imported: help and errors com
 
 import dataclasses
 import difflib
-import importlib
+import gc
+import multiprocessing
 import os
 import sys
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from functools import partial
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import experiments
-from experiments import Entry, catalogue
+from experiments import Entry, catalogue, work
 
 INSTALL = 'run: python -m pip install -e ".[study]"'
 
@@ -37,8 +34,6 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 MOST_TOGETHER = 4
 """Experiments that run side by side at most, since memory is not without end."""
-DRAWING = threading.Lock()
-"""Matplotlib's parser of formulas serves one thread at a time."""
 
 EXAMPLES = """\
 examples:
@@ -232,38 +227,36 @@ def only(arguments: Arguments, command: str, allowed: tuple[str, ...]) -> None:
 
 def run(plan: Plan) -> int:
     """Run every experiment of the plan, the next ones too where one fails; then write the report."""
-    device = start_jax(plan.device)
-    say(f"results go to {plan.out}")
-    compile_seconds = compile_clock()
-    begun: list[str] = []
-    done: list[str] = []
-    failed: list[str] = []
-
-    def work(entry: Entry) -> dict[str, float]:
-        begun.append(entry.name)
-        return run_one(entry, plan, device, compile_seconds, status)
-
-    with screen(len(plan.entries)) as (status, line):
-        try:
-            for entry, times in outcomes(plan, work):
-                try:
-                    spent = times()
-                    done.append(entry.name)
-                    line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(entry.name, **spent))
-                except Exception as error:
-                    if is_the_persons(error, plan):
-                        missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
-                        hint = f"; {INSTALL}" if missing else ""
-                        raise Unusable(f"{entry.name}: {error}{hint}") from error
-                    failed.append(entry.name)
-                    line(f"{entry.name} failed: {short_traceback(error)}")
-        except KeyboardInterrupt:
-            broken_off = " and ".join(name for name in begun if name not in done + failed)
-            so_far = f"; {', '.join(done)} finished" if done else ""
-            line(f"interrupted during {broken_off}, whose earlier results are untouched{so_far}")
-            return INTERRUPTED
     from experiments import results
 
+    device = work.start_jax(plan.device)
+    if plan.device == "gpu" and device != "gpu":
+        raise Unusable(
+            "--device gpu: JAX finds no GPU here; where there is one, install the extra cuda12 or cuda13 "
+            '(python -m pip install -e ".[study,cuda12]"), else use --device cpu'
+        )
+    say(f"results go to {plan.out}")
+    done: list[str] = []
+    failed: list[str] = []
+    running: list[str] = []
+    with screen(len(plan.entries)) as (status, line):
+        try:
+            with outcomes(plan, device, status, running) as each:
+                for name, outcome in each:
+                    if isinstance(outcome, work.Failure):
+                        if outcome.persons:
+                            raise Unusable(f"{name}: {outcome.words}{f'; {INSTALL}' if outcome.missing else ''}")
+                        failed.append(name)
+                        line(f"{name} failed: {outcome.words}")
+                        continue
+                    store(plan.out, name, device, outcome)
+                    done.append(name)
+                    line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(name, **outcome.times))
+        except KeyboardInterrupt:
+            during = f" during {' and '.join(running)}, whose earlier results are untouched" if running else ""
+            so_far = f"; {', '.join(done)} finished" if done else ""
+            line(f"interrupted{during}{so_far}")
+            return INTERRUPTED
     chapters = load(plan.out)
     publish(plan.out, chapters)
     if plan.out.resolve() == RESULTS and device == "cpu":
@@ -274,73 +267,82 @@ def run(plan: Plan) -> int:
     return FAILED if failed else OK
 
 
-def outcomes(plan: Plan, work: Callable[[Entry], Any]) -> Iterator[tuple[Entry, Callable[[], Any]]]:
-    """Each experiment of the plan with a function that returns what `work` returned for it, or raises.
+@contextmanager
+def outcomes(
+    plan: Plan, device: str, status: Callable[[str], None], running: list[str]
+) -> Iterator[Iterator[tuple[str, work.Product | work.Failure]]]:
+    """What each experiment of the plan yields, as it becomes ready; `running` holds the names of those at work.
 
-    Those that measure seconds go first, one at a time. The others share the cores: most of their time is
-    compiling, which uses one.
+    Several on the CPU run in worker processes, one on each core, since most of their time is compiling, which uses
+    one. Those that measure seconds come first, one at a time; while they measure, the others stand still
+    (`work.alone`). One experiment alone, or on a GPU, which a process has to itself, runs here. Whatever ends the
+    block, an interrupt too, ends the workers.
     """
-    import jax
-
     from experiments import results
 
-    together = [entry for entry in plan.entries if not entry.timed]
-    for entry in plan.entries:
-        if entry.timed or len(together) == 1:
-            # Each pays for its own compilation, whichever ran before, and what they compiled does not pile up.
-            jax.clear_caches()
-            yield entry, partial(work, entry)
-    if len(together) > 1:
-        jax.clear_caches()
-        for name in ("plots", "report", *(entry.name for entry in together)):
-            # Threads that import at once may see each other's modules half made. An error comes again in its thread.
-            with suppress(Exception):
-                importlib.import_module(f"experiments.{name}")
-        pool = ThreadPoolExecutor(min(MOST_TOGETHER, results.cores()))
-        running = {pool.submit(work, entry): entry for entry in together}
-        try:
+    tasks = [work.Task(entry, plan.overrides, plan.quick, device) for entry in plan.entries]
+    timed = [task for task in tasks if task.entry.timed]
+    others = [task for task in tasks if not task.entry.timed]
+
+    def here() -> Iterator[tuple[str, work.Product | work.Failure]]:
+        for task in timed + others:
+            running[:] = [task.entry.name]
+            outcome = work.perform(task, status)
+            running.clear()
+            yield task.entry.name, outcome
+
+    if device != "cpu" or len(tasks) == 1 or (cores := min(MOST_TOGETHER, results.cores())) == 1:
+        yield here()
+        return
+    new = multiprocessing.get_context("spawn")
+    messages, workers = new.SimpleQueue(), new.Array("i", cores)
+    pool = ProcessPoolExecutor(cores, new, work.start, (list(experiments.__path__), device, messages, workers))
+
+    def together() -> Iterator[tuple[str, work.Product | work.Failure]]:
+        at_work: dict[Future[Any], work.Task] = {}
+
+        def next_task() -> work.Task | None:
+            measuring = any(task.entry.timed for task in at_work.values())
+            if timed and not measuring and (work.CAN_STOP or not at_work):
+                return timed.pop(0)
+            beside = work.CAN_STOP or not (measuring or timed)
+            return others.pop(0) if others and beside and len(at_work) < cores else None
+
+        while timed or others or at_work:
+            while task := next_task():
+                at_work[pool.submit(work.perform_here, task)] = task
+            running[:] = [task.entry.name for task in at_work.values()]
             # A wait without end could not be interrupted everywhere.
-            while running:
-                for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            ready = wait(at_work, timeout=0.1, return_when=FIRST_COMPLETED).done
+            while not messages.empty():
+                status(messages.get())
+            for future in ready:
+                task = at_work.pop(future)
+                running.remove(task.entry.name)
+                try:
+                    outcome = future.result()
+                except BrokenExecutor:
+                    raise Unusable(
+                        f"a worker process died in {task.entry.name}: is the memory used up? "
+                        f"python -m experiments {task.entry.name} runs it without one"
+                    ) from None
+                yield task.entry.name, outcome
+
+    try:
+        yield together()
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()  # one that stands still would not hear anything else
+        pool.shutdown(cancel_futures=True)
 
 
-def run_one(
-    entry: Entry,
-    plan: Plan,
-    device: str,
-    compile_seconds: Callable[..., float],
-    status: Callable[[str], None],
-) -> dict[str, float]:
-    """Run one experiment, draw it, and write its results; returns what its time was spent on.
+def store(out: Path, name: str, device: str, product: work.Product) -> None:
+    """Write what an experiment yielded: numbers and figure, each file whole or not at all."""
+    from experiments import report, results
 
-    The figure is drawn before anything is written, so that an experiment that cannot be drawn leaves the
-    results as they were.
-    """
-    from experiments import plots, report, results
-
-    status(entry.name)
-    module = importlib.import_module(f"experiments.{entry.name}")
-    settings = {key: value for key, value in plan.overrides.items() if key in entry.fields}
-    config = dataclasses.replace(module.QUICK if plan.quick else module.Config(), **settings)
-    # What measures seconds runs alone, and may compile in several threads; the others are one thread each.
-    start, compiled_before = time.perf_counter(), compile_seconds(entry.timed)
-    numbers = module.run(config, lambda message: status(f"{entry.name}: {message}"))
-    times = {
-        "seconds": round(time.perf_counter() - start, 3),
-        "compile_seconds": round(compile_seconds(entry.timed) - compiled_before, 3),
-    }
-    numbers = results.as_saved(numbers)
-    if Path(str(settings.get("data", ""))).is_file():
-        # Published settings name the file, not where somebody keeps it.
-        config = dataclasses.replace(config, data=Path(config.data).name)
-    with DRAWING:
-        figure = module.draw(numbers)
-        results.write(plan.out, entry.name, device, config, numbers, module.claims(numbers), times)
-        plots.save(figure, plan.out / entry.name, report.figure_stem(device))
-    return times
+    results.write(out, name, device, product.config, product.numbers, product.claims, product.times)
+    for ending, content in product.figure.items():
+        results.replace(out / name / f"{report.figure_stem(device)}{ending}", content)
 
 
 def load(out: Path) -> list["Chapter"]:
@@ -372,50 +374,6 @@ def show_verdicts(chapters: list["Chapter"]) -> None:
         print(f"{claim.id:<4} {verdict:<13} {claim.text}: {claim.measured} (expected {claim.expected}) [{name}]")
 
 
-def start_jax(device: str | None) -> str:
-    """Import JAX for a device and name what it computes on; matrix products are exact to float32."""
-    import jax
-
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    # A GPU would otherwise round the factors of a product to fewer bits than the CPU does.
-    jax.config.update("jax_default_matmul_precision", "highest")
-    backend = jax.default_backend()
-    if device == "gpu" and backend != "gpu":
-        raise Unusable(
-            "--device gpu: JAX finds no GPU here; where there is one, install the extra cuda12 or cuda13 "
-            '(python -m pip install -e ".[study,cuda12]"), else use --device cpu'
-        )
-    return backend
-
-
-def compile_clock() -> Callable[..., float]:
-    """A clock that runs while JAX traces, lowers or compiles: seconds since it was made, of every core at work on it.
-
-    That is, in all threads, or in the one that asks (`everybody=False`). JAX tells of each such span when it ends.
-    One that was spent within another (an operation on constants is compiled while a function is traced) counts once.
-    """
-    import jax
-
-    spans: dict[int, list[tuple[float, float]]] = {}
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            mine = spans.setdefault(threading.get_ident(), [])
-            end = time.perf_counter()
-            start = end - duration_secs
-            while mine and mine[-1][0] >= start:
-                mine.pop()
-            mine.append((start, end))
-
-    def clock(everybody: bool = True) -> float:
-        counted = list(spans.values()) if everybody else [spans.get(threading.get_ident(), [])]
-        return sum(end - start for own in counted for start, end in own)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return clock
-
-
 @contextmanager
 def screen(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
     """Two ways to speak on stderr: a passing status, and a line that stays and means that one is done.
@@ -442,28 +400,12 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def is_the_persons(error: Exception, plan: Plan) -> bool:
-    """Whether the person can mend it: a package or a file is missing, or their data or seeds do not do."""
-    return isinstance(error, ModuleNotFoundError | OSError) or (bool(plan.overrides) and isinstance(error, ValueError))
-
-
-def short_traceback(error: Exception) -> str:
-    """The error and where in the experiment and the library it came from, innermost last."""
-    import jaxgrad
-
-    ours = [Path(folder) for folder in (*experiments.__path__, *jaxgrad.__path__)]
-    frames = [
-        f"\n  {Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename != __file__ and any(Path(frame.filename).is_relative_to(folder) for folder in ours)
-    ]
-    return "".join([f"{type(error).__name__}: {error}", *frames[-4:]])
-
-
 if __name__ == "__main__":
     exit_status = main()
     if exit_status in (INTERRUPTED, UNUSABLE):
-        # Without this, Python would wait for what other threads or the device still run.
+        # Without this, Python would wait for what other threads or the device still run. Locks of the workers that
+        # are not collected before are reported as leaks.
+        gc.collect()
         sys.stdout.flush()
         os._exit(exit_status)
     sys.exit(exit_status)

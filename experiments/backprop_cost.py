@@ -19,7 +19,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
-from experiments import plots, side_by_side
+from experiments import plots, work
 from experiments.results import Claim
 from jaxgrad import data, losses, models, timing
 from jaxgrad.theory import cost
@@ -86,8 +86,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         sizes = (batch.x.shape[1], *(config.width,) * (depth - 1), len(digits.labels))
         params = models.init_deep(jax.random.key(depth), sizes)
         contenders, operations = _ways(params, batch, slow=depth <= config.deepest_slow)
-        side_by_side(lambda contender: contender(), contenders.values())  # compiles them
-        took = timing.race(contenders, repeats=config.repeats, min_seconds=config.min_seconds)
+        took = work.race(contenders, repeats=config.repeats, min_seconds=config.min_seconds)
         predicted.append(cost.dense_ratio(sizes))
         parameters.append(sum(leaf.size for leaf in jax.tree.leaves(params)))
         for way in WAYS:

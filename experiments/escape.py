@@ -25,7 +25,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.expected_path import few_features
 from experiments.results import Claim
 from jaxgrad import data, losses, models, noise, statistics
@@ -125,7 +125,7 @@ def _landscape(
     ceiling = min(1.0 / land.smoothness, 1.3 * max(etas))
     fine = np.geomspace(0.6 * min(etas), ceiling, config.fine)
     numbers["fine"] = fine
-    keys = jax.random.split(jax.random.key(7), config.seeds)
+    keys = random_keys(7, config.seeds)
     here = jnp.full(config.seeds, land.bad, jnp.float32)
     rows, lines, guides, walls = [], [], [], []
     for sampling in samplings:
@@ -248,10 +248,8 @@ def _net(dataset: data.Dataset, features: int, hidden: int, l2: float, config: C
     batch = Batch(few.x[chosen], few.y[chosen][:, None])
     loss = losses.mean_loss(partial(models.two_layer, activation=jnp.tanh), losses.half_squared, l2=l2)
     d = batch.x.shape[1]
-    starts = jax.vmap(lambda key: models.init_two_layer(key, d, hidden, 1))(
-        jax.random.split(jax.random.key(1), config.starts)
-    )
-    keys = jax.random.split(jax.random.key(2), config.starts)
+    starts = jax.vmap(lambda key: models.init_two_layer(key, d, hidden, 1))(random_keys(1, config.starts))
+    keys = random_keys(2, config.starts)
 
     @partial(jax.jit, static_argnames=("sampling",))
     def go(starts: Any, steps: Any, sampling: Sampling) -> Any:

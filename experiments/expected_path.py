@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import log_spaced, trajectory
@@ -76,7 +76,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     eta = float(np.float32(config.eta * edge))
     record = log_spaced(config.steps, config.points + 1)[1:]
     every = np.unique(np.geomspace(1, config.steps, 60).astype(int))
-    keys = jax.random.split(jax.random.key(5), config.seeds)
+    keys = random_keys(5, config.seeds)
     numbers: dict[str, Any] = {
         "data": dataset.name, "n": len(batch.y), "features": list(names), "sizes": np.array(sizes), "eta": eta,
         "edge": edge, "gd_edge": theory.edge(problem), "steps": record, "every": every, "seeds": config.seeds,

@@ -27,7 +27,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots, side_by_side
+from experiments import plots, random_keys, side_by_side, work
 from experiments.report import brief
 from experiments.results import Claim
 from jaxgrad import data, losses, models, optimum, statistics
@@ -112,7 +112,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     found = side_by_side(lambda job: _tuned(job[0], job[1], config, progress), jobs)
     for (problem, b), run_numbers in zip(jobs, found, strict=True):
         progress(f"{problem.name}, {label_of(b)}: seconds per update")
-        per_update = _seconds_per_update(problem, sampling_of(b), run_numbers["eta"], jax.random.key(2022))
+        per_update = _seconds_per_update(problem, sampling_of(b), run_numbers["eta"], jax.random.key(2023))
         run_numbers |= {
             "seconds_per_update": float(np.median(per_update)), "seconds_per_update_runs": per_update,
         }  # fmt: skip
@@ -158,21 +158,18 @@ def _problem(name: str, config: Config) -> Problem:
 def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     """One problem and batch size: tune the step size, then run with fresh seeds."""
     n = problem.batch.x.shape[0]
-    key_tune, key_order = jax.random.split(jax.random.key(2021))
-    tune_keys = jax.random.split(key_tune, config.tuning_seeds)
-    run_keys = jax.random.split(key_order, config.seeds)
     steps = max(-(-config.epochs * n // (b or n)), problem.least_updates)
     progress(f"{problem.name}, {label_of(b)}: tuning the step size under {steps:,} updates")
     etas = problem.largest * 0.5 ** np.arange(config.halvings)
     # Without sampling there is nothing random: one run stands for all.
-    keys = tune_keys[:1] if b is None else tune_keys
-    final = _final_losses(problem, sampling_of(b), steps, keys, etas)
+    tuning, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
+    final = _final_losses(problem, sampling_of(b), steps, random_keys(2021, tuning), etas)
     score = np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
     eta = float(etas[np.argmin(score)])
-    progress(f"{problem.name}, {label_of(b)}: {config.seeds} fresh runs with step size {eta:.3g}")
+    progress(f"{problem.name}, {label_of(b)}: {runs} fresh runs with step size {eta:.3g}")
     many = descend(
         problem.loss, problem.start, problem.batch, optimizer=eta, sampling=sampling_of(b), steps=steps,
-        key=run_keys[:1] if b is None else run_keys, record=log_spaced(steps, config.points),
+        key=random_keys(2022, runs), record=log_spaced(steps, config.points),
         observe=(lambda params: params) if problem.minimum else problem.accuracy,
     )  # fmt: skip
     numbers = {
@@ -215,8 +212,9 @@ def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: j
         )  # fmt: skip
         return np.diff(trace.seconds) / np.diff(trace.steps)
 
-    probe = float(np.median(chunks(40, 5)))
-    return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
+    probe = float(np.median(chunks(40, 5)))  # compiles, too
+    with work.alone():
+        return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
 
 
 def _excess(problem: Problem, params: Params) -> np.ndarray:

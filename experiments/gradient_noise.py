@@ -23,7 +23,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, losses, models, noise, statistics
 from jaxgrad.descent import trajectory
@@ -69,9 +69,9 @@ class Problem(NamedTuple):
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     problems = [_problem(name, config) for name in (THREE if config.data is None else (config.data,))]
     numbers: dict[str, Any] = {"problems": [p.name for p in problems], "path": np.array(config.path)}
-    for problem, key in zip(problems, jax.random.split(jax.random.key(1), len(problems)), strict=True):
+    for place, problem in enumerate(problems):
         progress(f"{problem.name}: {config.seeds:,} batches of each size")
-        numbers |= {f"{problem.name}/{of}": value for of, value in _measure(problem, key, config).items()}
+        numbers |= {f"{problem.name}/{of}": value for of, value in _measure(problem, place, config).items()}
     progress(f"{problems[0].name}: the noise scale from one batch, and from two sizes")
     return numbers | _one_batch(problems[0], numbers, config)
 
@@ -95,7 +95,7 @@ def _problem(name: str, config: Config) -> Problem:
     return Problem(dataset.name, "linear regression", loss, start, Batch(x, y), 0.5 / (top + 1))
 
 
-def _measure(problem: Problem, key: jax.Array, config: Config) -> dict[str, Any]:
+def _measure(problem: Problem, place: int, config: Config) -> dict[str, Any]:
     """Exact noise at the points, and `‖g_B − G‖²` of many batches there."""
     n = len(problem.batch.y)
     path = _points(problem, np.array(config.path))
@@ -111,9 +111,7 @@ def _measure(problem: Problem, key: jax.Array, config: Config) -> dict[str, Any]
     for fold, (name, kind) in enumerate(KINDS.items()):
         mean, error = np.zeros((2, len(points), len(sizes)))
         for column, b in enumerate(sizes):
-            indices = _draw(
-                jax.random.fold_in(jax.random.fold_in(key, fold), b), sampling=kind(b), n=n, draws=config.seeds
-            )
+            indices = _draw(random_keys((1, place, fold, b), config.seeds), sampling=kind(b), n=n)
             values = np.asarray(_deviations(path, full, problem.batch, indices, loss=problem.loss), float)
             mean[:, column] = values.mean(axis=1)
             error[:, column] = values.std(axis=1, ddof=1) / np.sqrt(config.seeds)
@@ -134,11 +132,10 @@ def _points(problem: Problem, steps: np.ndarray) -> Params:
     return go(jnp.asarray(steps, jnp.int32))
 
 
-@partial(jax.jit, static_argnames=("sampling", "n", "draws"))
-def _draw(key: jax.Array, *, sampling: Sampling, n: int, draws: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("sampling", "n"))
+def _draw(keys: jax.Array, *, sampling: Sampling, n: int) -> jax.Array:
     """Independent batches `int32[draws, b]`: each of its own key, and of any step of a pass."""
-    keys = jax.random.split(key, draws)
-    return jax.vmap(lambda key, step: sampling.indices(key, step, n))(keys, jnp.arange(draws, dtype=jnp.int32))
+    return jax.vmap(lambda key, step: sampling.indices(key, step, n))(keys, jnp.arange(len(keys), dtype=jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("loss",))
@@ -164,7 +161,7 @@ def _one_batch(problem: Problem, numbers: dict[str, Any], config: Config) -> dic
     sizes = [int(b) for b in numbers[f"{name}/sizes"] if b > 1]
     estimate, low, high = np.zeros((3, len(config.path), len(sizes)))
     for column, b in enumerate(sizes):
-        indices = _draw(jax.random.key(9), sampling=with_replacement(b), n=n, draws=config.seeds)
+        indices = _draw(random_keys(9, config.seeds), sampling=with_replacement(b), n=n)
         spread, squared = np.asarray(_within(path, problem.batch, indices, loss=problem.loss), float)
         for row in range(len(config.path)):
             interval = statistics.ratio_interval(spread[row], squared[row], level=LEVEL)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import trajectory
@@ -97,7 +97,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     # The step size that the float32 run takes is the one that theory is asked about.
     etas = np.float32(np.array(config.fractions) * edge).astype(float)
     every = np.arange(config.steps + 1)
-    one_key = jax.random.split(jax.random.key(0), 1)
+    one_key = random_keys(0, 1)
     paths = gaps(etas, one_key, full_batch(), every)[:, 0]
     numbers["etas"] = etas
     numbers["measured"] = np.array([[_first(path, share * gap_start) for share in config.shares] for path in paths])
@@ -120,7 +120,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     sampling = distinct(config.b)
     sgd_edge = theory.sgd_edge(geometry, sampling)
     sgd_etas = np.float32(np.array(config.sgd_fractions) * sgd_edge).astype(float)
-    keys = jax.random.split(jax.random.key(1), config.seeds)
+    keys = random_keys(1, config.seeds)
     numbers["sgd_edge"], numbers["sgd_etas"] = sgd_edge, sgd_etas
     numbers["sgd_gaps"] = gaps(sgd_etas, keys, sampling, np.array([config.sgd_steps]))[:, :, 0]
     fine = np.geomspace(sgd_etas[0], 0.995 * sgd_edge, 30)

@@ -24,7 +24,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import trajectory
@@ -81,7 +81,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     def slope(params: Params, batch: Batch) -> Any:
         return optax.tree.norm(jax.grad(loss)(params, batch))
 
-    keys = jax.random.split(jax.random.key(2021), lanes)
+    keys = random_keys(2021, lanes)
     drawn = jax.vmap(lambda key: models.init_two_layer(key, x.shape[1], config.hidden, 1))(keys)
     # The last start is zero.
     starts = jax.tree.map(lambda leaf: (config.scale * leaf).at[-1].set(0), drawn)

@@ -223,12 +223,20 @@ def _top(group: list[float], gap: float) -> float:
 
 
 def save(drawing: Figure, folder: str | Path, stem: str = "figure") -> tuple[Path, Path]:
-    """Write `<stem>.svg` and `<stem>.png` into `folder`, each whole or not at all; returns their paths.
+    """Write `<stem>.svg` and `<stem>.png` into `folder`, each whole or not at all; returns their paths."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    files = render(drawing)
+    for ending, content in files.items():
+        results.replace(place / f"{stem}{ending}", content)
+    return place / f"{stem}.svg", place / f"{stem}.png"
+
+
+def render(drawing: Figure) -> dict[str, bytes]:
+    """The figure as the content of two files, `.svg` and `.png`.
 
     The same figure gives the same bytes: no date, no version, fixed ids.
     """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
     svg, png = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         # The layout is solved once: each further draw would move things by another fraction of a point.
@@ -239,6 +247,4 @@ def save(drawing: Figure, folder: str | Path, stem: str = "figure") -> tuple[Pat
             axis.set_position(np.round(axis.get_position().bounds, 6))  # type: ignore[arg-type]
         drawing.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         drawing.savefig(png, format="png", metadata={"Software": None})
-    results.replace(place / f"{stem}.svg", svg.getvalue())
-    results.replace(place / f"{stem}.png", png.getvalue())
-    return place / f"{stem}.svg", place / f"{stem}.png"
+    return {".svg": svg.getvalue(), ".png": png.getvalue()}

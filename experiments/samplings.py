@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.expected_path import few_features, runs_of
 from experiments.results import Claim
 from jaxgrad import data, models, statistics
@@ -70,7 +69,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     batch = Batch(everything.x[chosen], everything.y[chosen])
     problem, start = theory.problem(batch), models.init_linear(batch.x.shape[1])
     n, edge = len(batch.y), theory.edge(problem)
-    keys = jax.random.split(jax.random.key(6), config.seeds)
+    keys = random_keys(6, config.seeds)
     numbers: dict[str, Any] = {
         "data": dataset.name, "features": list(names), "n": n, "edge": edge, "sizes": np.array(config.batch_sizes),
         "seeds": config.seeds, "whole_with_replacement": theory.sgd_edge(problem, with_replacement(n)) / edge,

@@ -27,11 +27,11 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots
+from experiments import plots, random_keys, work
 from experiments.gd_vs_sgd import first_at_most, label_of, sampling_of
 from experiments.report import brief
 from experiments.results import Claim
-from jaxgrad import data, losses, models, noise, optimum, statistics, timing
+from jaxgrad import data, losses, models, noise, optimum, statistics
 from jaxgrad.descent import advance, init, trajectory
 from jaxgrad.sampling import full_batch, with_replacement
 from jaxgrad.theory import least_squares as theory
@@ -105,7 +105,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         numbers |= _runs(config, geometry, batch, {share: (share * gap, best[share][k]) for share in config.shares}, b)
 
     progress("seconds of a step")
-    took = timing.race(
+    took = work.race(
         {label_of(b): _loop(batch, b) for b in sizes}, repeats=config.repeats, min_seconds=config.min_seconds
     )
     numbers["seconds"] = np.array(
@@ -136,7 +136,7 @@ def _runs(
     """Runs with the best step size for each target: gaps at record points to one and a half times the exact steps."""
     label, start = label_of(b), models.init_linear(batch.x.shape[1])
     # One run of GD stands for all.
-    keys = jax.random.split(jax.random.key(11), 1 if b is None else config.seeds)
+    keys = random_keys(11, 1 if b is None else config.seeds)
 
     @jax.jit
     def paths(eta: Any, record: Any) -> Any:

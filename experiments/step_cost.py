@@ -22,7 +22,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots, side_by_side
+from experiments import plots, work
 from experiments.results import Claim
 from jaxgrad import losses, models, timing
 from jaxgrad.descent import advance, init
@@ -76,8 +76,7 @@ INDEX_STEPS = 1024
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     def race(contenders: dict[str, Callable[[], Any]], longer: int = 1) -> dict[str, timing.Timing]:
-        side_by_side(lambda contender: contender(), contenders.values())  # compiles them
-        return timing.race(contenders, repeats=config.repeats, min_seconds=longer * config.min_seconds)
+        return work.race(contenders, repeats=config.repeats, min_seconds=longer * config.min_seconds)
 
     numbers: dict[str, Any] = {
         "b": config.b, "d": config.d, "rows": np.array(config.rows), "batch_sizes": np.array(config.batch_sizes),

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import State, advance, descend, init, no_improvement, small_gradient, small_step, trajectory
@@ -131,7 +131,7 @@ def _gd(config: Config, batch: Batch) -> dict[str, Any]:
 def _false_stops(config: Config, batch: Batch) -> dict[str, Any]:
     """Share of steps at SGD's floor that are shorter than each threshold, per batch size."""
     geometry = theory.problem(batch)
-    keys = jax.random.split(jax.random.key(7), config.seeds)
+    keys = random_keys(7, config.seeds)
     best = Linear(jnp.asarray(geometry.minimiser[:-1]), jnp.asarray(geometry.minimiser[-1]))
     settle = 200
     numbers: dict[str, Any] = {
@@ -183,7 +183,7 @@ def _compared(config: Config, diabetes: Any) -> dict[str, Any]:
         "small gradient": small_gradient(1e-2, every=10),
         "validation": no_improvement(validation, patience=10, every=10),
     }
-    keys = jax.random.split(jax.random.key(3), statistics.MINIMUM_SEEDS)
+    keys = random_keys(3, statistics.MINIMUM_SEEDS)
     numbers: dict[str, Any] = {"budget": config.budget, "compared_start": float(theory.excess_loss(geometry, start))}
     b = 8
     for name, sampling in (("GD", full_batch()), ("SGD", distinct(b))):

@@ -23,7 +23,7 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import plots, report, results, verdicts
+from experiments import plots, report, results, verdicts, work
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -540,7 +540,7 @@ class TestCommand:
         listeners, now = [], [0.0]
         monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
         monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-        clock = command.compile_clock()
+        clock = work._new_clock()
         for end, seconds, event in [
             (3.0, 1.0, "/jax/core/compile/backend_compile_duration"),
             (5.0, 4.0, "/jax/core/compile/jaxpr_trace_duration"),
@@ -554,7 +554,7 @@ class TestCommand:
     def test_the_compile_clock_hears_jax(self):
         import jax
 
-        clock = command.compile_clock()
+        clock = work._new_clock()
         before = time.perf_counter()
         jax.jit(lambda x: x * 3.0 + 1.0).lower(2.0).compile()
         assert 0 < clock() <= time.perf_counter() - before
@@ -657,7 +657,7 @@ def copy_of_the_study(folder, **extra):
     """The package of experiments without its experiments, plus some, in a folder of its own."""
     package = folder / "experiments"
     package.mkdir()
-    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts"):
+    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts", "work"):
         shutil.copy(ROOT / "experiments" / f"{name}.py", package)
     for name, source in extra.items():
         (package / f"{name}.py").write_text(source)
@@ -741,6 +741,81 @@ class TestProcess:
         assert sorted(str(path) for path in set(after) - set(before)) == [
             f"formulas/{name}" for name in ("cpu.json", "cpu.npz", "figure.png", "figure.svg")
         ]
+
+    def test_while_one_measures_the_others_stand_still(self, tmp_path):
+        """`line` counts seconds alone for 0.4 s; `bare` meanwhile writes down the time each 10 ms."""
+        ticks = tmp_path / "ticks"
+        work = f"""
+    import time
+    from pathlib import Path
+    with Path({str(ticks)!r}).open("a") as file:
+        for _ in range(150):
+            print(time.time(), file=file, flush=True)
+            time.sleep(0.01)
+    return {{"one": 1}}
+"""
+        measures = FAKE.replace("QUICK =", "TIMED = True\nQUICK =").replace(
+            '    progress("drawing a line")\n',
+            f"""
+    import time
+    from pathlib import Path
+    from experiments.work import alone
+    while not Path({str(ticks)!r}).exists():
+        time.sleep(0.01)
+    with alone():
+        time.sleep(0.05)
+        span = [time.time()]
+        progress("measuring")
+        time.sleep(0.4)
+        span.append(time.time())
+    Path({str(tmp_path / "span")!r}).write_text(" ".join(map(str, span)))
+""",
+        )
+        run = copy_of_the_study(tmp_path, line=measures, bare=BARE.replace('    return {"one": 1}\n', work))
+        subprocess.run([*run, "--quick"], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        start, end = map(float, (tmp_path / "span").read_text().split())
+        times = [float(line) for line in ticks.read_text().splitlines()]
+        assert len(times) == 150
+        assert [t for t in times if start < t < end] == []
+        assert any(t > end for t in times)
+
+    def test_a_worker_that_dies_is_named(self, tmp_path):
+        dies = FAKE.replace('    progress("drawing a line")\n', "    import os; os._exit(1)\n")
+        run = copy_of_the_study(tmp_path, line=dies, bare=BARE)
+        done = subprocess.run([*run, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert "error: a worker process died in" in done.stderr
+
+    def test_workers_end_with_who_started_them(self, tmp_path):
+        """Even after SIGKILL, which nobody can answer."""
+        pids = tmp_path / "pids"
+        waits = f"""
+    import os, time
+    from pathlib import Path
+    Path({str(pids)!r}).open("a").write(f"{{os.getpid()}} ")
+    time.sleep(60)
+    return {{"one": 1}}
+"""
+        waiting = BARE.replace('    return {"one": 1}\n', waits)
+        run = copy_of_the_study(tmp_path, one=waiting, two=waiting)
+        with subprocess.Popen([*run, "--quick"], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+            until = time.monotonic() + 50
+            while time.monotonic() < until and not (pids.exists() and len(pids.read_text().split()) == 2):
+                time.sleep(0.05)
+            process.kill()
+        workers = [int(pid) for pid in pids.read_text().split()]
+        assert len(workers) == 2
+
+        def alive(pid):
+            try:
+                return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            except OSError:
+                return False
+
+        until = time.monotonic() + 20
+        while time.monotonic() < until and any(map(alive, workers)):
+            time.sleep(0.05)
+        assert not any(map(alive, workers))
 
     def test_a_reader_that_leaves_early_is_no_error(self):
         reader, writer = os.pipe()

@@ -1,0 +1,230 @@
+"""One experiment, from its settings to what is to be written of it: what the study gives to a process of its own.
+
+Nothing is written here. `perform` runs, judges and draws, and returns it all; the process that was asked for the
+study writes it. So nobody else writes, whatever becomes of the workers.
+"""
+
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import experiments
+from experiments import Entry
+
+
+class Task(NamedTuple):
+    """What to run, and how."""
+
+    entry: Entry
+    overrides: dict[str, Any]
+    """Settings that differ from the experiment's own; it takes those that it has."""
+    quick: bool
+    device: str
+    """`cpu` or `gpu`: it names the files."""
+
+
+class Product(NamedTuple):
+    """What an experiment yields."""
+
+    config: Any
+    numbers: dict[str, Any]
+    """As they will be read back."""
+    claims: list[Any]
+    figure: dict[str, bytes]
+    """The two files by their ending."""
+    times: dict[str, float]
+
+
+class Failure(NamedTuple):
+    """Why it yields nothing."""
+
+    words: str
+    """For the person: the error alone where it is theirs to mend, else with where it came from."""
+    persons: bool
+    missing: bool
+    """Whether a package is missing."""
+
+
+def perform(task: Task, status: Callable[[str], None]) -> Product | Failure:
+    """Run an experiment and draw it. What it raises is returned, in words; an interrupt passes."""
+    try:
+        return _product(task, status)
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
+        persons = is_the_persons(error, task)
+        return Failure(str(error) if persons else short_traceback(error), persons, missing)
+
+
+def _product(task: Task, status: Callable[[str], None]) -> Product:
+    import jax
+
+    from experiments import plots, results
+
+    name = task.entry.name
+    status(name)
+    module = importlib.import_module(f"experiments.{name}")
+    settings = {key: value for key, value in task.overrides.items() if key in task.entry.fields}
+    config = dataclasses.replace(module.QUICK if task.quick else module.Config(), **settings)
+    clock = compile_clock()
+    if task.entry.timed:
+        # It pays for its own compilation, whichever ran before, and what they compile does not pile up.
+        jax.clear_caches()
+    start, compiled_before = time.perf_counter(), clock()
+    numbers = module.run(config, lambda message: status(f"{name}: {message}"))
+    times = {
+        "seconds": round(time.perf_counter() - start, 3),
+        "compile_seconds": round(clock() - compiled_before, 3),
+    }
+    numbers = results.as_saved(numbers)
+    if Path(str(settings.get("data", ""))).is_file():
+        # Published settings name the file, not where somebody keeps it.
+        config = dataclasses.replace(config, data=Path(config.data).name)
+    return Product(config, numbers, module.claims(numbers), plots.render(module.draw(numbers)), times)
+
+
+# --- in a process of its own -----------------------------------------------------------------------------------
+
+_speak: Callable[[str], None] = print
+_workers: Any = None
+"""The process ids of all workers, 0 where there is none yet; its lock is held by who speaks."""
+_alone = False
+
+
+def start(folders: Sequence[str], device: str, messages: Any, workers: Any) -> None:
+    """Make a new process ready for `perform_here`: where experiments are, what to compute on, who hears of it."""
+    global _speak, _workers
+    from experiments import plots, report  # noqa: F401  while `experiments` is where it is
+
+    def speak(text: str) -> None:
+        with workers.get_lock():
+            messages.put(text)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    experiments.__path__[:] = folders  # type: ignore[index]
+    _speak, _workers = speak, workers
+    start_jax(device)
+    with workers.get_lock():
+        workers[list(workers).index(0)] = os.getpid()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Nothing else of the study computes while the block runs: for what is timed.
+
+    The other workers are stopped where they are, and go on behind it. What is timed can so be compiled beside them.
+    """
+    global _alone
+    stopped: list[int] = []
+    if _workers is not None and CAN_STOP and not _alone:
+        with _workers.get_lock():  # nobody is stopped while speaking, which others wait for
+            stopped = [pid for pid in _workers if pid not in (0, os.getpid())]
+            for pid in stopped:
+                _signal(pid, signal.SIGSTOP)
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+        for pid in stopped:
+            _signal(pid, signal.SIGCONT)
+
+
+CAN_STOP = hasattr(signal, "SIGSTOP")
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def race(contenders: dict[str, Callable[[], Any]], **options: Any) -> dict[str, Any]:
+    """`timing.race` of contenders that are compiled side by side before, and then have the machine to themselves."""
+    from jaxgrad import timing
+
+    experiments.side_by_side(lambda contender: contender(), contenders.values())
+    with alone():
+        return timing.race(contenders, **options)
+
+
+def perform_here(task: Task) -> Product | Failure:
+    """`perform`, in a process that is ready."""
+    return perform(task, _speak)
+
+
+def start_jax(device: str | None) -> str:
+    """Import JAX for a device and name what it computes on; matrix products are exact to float32."""
+    import jax
+
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    # A GPU would otherwise round the factors of a product to fewer bits than the CPU does.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    return jax.default_backend()
+
+
+def compile_clock() -> Callable[[], float]:
+    """The clock that runs while JAX traces, lowers or compiles: seconds of every core at work on it, in this process.
+
+    JAX tells of each such span when it ends. One that was spent within another (an operation on constants is
+    compiled while a function is traced) counts once.
+    """
+    global _clock
+    if _clock is None:
+        _clock = _new_clock()
+    return _clock
+
+
+_clock: Callable[[], float] | None = None
+
+
+def _new_clock() -> Callable[[], float]:
+    import jax
+
+    spans: dict[int, list[tuple[float, float]]] = {}
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            mine = spans.setdefault(threading.get_ident(), [])
+            end = time.perf_counter()
+            start = end - duration_secs
+            while mine and mine[-1][0] >= start:
+                mine.pop()
+            mine.append((start, end))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: sum(end - start for own in list(spans.values()) for start, end in own)
+
+
+def is_the_persons(error: Exception, task: Task) -> bool:
+    """Whether the person can mend it: a package or a file is missing, or their data or seeds do not do."""
+    return isinstance(error, ModuleNotFoundError | OSError) or (bool(task.overrides) and isinstance(error, ValueError))
+
+
+def short_traceback(error: Exception) -> str:
+    """The error and where in the experiment and the library it came from, innermost last."""
+    import jaxgrad
+
+    ours = [Path(folder) for folder in (*experiments.__path__, *jaxgrad.__path__)]
+    frames = [
+        f"\n  {Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and any(Path(frame.filename).is_relative_to(folder) for folder in ours)
+    ]
+    return "".join([f"{type(error).__name__}: {error}", *frames[-4:]])

@@ -2,9 +2,10 @@
 
     python -m experiments.contenders NAME DEVICE FOLDER
 
-is such a process. It reads one JSON request a line and answers each with one line: `{"prepare": case}` gets it
-ready for a case, `{"round": true}` times it once, and it ends with its input. The data of the cases lie in FOLDER.
-One process for each library, because in one process their thread pools slow each other down several times.
+is such a process. It reads one JSON request a line and answers each with one line: `{"prepare": case}` compiles what a
+case needs, `{"choose": true, "min_seconds": t}` finds the fastest way, `{"round": k}` times it once, and it ends with
+its input. The data of the cases lie in FOLDER. One process for each library, because in one process their thread
+pools slow each other down several times.
 
 A contender is a function `(case, x, y, device) -> [Entrant]`. Where there are several usual ways to write it, all are
 tried on each case and the fastest races. All do the same: plain descent on the mean loss with a constant step
@@ -49,8 +50,8 @@ class Entrant(NamedTuple):
 
     run: Callable[[int], float]
     """Take so many more steps and wait for them: the seconds that took."""
-    params: Callable[[], list[Any]]
-    """The parameters now: `w, b` or `W1, b1, W2, b2`."""
+    params: Callable[[], list[Any]] | None
+    """The parameters now: `w, b` or `W1, b1, W2, b2`; None where there are none."""
     restart: Callable[[], None]
     """Back to the first point."""
     unit: int = 1
@@ -90,6 +91,11 @@ def full_loss(case: Case, params: list[Any], x: np.ndarray, y: np.ndarray, block
         else:
             total += float(((target - prediction) ** 2).sum())
     return total / len(y)
+
+
+def target_of(case: Case) -> str:
+    """Which targets of its data a case uses."""
+    return "labels" if case.problem == "logistic" else "numbers"
 
 
 def operations(case: Case) -> int:
@@ -460,7 +466,7 @@ def floor(case: Case, x: Any, y: Any, device: str) -> list[Entrant]:
                 jax.block_until_ready(read())
             return time.perf_counter() - start
 
-        return Entrant(run, list, lambda: None, way=way)
+        return Entrant(run, None, lambda: None, way=way)
 
     return [entrant(way, read) for way, read in ways.items()]
 
@@ -543,34 +549,35 @@ def _imported(module: str, package: str) -> Any:
 # --- the process ---------------------------------------------------------------------------------------------------
 
 
-class Ready(NamedTuple):
-    """What `prepare` found out."""
+class Chosen(NamedTuple):
+    """How a contender will run a case."""
 
-    way: str
-    first_call: float
-    """Seconds of the first call, which compiles, loads and warms up whatever it needs."""
+    entrant: Entrant
     steps: int
     """Steps in a round."""
     loss: float
     """The full loss after `case.steps` steps."""
 
 
-def prepare(name: str, case: Case, x: Any, y: Any, device: str, min_seconds: float) -> tuple[Entrant, Ready]:
-    """The contender's fastest way to run the case, warm, and what is known of it."""
-    began = time.perf_counter()
+def prepare(name: str, case: Case, x: Any, y: Any, device: str) -> list[Entrant]:
+    """The contender's ways to run the case, each called once, which compiles and loads whatever it needs."""
     entrants = CONTENDERS[name](case, x, y, device)
-    entrants[0].run(entrants[0].unit)
-    first_call = time.perf_counter() - began
+    for entrant in entrants:
+        entrant.run(entrant.unit)
+    return entrants
+
+
+def choose(entrants: list[Entrant], case: Case, x: Any, y: Any, min_seconds: float) -> Chosen:
+    """The fastest way, the number of steps that last `min_seconds`, and where the run that is compared ends."""
     for entrant in entrants:
         entrant.run(2 * entrant.unit)  # the first call was not like the others
     found = [(entrant, *_enough(entrant, min_seconds)) for entrant in entrants]
     best, steps, _ = min(found, key=lambda one: one[2])
     best.restart()
-    loss = math.nan
-    if name != "floor":
-        best.run(case.steps)
-        loss = full_loss(case, best.params(), x, y)
-    return best, Ready(best.way, first_call, steps, loss)
+    if best.params is None:
+        return Chosen(best, steps, math.nan)
+    best.run(case.steps)
+    return Chosen(best, steps, full_loss(case, best.params(), x, y))
 
 
 def _enough(entrant: Entrant, min_seconds: float) -> tuple[int, float]:
@@ -593,22 +600,31 @@ def serve(name: str, device: str, folder: Path) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
         if device == "cpu":
             jax.config.update("jax_platforms", "cpu")
+    entrants: list[Entrant] = []
     entrant, steps, loaded = None, 0, {}
+    case = x = y = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "prepare" in request:
-                case = Case(*request["prepare"])
-                files = f"{case.data}.x", f"{case.data}.{'labels' if case.problem == 'logistic' else 'numbers'}"
+                entrants, entrant, case = [], None, Case(*request["prepare"])
+                files = f"{case.data}.x", f"{case.data}.{target_of(case)}"
                 if files not in loaded:
-                    entrant, loaded = None, {}  # one at a time in memory
+                    x = y = None
+                    loaded = {}  # one at a time in memory
                     loaded[files] = tuple(np.load(folder / f"{file}.npy") for file in files)
-                entrant, ready = prepare(name, case, *loaded[files], device, request["min_seconds"])
-                steps, answer = ready.steps, ready._asdict()
+                x, y = loaded[files]
+                began = time.perf_counter()
+                entrants = prepare(name, case, x, y, device)
+                answer: dict[str, Any] = {"first_call": time.perf_counter() - began}
+            elif "choose" in request:
+                assert case is not None, "no case was prepared"
+                entrant, steps, loss = choose(entrants, case, x, y, request["min_seconds"])
+                answer = {"way": entrant.way, "loss": loss}
             elif "peak" in request:
                 answer = {"peak": peak()}
             else:
-                assert entrant is not None, "no case was prepared"
+                assert entrant is not None, "no way was chosen"
                 answer = {"seconds": entrant.run(steps) / steps}
         except Absent as error:
             answer = {"absent": str(error)}

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -198,18 +198,22 @@ def contender(name: str, device: str, folder: Path, patience: float) -> Iterator
     # Their memory on a GPU is one, and the first would take most of it.
     env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
+    with tempfile.TemporaryFile() as errors:
+        handle = subprocess.Popen(
             [sys.executable, "-m", "experiments.contenders", name, device, str(folder)],
             cwd=Path(__file__).parents[1], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             text=True,
-        ) as handle,
-    ):  # fmt: skip
+        )  # fmt: skip
+        assert handle.stdin is not None
+        assert handle.stdout is not None
         try:
             yield Process(name, handle, errors, patience)
         finally:
             handle.kill()
+            with suppress(BrokenPipeError):  # a request that it did not live to read
+                handle.stdin.close()
+            handle.stdout.close()
+            handle.wait()
 
 
 def ask(process: Process, request: dict[str, Any]) -> dict[str, Any]:

@@ -221,9 +221,14 @@ def ask(process: Process, request: dict[str, Any]) -> dict[str, Any]:
     handle = process.handle
     assert handle.stdin is not None
     assert handle.stdout is not None
-    timer = threading.Timer(process.patience, handle.kill)
+    given_up = threading.Event()
+
+    def give_up() -> None:
+        given_up.set()
+        handle.kill()
+
+    timer = threading.Timer(process.patience, give_up)
     timer.start()
-    began = time.perf_counter()
     try:
         handle.stdin.write(json.dumps(request) + "\n")
         handle.stdin.flush()
@@ -234,7 +239,7 @@ def ask(process: Process, request: dict[str, Any]) -> dict[str, Any]:
         timer.cancel()
     if line:
         return json.loads(line)
-    if time.perf_counter() - began >= process.patience:
+    if given_up.is_set():
         raise Lost(f"no answer within {process.patience:g} s")
     process.errors.seek(0)
     said = process.errors.read().decode(errors="replace").strip().splitlines()

@@ -63,7 +63,6 @@ class Config:
         ("two-layer", "synthetic", EVERY_BATCH),
         ("two-layer", "mnist5k", (1, 32, 0)),
         ("linear", "beyond cache", (0,)),
-        ("logistic", "beyond cache", (0,)),
     )
     """Problem, data and batch sizes (0 is the full batch)."""
     compiled: tuple[tuple[str, str, int], ...] = (

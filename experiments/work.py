@@ -174,9 +174,27 @@ def start_jax(device: str | None) -> str:
 
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    keep_compiled()
     # A GPU would otherwise round the factors of a product to fewer bits than the CPU does.
     jax.config.update("jax_default_matmul_precision", "highest")
     return jax.default_backend()
+
+
+def keep_compiled() -> None:
+    """Let JAX keep what it compiles in the person's cache folder, so that the next start need not compile it again.
+
+    A setting of this process, not of its environment: what times a cold start in a process of its own has none.
+    Where `JAX_COMPILATION_CACHE_DIR` is set, that folder is used; empty, it turns this off.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxgrad" / "compiled"))
+    # As JAX comes, it keeps only what took more than a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def compile_clock() -> Callable[[], float]:

@@ -31,6 +31,7 @@ from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -176,6 +177,10 @@ def last_level_cache() -> int:
     return max(sizes[1:] or sizes)
 
 
+_CACHE = re.compile("JAX_(COMPILATION|PERSISTENT)_CACHE_")
+"""Settings of JAX's cache of compiled programs."""
+
+
 class Process(NamedTuple):
     """A contender's process; it waits, asleep, while others have their turn."""
 
@@ -193,7 +198,7 @@ class Lost(Exception):
 def contender(name: str, device: str, folder: Path, patience: float) -> Iterator[Process]:
     """A process for a contender, which ends with the block."""
     # Compiling is reported, so what others compiled before must not be found.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION_CACHE")}
+    env = {key: value for key, value in os.environ.items() if not _CACHE.match(key)}
     # Their memory on a GPU is one, and the first would take most of it.
     env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -430,9 +435,9 @@ def _starts(config: Config, folder: Path) -> dict[str, Any]:
     """Seconds `[rounds]` of `python -m experiments --quick NAMES`: with nothing compiled before, and once more."""
     took = []
     for k in range(config.start_rounds if config.starts else 0):
-        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / f"compiled-{k}")}
-        for setting in ("MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"):
-            env.pop(f"JAX_PERSISTENT_CACHE_{setting}", None)  # what the command does by itself is measured
+        # An empty cache for it, and for nothing but what it compiled: Matplotlib's fonts are known.
+        env = {key: value for key, value in os.environ.items() if not _CACHE.match(key)}
+        env |= {"XDG_CACHE_HOME": str(folder / f"cache-{k}"), "MPLCONFIGDIR": matplotlib.get_cachedir()}
         for _ in range(2):
             began = time.perf_counter()
             subprocess.run(

@@ -500,6 +500,11 @@ CONTENDERS: dict[str, Callable[[Case, Any, Any, str], list[Entrant]]] = {
 }
 
 
+PACKAGES = {"scikit-learn": "scikit-learn", "NumPy loop": "numpy", "PyTorch eager": "torch", "optax loop": "optax",
+            "optimistix": "optimistix"}  # fmt: skip
+"""Where the contenders come from."""
+
+
 def takes(name: str, case: Case, device: str) -> bool:
     """Whether that contender runs such a case."""
     if device == "gpu":

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -38,7 +39,17 @@ from matplotlib.figure import Figure
 
 import jaxgrad
 from experiments import plots, side_by_side, work
-from experiments.contenders import CONTENDERS, Case, bytes_moved, first_point, full_loss, operations, takes, target_of
+from experiments.contenders import (
+    CONTENDERS,
+    PACKAGES,
+    Case,
+    bytes_moved,
+    first_point,
+    full_loss,
+    operations,
+    takes,
+    target_of,
+)
 from experiments.report import brief
 from experiments.results import Claim
 from jaxgrad import data as datasets
@@ -260,6 +271,7 @@ def _race(
         "cache": last_level_cache(),
         "cores": os.cpu_count() or 1,
         "contenders": list(CONTENDERS),
+        "packages": [f"{package} {_version(package)}" for package in PACKAGES.values() if _version(package)],
     }
     for name in CONTENDERS:
         numbers |= {
@@ -325,6 +337,14 @@ def _race(
     numbers["operations"] = np.array([operations(case) for case in cases])
     numbers["bytes"] = np.array([bytes_moved(case) for case in cases])
     return numbers
+
+
+def _version(package: str) -> str:
+    """The installed version; empty where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _kept(numbers: dict[str, Any], name: str, at: Any, answer: dict[str, Any] | None) -> bool:
@@ -699,6 +719,12 @@ def _remarks(numbers: dict[str, Any], raced: Sequence[str]) -> str:
             lines.append(f"- {name} did not race: {numbers[f'absent/{name}']}.")
         for i in map(int, np.flatnonzero(numbers[f"fault/{name}"] != "")):
             lines.append(f"- {name} failed in {_case(numbers, i)}: {numbers[f'fault/{name}'][i]}.")
+    for name in raced:
+        ways, counts = np.unique(numbers[f"way/{name}"][numbers[f"way/{name}"] != ""], return_counts=True)
+        if len(ways):
+            told = ", ".join(f"{way} in {count}" for way, count in zip(ways, counts, strict=True))
+            lines.append(f"- {name}, the fastest way of each case: {told}.")
+    lines.append(f"- Peers: {', '.join(numbers['packages'])}.")
     firsts = {name: numbers[f"first_call/{name}"] for name in (OURS, *raced)}
     lines.append(
         "- The first call, which compiles, does not count; it took, in the median case and two contenders at a time: "

@@ -107,6 +107,18 @@ class TestContenders:
         fallen = contenders.full_loss(case, contenders.first_point(case), x, y) - loop
         assert abs(theirs - loop) < 0.05 * fallen
 
+    def test_a_hiccup_does_not_shorten_the_rounds(self):
+        """The machine stands still during the first run: so many steps are taken as without it."""
+        calls = []
+
+        def run(steps):
+            calls.append(steps)
+            return 1.0 if len(calls) == 1 else 1e-6 * steps
+
+        steps, each = contenders._enough(contenders.Entrant(run, None, lambda: None), 0.01)
+        assert steps >= 10_000
+        assert each == pytest.approx(1e-6)
+
     def test_a_pass_sees_each_example_once(self):
         """Reading the rows that the loop is given, without a step."""
         case = case_of("linear", 7)
@@ -171,6 +183,14 @@ class TestProcesses:
             process.handle.stdin.write("this is no request\n")
             with pytest.raises(speed.Lost, match=r"status 1: json.*JSONDecodeError"):
                 speed.ask(process, {"round": 0})
+
+    def test_when_the_asker_is_gone_the_process_ends_and_takes_the_data_along(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        with speed.contender("NumPy loop", "cpu", tmp_path / "data", patience=60) as process:
+            assert process.handle.stdin is not None
+            process.handle.stdin.close()
+            assert process.handle.wait(timeout=60) == 0
+        assert not (tmp_path / "data").exists()
 
 
 class TestTable:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxgrad import blocks, onecore
 from jaxgrad.data.checks import check_batch
 from jaxgrad.sampling import check_sizes
 from jaxgrad.types import Key, Loss, Params, Sampling
@@ -134,6 +135,7 @@ def advance(
     optimizer: Optimizer,
     sampling: Sampling,
     halt: Callable[[State], Any] | None = None,
+    single: bool = False,
 ) -> State:
     """Take steps until `state.step == until`: `g_t = ∇L(w_{t−1}; batch t)`, `w_t = w_{t−1} + optimizer(g_t)`.
 
@@ -141,12 +143,19 @@ def advance(
     the sampling's steps from 0. The result does not depend on how a run is cut into calls.
 
     With `halt`, each run ends at the first step after which `halt(state)` is true.
+
+    `single` says that this is one run, not under `vmap`: on a CPU a loop of small steps is then compiled into one
+    function for one core (`onecore`), up to ten times as fast.
     """
     n = _leading_axis(data)
     until = jnp.asarray(until, jnp.int32)
 
+    slope = jax.grad(loss)
+    if sampling.rows is not None:
+        slope = blocks.mean(slope, min(sampling.rows, n))
+
     def take(state: State, batch: Any) -> State:
-        gradient = jax.grad(loss)(state.params, batch)
+        gradient = slope(state.params, batch)
         update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, update)
         state = State(state.step + 1, params, optimizer_state, update, state.halted)
@@ -160,16 +169,22 @@ def advance(
 
     # The indices of many steps are drawn at once: a pure function of (key, step), they are the same one by one.
     ahead = max(1, min(_STEPS_PER_DRAW, _INDICES_PER_DRAW // sampling.batch_size))
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((sampling.batch_size, *leaf.shape[1:]), leaf.dtype), data)
+    small = single and onecore.fits(take, state, batch)
 
     def take_drawn(state: State) -> State:
         first, bound = state.step, jnp.minimum(until, state.step + ahead)
         drawn = jax.vmap(lambda t: sampling.indices(key, t, n))(first + jnp.arange(ahead, dtype=jnp.int32))
 
-        def one(state: State) -> State:
-            indices = drawn[state.step - first]
-            return take(state, jax.tree.map(lambda leaf: leaf.at[indices].get(mode="promise_in_bounds"), data))
+        def steps(state: State, drawn: Any, bound: Any, data: Any) -> State:
+            def one(state: State) -> State:
+                indices = drawn[state.step - first]
+                return take(state, jax.tree.map(lambda leaf: leaf.at[indices].get(mode="promise_in_bounds"), data))
 
-        return jax.lax.while_loop(partial(to_go, bound=bound), one, state)
+            first = state.step
+            return jax.lax.while_loop(partial(to_go, bound=bound), one, state)
+
+        return (partial(onecore.call, steps) if small else steps)(state, drawn, bound, data)
 
     return jax.lax.while_loop(partial(to_go, bound=until), take_drawn, state)
 
@@ -255,6 +270,9 @@ def descend(
     check_loss(loss, one_start, data)
     n = _leading_axis(data)
     check_sizes(sampling, n)
+    rows = _rows(sampling, loss, one_start, data)
+    if sampling.batch_size is None:
+        sampling = sampling._replace(rows=rows)
     first = int(state.step) if state else 0
     recorded = _record_points(record, first, steps)
     judged = set(range(first, steps, stop.every)) if stop and stop.reason != "small step" else set()
@@ -268,11 +286,18 @@ def descend(
         state = _init(start, optimizer=optimizer, many=many)
     axes = State(None, 0, 0, 0, 0) if many else None
     go = partial(_advance, loss=_hashable(loss), optimizer=optimizer, sampling=sampling, axes=axes)
-    look = partial(_look, loss=_hashable(loss), observe=observe and _hashable(observe), many=many)
-    judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, many=many)
+    look = partial(_look, loss=_hashable(loss), observe=observe and _hashable(observe), many=many, rows=rows)
+    judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, many=many, rows=rows)
 
     began = time.perf_counter()
-    jax.block_until_ready(go(state, key, data, state.step, halt=halt))
+    try:
+        jax.block_until_ready(go(state, key, data, state.step, halt=halt))
+    except jax.errors.JaxRuntimeError as error:
+        if many or "UNIMPLEMENTED" not in str(error):
+            raise
+        # `onecore` took the step for simpler than the compiler does.
+        go = partial(go, single=False)
+        jax.block_until_ready(go(state, key, data, state.step, halt=halt))
     compile_seconds = time.perf_counter() - began
 
     shape = (seeds,) if many else ()
@@ -354,11 +379,11 @@ def _init(params, *, optimizer, many):
     return state._replace(step=state.step[0])
 
 
-@partial(jax.jit, static_argnames=("loss", "optimizer", "sampling", "halt", "axes"))
-def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes):
+@partial(jax.jit, static_argnames=("loss", "optimizer", "sampling", "halt", "axes", "single"))
+def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes, single=True):
     one = partial(advance, loss=loss, optimizer=optimizer, sampling=sampling, halt=halt)
     if axes is None:
-        return one(state, key, data, until)
+        return one(state, key, data, until, single=single)
     if halt is None:
         # One step counter serves all runs, so the loop needs no masks.
         return jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=axes)(state, key, data, until)
@@ -367,8 +392,22 @@ def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes):
     return jax.vmap(one, in_axes=(own, 0, None, None), out_axes=own)(state, key, data, until)
 
 
-@partial(jax.jit, static_argnames=("loss", "observe", "many"))
-def _look(params, update, data, *, loss, observe, many):
+def _rows(sampling: Sampling, loss: Loss, params: Params, data: Any) -> int | None:
+    """Rows of a block in which to evaluate what is a mean over all examples; None for all at once."""
+    if sampling.rows is None:
+        return blocks.rows_for(loss, params, data)
+    if not blocks.is_mean(loss, params, data):
+        raise ValueError(
+            f"full_batch(rows={sampling.rows}) needs a loss that is a mean over the examples: of the first rows it is "
+            "not the mean of the losses of their two halves; take the mean, or leave rows out"
+        )
+    return sampling.rows
+
+
+@partial(jax.jit, static_argnames=("loss", "observe", "many", "rows"))
+def _look(params, update, data, *, loss, observe, many, rows):
+    loss = loss if rows is None else blocks.mean(loss, rows)
+
     def one(params, update):
         seen = None if observe is None else observe(params)
         return loss(params, data), optax.tree.norm(update), seen
@@ -376,10 +415,12 @@ def _look(params, update, data, *, loss, observe, many):
     return jax.vmap(one)(params, update) if many else one(params, update)
 
 
-@partial(jax.jit, static_argnames=("loss", "metric", "many"))
-def _judge(params, data, *, loss, metric, many):
+@partial(jax.jit, static_argnames=("loss", "metric", "many", "rows"))
+def _judge(params, data, *, loss, metric, many, rows):
+    slope = jax.grad(loss) if rows is None else blocks.mean(jax.grad(loss), rows)
+
     def one(params):
-        return optax.tree.norm(jax.grad(loss)(params, data)) if metric is None else metric(params)
+        return optax.tree.norm(slope(params, data)) if metric is None else metric(params)
 
     return jax.vmap(one)(params) if many else one(params)
 

@@ -30,9 +30,14 @@ _NETWORKS = 5
 _MAX_EXAMPLES = 2**31 - 1
 
 
-def full_batch() -> Sampling:
-    """Every example, in order, every step: the gradient is exact and the descent is GD (F3)."""
-    return Sampling("full batch", None, _every)
+def full_batch(rows: int | None = None) -> Sampling:
+    """Every example, in order, every step: the gradient is exact and the descent is GD (F3).
+
+    With `rows`, that gradient is evaluated over blocks of so many rows and added up: the same to rounding, for a loss
+    that is a mean over examples, in one pass over the data and in bounded memory (`jaxgrad.blocks`). `descend`
+    chooses it by itself where it pays.
+    """
+    return Sampling("full batch", None, _every, None if rows is None else _positive("rows", rows))
 
 
 def with_replacement(b: int) -> Sampling:
@@ -66,11 +71,15 @@ def reshuffled(b: int) -> Sampling:
 
 
 def _batch_size(b: int) -> int:
-    if isinstance(b, bool) or not isinstance(b, int):
-        raise TypeError(f"the batch size b must be an int, got {b!r} ({type(b).__name__})")
-    if b < 1:
-        raise ValueError(f"the batch size b must be at least 1, got {b}")
-    return b
+    return _positive("the batch size b", b)
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def check_sizes(sampling: Sampling, n: int) -> None:

@@ -70,6 +70,8 @@ class Sampling(NamedTuple):
     """b, or None for the full batch."""
     draw: Callable[[Key, Any, int, int], Int[Array, " b"]]
     """`draw(key, step, n, b) -> int32[b]`, pure."""
+    rows: int | None = None
+    """Of the full batch: evaluate its gradient over blocks of so many rows (`jaxgrad.blocks`)."""
 
     def indices(self, key: Key, step: Any, n: int) -> Int[Array, " b"]:
         """The examples of step `step` out of `n`: `int32[b]`, a pure function of `(key, step)`."""

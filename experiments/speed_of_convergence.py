@@ -182,7 +182,7 @@ def _timed_steps(b: int | None) -> int:
 def _loop(batch: Batch, b: int | None) -> Callable[[], Any]:
     """One run alone, so many steps that starting it costs nothing beside them."""
     state, optimizer = init(models.init_linear(batch.x.shape[1]), optax.sgd(1e-3)), optax.sgd(1e-3)
-    go = jax.jit(partial(advance, loss=LOSS, optimizer=optimizer, sampling=sampling_of(b)))
+    go = jax.jit(partial(advance, loss=LOSS, optimizer=optimizer, sampling=sampling_of(b), single=True))
     key, until = jax.random.key(0), jnp.int32(_timed_steps(b))
     return lambda: go(state, key, batch, until)
 

@@ -149,10 +149,10 @@ def _loop(sampling: Sampling, data: Batch, steps: int) -> Callable[[], Any]:
     """`steps` steps of the compiled loop."""
     state = init(models.init_linear(data.x.shape[1]), OPTIMIZER)
     key = jax.random.key(1)
-    return lambda: _advance(state, key, data, steps, loss=LOSS, optimizer=OPTIMIZER, sampling=sampling)
+    return lambda: _advance(state, key, data, steps, loss=LOSS, optimizer=OPTIMIZER, sampling=sampling, single=True)
 
 
-_advance = jax.jit(advance, static_argnames=("loss", "optimizer", "sampling"))
+_advance = jax.jit(advance, static_argnames=("loss", "optimizer", "sampling", "single"))
 
 
 def _draw(sampling: Sampling, n: int) -> Callable[[], Any]:
@@ -160,7 +160,7 @@ def _draw(sampling: Sampling, n: int) -> Callable[[], Any]:
 
     @jax.jit
     def program(key: Key) -> jax.Array:
-        return jax.vmap(lambda t: sampling.indices(key, t, n))(jnp.arange(INDEX_STEPS))
+        return sampling.ahead(key, 0, INDEX_STEPS, n)
 
     return lambda: program(jax.random.key(1))
 

@@ -319,7 +319,7 @@ def run_one(
     The figure is drawn before anything is written, so that an experiment that cannot be drawn leaves the
     results as they were.
     """
-    from experiments import plots, report, results
+    from experiments import report, results
 
     status(entry.name)
     module = importlib.import_module(f"experiments.{entry.name}")
@@ -339,7 +339,7 @@ def run_one(
     with DRAWING:
         figure = module.draw(numbers)
         results.write(plan.out, entry.name, device, config, numbers, module.claims(numbers), times)
-        plots.save(figure, plan.out / entry.name, report.figure_stem(device))
+        report.save_figure(plan.out, results.read(plan.out, entry.name, device), figure)
     return times
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import catalogue, plots, results
 from experiments.results import Claim, Result
@@ -57,10 +58,21 @@ def draw(folder: str | Path, chapters: Iterable[Chapter]) -> list[Path]:
         path
         for chapter in chapters
         for result in chapter.results
-        for path in plots.save(
-            chapter.module.draw(result.numbers), Path(folder) / chapter.name, figure_stem(result.device)
-        )
+        for path in save_figure(folder, result, chapter.module.draw(result.numbers))
     ]
+
+
+def save_figure(folder: str | Path, result: Result, drawing: Figure) -> tuple[Path, Path]:
+    """Write the figure of a result, which says in its margin what it was drawn from."""
+    return plots.save(drawing, Path(folder) / result.name, figure_stem(result.device), margin=origin(result))
+
+
+def origin(result: Result) -> str:
+    """What a figure was drawn from, in one line: the arrays by their sha256, which `sha256sum` shows, and what ran."""
+    versions, machine = result.provenance["versions"], result.provenance["machine"]
+    arrays = f"{result.name}/{result.device}.npz sha256 {result.provenance['sha256'][:12]}"
+    made = (f"jax {versions['jax']}", f"Python {versions['python']}", ", ".join(machine["device_kind"]))
+    return " · ".join((arrays, *made))
 
 
 def write(folder: str | Path, chapters: list[Chapter]) -> Path:

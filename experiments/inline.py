@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 ROOT = "stroke-linejoin:round;stroke-linecap:butt"
 """What Matplotlib says of every element; in a page the drawing says it once, and its parts inherit it."""
 GRID = "scale(0.015625)"
-"""What Matplotlib scales a glyph by, and nothing else: 64 units of its shape are one of the text's hundred to the em."""
+"""What Matplotlib scales a glyph by, and nothing else: 64 units of its shape are one of the hundred to an em."""
 PARAMETERS = {"M": 1, "L": 1, "Q": 2, "C": 3, "Z": 0}
 """Points that follow each command of a path; Matplotlib writes no others."""
 REFERENCE = re.compile(r"url\(#([^)]+)\)")

@@ -8,7 +8,7 @@
   const edge = explorer.edge(problem);
   const startGap = explorer.gap(problem, given.start);
   const SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, problem.n];
-  const SHOWN = 5; // runs drawn one by one; all of them make the band
+  const SHOWN = 3; // runs drawn one by one; all of them make the band
   const FAR = 10; // times the gap of the start: out of the bowl
   const MOTION = !window.matchMedia("(prefers-reduced-motion: reduce)").matches;
 
@@ -148,7 +148,9 @@
 
   function frameOf(svg, ranges, logarithmic) {
     const width = Math.max(240, svg.clientWidth);
-    const height = svg.id === "bowl" ? width : Math.max(300, Math.min(width, 460));
+    // The bowl's two axes have one scale.
+    const square = width - MARGIN.left - MARGIN.right + MARGIN.top + MARGIN.bottom;
+    const height = svg.id === "bowl" ? square : Math.max(300, Math.min(square, 460));
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.setAttribute("height", height);
     const box = { x: MARGIN.left, y: MARGIN.top, w: width - MARGIN.left - MARGIN.right, h: height - MARGIN.top - MARGIN.bottom };
@@ -168,10 +170,11 @@
     return `<path class="${name}" d="${d}"/>`;
   }
 
-  function axes({ box, x, y, height }, xTicks, yTicks, xLabel, yLabel) {
+  function axes({ box, x, y, height }, xTicks, yTicks, xLabel, yLabel, grid) {
     const bottom = box.y + box.h;
     const parts = xTicks.map(([v, text]) => `<path class="tick" d="M${near(x(v))} ${bottom}v5"/><text x="${near(x(v))}" y="${bottom + 18}" text-anchor="middle">${text}</text>`);
-    parts.push(...yTicks.map(([v, text]) => `<path class="grid" d="M${box.x} ${near(y(v))}h${box.w}"/><text x="${box.x - 6}" y="${Number(near(y(v))) + 4}" text-anchor="end">${text}</text>`));
+    const [kind, length] = grid ? ["grid", box.w] : ["tick", -5];
+    parts.push(...yTicks.map(([v, text]) => `<path class="${kind}" d="M${box.x} ${near(y(v))}h${length}"/><text x="${box.x - 6}" y="${Number(near(y(v))) + 4}" text-anchor="end">${text}</text>`));
     parts.push(`<path class="axis" d="M${box.x} ${box.y}V${bottom}H${box.x + box.w}"/>`);
     parts.push(`<text x="${box.x + box.w / 2}" y="${height - 6}" text-anchor="middle">${xLabel}</text>`);
     parts.push(`<text transform="translate(13 ${box.y + box.h / 2}) rotate(-90)" text-anchor="middle">${yLabel}</text>`);
@@ -190,8 +193,6 @@
     const svg = at("bowl");
     const frame = frameOf(svg, VIEW, false);
     const { x, y, box } = frame;
-    const scale = box.w / (VIEW.x[1] - VIEW.x[0]);
-    const tall = box.h / (VIEW.y[1] - VIEW.y[0]);
     const [u, v] = problem.minimiser;
     const [direction] = problem.directions;
     const parts = [];
@@ -234,9 +235,8 @@
     svg.innerHTML =
       clip("bowl-clip", box) +
       axes(frame, ticks.filter(([t]) => t < VIEW.x[1]), ticks.filter(([t]) => t > VIEW.y[0]),
-        `w₁: weight of ${given.names[0]}`, `w₂: weight of ${given.names[1]}`) +
+        `w₁: weight of ${given.names[0]}`, `w₂: weight of ${given.names[1]}`, false) +
       `<g clip-path="url(#bowl-clip)">${parts.join("")}<polygon class="minimum" points="${star.join(" ")}"/></g>`;
-    svg.dataset.scale = `${scale.toFixed(3)} ${tall.toFixed(3)}`;
     svg.setAttribute("aria-label", `The bowl: lines of equal loss over the two weights, and the paths from the start.`);
   }
 
@@ -282,7 +282,7 @@
     const xTicks = [0, 0.25, 0.5, 0.75, 1].map((share) => [share * steps, String(Math.round(share * steps))]);
     svg.innerHTML =
       clip("curve-clip", box) +
-      axes(frame, xTicks, decades, "steps (updates of the weights)", "gap: loss above its minimum") +
+      axes(frame, xTicks, decades, "steps (updates of the weights)", "gap: loss above its minimum", true) +
       `<g clip-path="url(#curve-clip)">${parts.join("")}</g>`;
   }
 
@@ -291,6 +291,14 @@
   at("edge").textContent = digits(edge);
   at("explorer-form").addEventListener("input", () => begin(false));
   at("explorer-form").addEventListener("submit", (event) => event.preventDefault());
+  for (const button of document.querySelectorAll("#explorer-form [data-eta]")) {
+    button.addEventListener("click", () => {
+      at("eta").value = button.dataset.eta;
+      at("batch").value = button.dataset.batch;
+      document.querySelector(`input[name="sampling"][value="${button.dataset.sampling}"]`).checked = true;
+      begin(MOTION);
+    });
+  }
   at("run").addEventListener("click", () => begin(MOTION));
   at("seeds").addEventListener("click", () => { firstSeed += 1000; begin(false); });
   new ResizeObserver(() => state && draw(state.steps)).observe(at("explorer"));

@@ -147,7 +147,8 @@ def _checks(claims: Iterable[tuple[str, str, Claim]], summary: str, named: bool)
         on = "" if device == "cpu" else f" ({escape(device)})"
         out.append(
             f'<li><span class="{tone}">{word}</span>: {inline_markdown(claim.text)}{on}. '
-            f"Measured: <b>{inline_markdown(claim.measured)}</b>. Expected: {inline_markdown(claim.expected)}.{place}</li>"
+            f"Measured: <b>{inline_markdown(claim.measured)}</b>. "
+            f"Expected: {inline_markdown(claim.expected)}.{place}</li>"
         )
     return f'<details><summary>{escape(summary)}</summary><ul class="checks">{"".join(out)}</ul></details>'
 

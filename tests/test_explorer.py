@@ -79,22 +79,19 @@ def as_json(sampling):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_key_and_step_give_the_same_indices(javascript, kind):
     """Index by index, for n sorted and n permuted, over passes, at the ends of what 32 bits hold."""
+    sizes = [(1, 1), (2, 2), (50, 7), (64, 64), (65, 1), (442, 64), (53_772, 5), (2**31 - 1, 5)]
     cases = [
-        (seed, step, n, b)
-        for seed in (0, 7, 2**32 - 1)
-        for n in (1, 2, 50, 64, 65, 97, 442, 53_772, 2**31 - 1)
-        for b in (1, 5, 64)
-        for step in (0, 1, 9, 12_345)
-        if b <= n
+        (seed, step, n, b) for seed in (0, 7, 2**31 - 1) for n, b in sizes for step in (0, 1, 9, 12_345, 2**31 - 1)
     ]
     drawn = javascript(
         "return cases.map(([seed, step, n, b]) => explorer.indices({ kind, b }, [0, seed], step, n));",
         cases=cases,
         kind=kind,
     )
-    draw = jax.jit(KINDS[kind](1).indices, static_argnums=(2, 3))
+    draws = {(n, b): jax.jit(KINDS[kind](b).indices, static_argnums=2) for n, b in sizes}
     for (seed, step, n, b), indices in zip(cases, drawn, strict=True):
-        np.testing.assert_array_equal(indices, draw(jax.random.key(seed), step, n, b), str((seed, step, n, b)))
+        expected = draws[n, b](jax.random.key(seed), step, n)
+        np.testing.assert_array_equal(indices, expected, str((seed, step, n, b)))
 
 
 def test_other_keys_than_small_seeds_agree_too(javascript):
@@ -104,13 +101,15 @@ def test_other_keys_than_small_seeds_agree_too(javascript):
         'return explorer.indices({ kind: "distinct", b: 20 }, words, 5, 442);',
         words=words,
     )
-    np.testing.assert_array_equal(drawn, distinct(20).indices(key, 5, 442, 20))
+    np.testing.assert_array_equal(drawn, distinct(20).indices(key, 5, 442))
 
 
 def test_words_are_scaled_as_integers_are(javascript):
     words = [0, 1, 2**16 - 1, 2**16, 2**31, 2**32 - 1, *np.random.default_rng(0).integers(0, 2**32, 200).tolist()]
     sizes = [1, 2, 3, 97, 65_537, 2**31 - 1]
-    scaled = javascript("return words.map((word) => sizes.map((m) => explorer.scaled(word, m)));", words=words, sizes=sizes)
+    scaled = javascript(
+        "return words.map((word) => sizes.map((m) => explorer.scaled(word, m)));", words=words, sizes=sizes
+    )
     assert scaled == [[word * m >> 32 for m in sizes] for word in words]
 
 
@@ -173,7 +172,7 @@ def test_the_expected_curve_and_the_edge_are_the_librarys(javascript, given, sam
         return {
             gamma: explorer.gamma(sampling, problem.n),
             edges: [explorer.edge(problem), explorer.sgdEdge(problem, sampling)],
-            curves: etas.map((eta) => explorer.expectedGaps(problem, shown.start, eta, sampling, 300)),
+            curves: etas.map((eta) => explorer.expectedGaps(problem, shown.start, eta, sampling, 150)),
         };
         """,
         shown=shown,
@@ -186,8 +185,8 @@ def test_the_expected_curve_and_the_edge_are_the_librarys(javascript, given, sam
     assert found["gamma"] == pytest.approx(gamma(sampling, len(batch.y)), rel=1e-14)
     np.testing.assert_allclose(found["edges"], [theory.edge(problem), theory.sgd_edge(problem, sampling)], rtol=1e-12)
     for eta, curve in zip(etas, found["curves"], strict=True):
-        exact = theory.sgd_excess(problem, shown["start"], eta, sampling, 300)
-        np.testing.assert_allclose(curve, exact, rtol=1e-10, atol=1e-300)
+        exact = theory.sgd_excess(problem, shown["start"], eta, sampling, 150)
+        np.testing.assert_allclose(np.array(curve, float), exact, rtol=1e-10, atol=1e-300)
 
 
 def test_quantiles_and_the_moment_of_divergence(javascript):

@@ -46,7 +46,9 @@
     const { eta, sampling, steps } = chosen;
     const noisy = sampling.kind !== "full batch";
     const gd = explorer.path(problem, given.start, eta, { kind: "full batch" }, [0, 0], steps);
-    const exact = noisy ? explorer.expectedGaps(problem, given.start, eta, sampling, steps) : null;
+    // Passes over so many examples have no exact mean to draw: fresh draws of as many are there to compare.
+    const fresh = { ...sampling, kind: sampling.kind === "reshuffled" ? "distinct" : sampling.kind };
+    const exact = noisy ? explorer.expectedGaps(problem, given.start, eta, fresh, steps) : null;
     const wanted = noisy ? Math.round(Math.min(200, Math.max(20, 2.5e6 / (steps * sampling.b)))) : 0;
     const sgdEdge = noisy && sampling.kind !== "reshuffled" ? explorer.sgdEdge(problem, sampling) : null;
     state = { ...chosen, gd, gdGaps: explorer.gaps(problem, gd), exact, sgdEdge, wanted, runs: [], band: null };
@@ -92,37 +94,43 @@
 
   function words() {
     const { fraction, gdGaps, exact, sgdEdge, runs, band, steps, sampling } = state;
-    const left = explorer.divergedAt(gdGaps, FAR);
+    const left = leaves(gdGaps);
     const said = [];
     if (fraction > 1) {
       const when = left < 0 ? `within ${steps} steps it is not out yet` : `at step ${left} it is out of the bowl`;
-      said.push(`GD diverges: the step size is beyond the edge 2/λmax, and ${when} (loss ${FAR} times the start's).`);
+      said.push(`GD diverges: the step size is beyond the edge 2/λmax, and ${when} (gap ${FAR} times the start's).`);
     } else {
       const share = gdGaps[steps] / startGap;
       const slow = share > 0.05 ? " It crawls." : "";
       said.push(`GD: after ${steps} steps the loss is ${percent(share)} as far above its minimum as at the start.${slow}`);
     }
     if (runs.length) {
-      const settled = `in 80 % of ${runs.length} runs it is ${digits(band.low[steps])} to ${digits(band.high[steps])}`;
+      const middle = `the middle 80 % of ${runs.length} runs lie between ${digits(band.low[steps])} and ${digits(band.high[steps])}`;
       said.push(
-        exact
-          ? `SGD: the mean gap after ${steps} steps is ${digits(exact[steps])}, exactly; ${settled}.`
-          : `SGD: after ${steps} steps the gap: ${settled}; for reshuffled passes over so many examples there is no ` +
-            "exact mean to draw.",
+        sampling.kind === "reshuffled"
+          ? `SGD: after ${steps} steps ${middle}. Passes over so many examples have no exact mean to draw: the dashed ` +
+            `line, which ends at ${digits(exact[steps])}, is that of as many distinct examples drawn afresh each step.`
+          : `SGD: after ${steps} steps the mean gap is ${digits(exact[steps])}, exactly, and ${middle}.`,
       );
-      const gone = runs.filter((run) => explorer.divergedAt(run.gaps, FAR) >= 0).length;
-      if (gone) said.push(`${gone} of ${runs.length} runs rose above ${FAR} times the start's gap.`);
+      const rose = runs.filter((run) => explorer.divergedAt(run.gaps, FAR) >= 0).length;
+      const gone = runs.filter((run) => leaves(run.gaps) >= 0).length;
+      if (rose) said.push(`${rose} of ${runs.length} runs rose above ${FAR} times the start's gap, and ${gone} ended there.`);
     }
-    if (sgdEdge !== null) {
-      const where = digits(sgdEdge / edge);
+    if (sampling.b === problem.n && sampling.kind === "distinct") said.push("All examples at once, each once: this is GD.");
+    else if (sgdEdge !== null && fraction <= 1) {
+      const where = `${Number((sgdEdge / edge).toPrecision(3))} × the edge of GD`;
       said.push(
         state.eta < sgdEdge
-          ? `With this sampling the mean gap stays bounded up to ${where} × the edge.`
-          : `The mean gap explodes: its own edge is at ${where} × the edge of GD, though a typical run may settle.`,
+          ? `With this sampling the mean gap stays bounded up to ${where}.`
+          : `The mean gap explodes: with this sampling its own edge is at ${where}. A typical run may settle all the same.`,
       );
-      if (sampling.b === problem.n && sampling.kind === "distinct") said.push("All examples at once, each once: this is GD.");
     }
     return said.join(" ");
+  }
+
+  // The step at which a run is out of the bowl, if it does not come back; else -1.
+  function leaves(gaps) {
+    return gaps[gaps.length - 1] <= FAR * gaps[0] ? -1 : explorer.divergedAt(gaps, FAR);
   }
 
   function digits(value) {
@@ -143,7 +151,7 @@
 
   // --- drawings --------------------------------------------------------------------------------------------------
 
-  const MARGIN = { left: 52, right: 12, top: 10, bottom: 42 };
+  const MARGIN = { left: 52, right: 18, top: 10, bottom: 42 };
   const VIEW = { x: [-2.7, 1.7], y: [-1.7, 2.7] };
 
   function frameOf(svg, ranges, logarithmic) {
@@ -204,21 +212,22 @@
       });
       parts.push(line(points.map((p) => x(p[0])), points.map((p) => y(p[1])), "level"));
     }
-    const track = (points, name) => {
+    // A path that leaves for good is drawn until it is out, and marked where it was last seen in the picture.
+    const end = (gaps) => (leaves(gaps) < 0 ? until : Math.min(until, leaves(gaps)));
+    const track = (points, gaps, name) => {
       const xs = [];
       const ys = [];
-      for (let t = 0; t <= until; t++) { xs.push(x(points[2 * t])); ys.push(y(points[2 * t + 1])); }
+      for (let t = 0; t <= end(gaps); t++) { xs.push(x(points[2 * t])); ys.push(y(points[2 * t + 1])); }
       return line(xs, ys, name);
     };
-    state.runs.slice(0, SHOWN).forEach((run) => parts.push(track(run.points, "sgd")));
-    parts.push(track(state.gd, "gd"));
+    state.runs.slice(0, SHOWN).forEach((run) => parts.push(track(run.points, run.gaps, "sgd")));
+    parts.push(track(state.gd, state.gdGaps, "gd"));
     if (until <= 300) {
-      for (let t = 0; t <= until; t++) parts.push(`<circle class="dot" r="1.8" cx="${near(x(state.gd[2 * t]))}" cy="${near(y(state.gd[2 * t + 1]))}"/>`);
+      for (let t = 0; t <= end(state.gdGaps); t++) parts.push(`<circle class="dot" r="1.8" cx="${near(x(state.gd[2 * t]))}" cy="${near(y(state.gd[2 * t + 1]))}"/>`);
     }
-    // A path that leaves the picture is marked where it was last seen before it was out.
     const marks = [[state.gd, state.gdGaps, "gd"], ...state.runs.slice(0, SHOWN).map((run) => [run.points, run.gaps, "sgd"])];
     for (const [points, gaps, name] of marks) {
-      const left = explorer.divergedAt(gaps, FAR);
+      const left = leaves(gaps);
       if (left < 0 || left > until) continue;
       for (let t = left; t >= 0; t--) {
         const [px, py] = [x(points[2 * t]), y(points[2 * t + 1])];
@@ -249,7 +258,7 @@
       if (curve) for (const value of curve) if (value < lowest) lowest = value;
     }
     const bottom = 10 ** Math.floor(Math.log10(Math.max(lowest, startGap * 1e-8)));
-    const top = 10 ** Math.ceil(Math.log10(startGap * FAR));
+    const top = 10 ** Math.ceil(Math.log10(startGap * FAR * (leaves(gdGaps) < 0 ? 1 : 1000)));
     const frame = frameOf(svg, { x: [0, steps], y: [bottom, top] }, true);
     const { x, y, box } = frame;
     const xs = Array.from({ length: until + 1 }, (_, t) => x(t));
@@ -263,7 +272,7 @@
     shown.forEach((gaps) => parts.push(curve(gaps, "sgd")));
     parts.push(curve(gdGaps, "gd"));
     if (exact) parts.push(curve(exact, "exact"));
-    const left = explorer.divergedAt(gdGaps, FAR);
+    const left = leaves(gdGaps);
     if (left >= 0 && left <= until) {
       const end = left > 0.6 * steps ? "end" : "start";
       parts.push(`<path class="moment" d="M${near(x(left))} ${box.y}v${box.h}"/>`);
@@ -271,7 +280,7 @@
       parts.push(cross(x(left), y(gdGaps[left]), "gd"));
     }
     shown.forEach((gaps) => {
-      const out = explorer.divergedAt(gaps, FAR);
+      const out = leaves(gaps);
       if (out >= 0 && out <= until) parts.push(cross(x(out), Math.max(box.y + 6, y(gaps[out])), "sgd"));
     });
     const decades = [];
@@ -279,7 +288,7 @@
     for (let e = Math.round(Math.log10(top)); e >= Math.round(Math.log10(bottom)); e -= apart) {
       decades.push([10 ** e, e >= -2 && e <= 2 ? String(Number((10 ** e).toPrecision(1))) : power(10 ** e)]);
     }
-    const xTicks = [0, 0.25, 0.5, 0.75, 1].map((share) => [share * steps, String(Math.round(share * steps))]);
+    const xTicks = [0, 0.2, 0.4, 0.6, 0.8, 1].map((share) => [share * steps, String(Math.round(share * steps))]);
     svg.innerHTML =
       clip("curve-clip", box) +
       axes(frame, xTicks, decades, "steps (updates of the weights)", "gap: loss above its minimum", true) +
@@ -295,6 +304,7 @@
     button.addEventListener("click", () => {
       at("eta").value = button.dataset.eta;
       at("batch").value = button.dataset.batch;
+      at("steps").value = button.dataset.steps || "200";
       document.querySelector(`input[name="sampling"][value="${button.dataset.sampling}"]`).checked = true;
       begin(MOTION);
     });

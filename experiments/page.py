@@ -66,7 +66,7 @@ def document(folder: Path, chapters: Sequence[Chapter]) -> str:
         "correlation": f"{np.corrcoef(np.reshape(shown['x'], (-1, 2)).T)[0, 1]:.2f}",
         "explorer_code": _code(folder, "experiments/explorer.js"),
         "rows_table": _rows_table(folder, rows, claims, chapters),
-        "contents": "".join(f'<li><a href="#{escape(c.name)}">{escape(c.name)}</a></li>' for c in chapters),
+        "contents": "".join(f"<li>{_link(f'#{c.name}', c.name)}: {inline_markdown(c.headline)}</li>" for c in chapters),
         "sections": "\n".join(_section(folder, chapter, figures.figures.get(chapter.name)) for chapter in chapters),
         "origin": _origin(chapters),
         "explorer_data": _json(shown),

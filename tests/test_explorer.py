@@ -79,7 +79,7 @@ def as_json(sampling):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_key_and_step_give_the_same_indices(javascript, kind):
     """Index by index, for n sorted and n permuted, over passes, at the ends of what 32 bits hold."""
-    sizes = [(1, 1), (2, 2), (50, 7), (64, 64), (65, 1), (442, 64), (53_772, 5), (2**31 - 1, 5)]
+    sizes = [(1, 1), (2, 2), (50, 7), (64, 64), (65, 1), (442, 64), (119, 9), (53_772, 5), (2**31 - 1, 5)]
     cases = [
         (seed, step, n, b) for seed in (0, 7, 2**31 - 1) for n, b in sizes for step in (0, 1, 9, 12_345, 2**31 - 1)
     ]

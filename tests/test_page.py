@@ -133,9 +133,6 @@ class TestDocument:
 
 
 class TestCommitted:
-    def test_it_is_that_of_the_data(self, committed):
-        assert page.document(ROOT / "results", report.load(ROOT / "results")) == committed
-
     def test_it_is_whole_and_loads_nothing(self, committed):
         outline = Outline(committed)
         assert not {tag for tag, _ in outline.tags} & {

@@ -85,5 +85,5 @@ def random_keys(seed: int | Sequence[int], count: int) -> Any:
     import jax
     import numpy as np
 
-    words = np.random.SeedSequence(seed).generate_state(2 * count)
+    words: Any = np.random.SeedSequence(seed).generate_state(2 * count)
     return jax.random.wrap_key_data(words.reshape(count, 2))

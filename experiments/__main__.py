@@ -338,11 +338,10 @@ def outcomes(
 
 def store(out: Path, name: str, device: str, product: work.Product) -> None:
     """Write what an experiment yielded: numbers and figure, each file whole or not at all."""
-    from experiments import report, results
+    from experiments import plots, report, results
 
     results.write(out, name, device, product.config, product.numbers, product.claims, product.times)
-    for ending, content in product.figure.items():
-        results.replace(out / name / f"{report.figure_stem(device)}{ending}", content)
+    plots.write(product.figure, out / name, report.figure_stem(device))
 
 
 def load(out: Path) -> list["Chapter"]:
@@ -356,10 +355,16 @@ def load(out: Path) -> list["Chapter"]:
 
 
 def publish(out: Path, chapters: list["Chapter"]) -> None:
-    """Write the report of a folder, and, for the study's own, the front page."""
+    """Write the report of a folder, as Markdown and as a page, and, for the study's own, the front page."""
     from experiments import report
 
     say(f"report: {report.write(out, chapters)}")
+    try:
+        from experiments import page
+
+        say(f"page: {page.write(out, chapters)}")
+    except ModuleNotFoundError as error:
+        raise Unusable(f"no page was written, for {error.name} is not installed; {INSTALL}") from None
     readme = RESULTS.parent / "README.md"
     if out.resolve() == RESULTS and readme.is_file() and report.front_page(readme, out, chapters):
         say(f"front page: {readme}")

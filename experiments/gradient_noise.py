@@ -277,7 +277,33 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
             bool(held.all()),
         )
     )  # fmt: skip
-    return out
+    return [*out, _with_the_wrong_factor(numbers)]
+
+
+def _with_the_wrong_factor(numbers: dict[str, Any]) -> Claim:
+    """What an estimate of ‖G‖² from two sizes is off by if distinct examples are taken for independent draws.
+
+    From the full batch and batches of b it is `(n ‖G‖² − b E‖g_b‖²)/(n − b)`: right if the noise were `tr Σ/b`. It is
+    `γ tr Σ`, with `bγ = (n − b)/(n − 1)`.
+    """
+    b, z, last = int(numbers["two/sizes"][0]), [], []
+    for name in numbers["problems"]:
+        n, column = numbers[f"{name}/n"], list(numbers[f"{name}/sizes"]).index(b)
+        bias, error = (
+            scale * b / (n - b) * numbers[f"{name}/distinct/{part}"][:, column]
+            for scale, part in ((-1, "mean"), (1, "error"))
+        )
+        z += ((bias + numbers[f"{name}/trace"] / (n - 1)) / error).tolist()
+        squared = numbers[f"{name}/gradient_squared"][-1]
+        last.append(f"{name} {squared + bias[-1]:.2g} for {squared:.2g}")
+    limit = statistics.z_limit(len(z), level=LEVEL)
+    return Claim(
+        "C3",
+        f"with 1/b for γ, b = {b} distinct examples and the full batch miss ‖G‖² by −tr Σ/(n − 1): {len(z)} means",
+        f"largest deviation {np.abs(z).max():.2f} standard errors; at the last point they see {'; '.join(last)}",
+        f"at most {limit:.3g} (99 %, all together)",
+        bool(np.abs(z).max() <= limit),
+    )
 
 
 def _number(value: float) -> str:

@@ -202,6 +202,39 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
             "0.5 to 2 (a mean of skewed runs)",
             bool(ratio.min() > 0.5 and ratio.max() < 2),
         ),
+        *_folklore(numbers),
+    ]
+
+
+def _folklore(numbers: dict[str, Any]) -> list[Claim]:
+    """Two things often said of the step size, against the measured counts."""
+    fractions, measured = numbers["fractions"], numbers["measured"]
+    first_growing = float(fractions[numbers["grows"]].min())
+    # In units of the edge 2/λmax: 1/λmax, and the largest η of the grid that is not beyond 2/(λmin + λmax).
+    worst_case = numbers["condition_number"] / (numbers["condition_number"] + 1)
+    half, near = int(np.argmin(np.abs(fractions - 0.5))), int(np.flatnonzero(fractions <= worst_case)[-1])
+    counts = [
+        f"{a:,.0f} steps against {b:,.0f}".replace("inf", "too many")
+        for a, b in zip(measured[near], measured[half], strict=True)
+    ]
+    targets = [f"to {share:.2g}: {count}" for share, count in zip(numbers["shares"], counts, strict=True)]
+    return [
+        Claim(
+            "C6",
+            "for the mean of (y − ŷ)², H = (2/n) XᵀX: the edge is 1/λmax(XᵀX/n), half of 2/λmax(XᵀX/n), which belongs "
+            "to ½(y − ŷ)²",
+            f"the gap grows from {first_growing / 2:.4g} of 2/λmax(XᵀX/n) on",
+            "from 0.5 on, to 2 %",
+            abs(first_growing / 2 - 0.5) <= 0.01,
+        ),
+        Claim(
+            "C6",
+            f"η = 2/(λmin + λmax), the best one in the worst case ({worst_case:.4f} of the edge), is not best to "
+            "coarse targets: 1/λmax gets there sooner",
+            f"at {fractions[near]:.4g} of the edge against {fractions[half]:.3g}, {'; '.join(targets)}",
+            "more steps, to some target",
+            bool(np.any(measured[near] > measured[half])),
+        ),
     ]
 
 

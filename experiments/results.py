@@ -126,6 +126,11 @@ def read(folder: str | Path, name: str, device: str) -> Result:
     )
 
 
+def digest(numbers: dict[str, Any]) -> str:
+    """The sha256 of the npz that `write` would write."""
+    return hashlib.sha256(_npz(_split(numbers)[1])).hexdigest()
+
+
 def as_saved(numbers: dict[str, Any]) -> dict[str, Any]:
     """The numbers as `read` will give them back, without a file in between."""
     plain, arrays = _split(numbers)

@@ -40,7 +40,7 @@ class Product(NamedTuple):
     """As they will be read back."""
     claims: list[Any]
     figure: dict[str, bytes]
-    """The two files by their ending."""
+    """The two files by their kind."""
     times: dict[str, float]
 
 
@@ -67,7 +67,7 @@ def perform(task: Task, status: Callable[[str], None]) -> Product | Failure:
 def _product(task: Task, status: Callable[[str], None]) -> Product:
     import jax
 
-    from experiments import plots, results
+    from experiments import plots, report, results
 
     name = task.entry.name
     status(name)
@@ -88,7 +88,8 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
     if Path(str(settings.get("data", ""))).is_file():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)
-    return Product(config, numbers, module.claims(numbers), plots.render(module.draw(numbers)), times)
+    margin = report.origin(name, task.device, results.surroundings() | {"sha256": results.digest(numbers)})
+    return Product(config, numbers, module.claims(numbers), plots.render(module.draw(numbers), margin=margin), times)
 
 
 # --- in a process of its own -----------------------------------------------------------------------------------

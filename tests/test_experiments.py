@@ -23,7 +23,7 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import plots, report, results, verdicts, work
+from experiments import page, plots, report, results, verdicts, work
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -409,6 +409,7 @@ class TestCommand:
             "line/cpu.npz",
             "line/figure.png",
             "line/figure.svg",
+            "report.html",
         ]
         assert "results-quick" in err
         assert "line: drawing a line" in err
@@ -564,7 +565,7 @@ class TestReport:
     def test_everything_is_drawn_again_byte_for_byte(self, study, capsys):
         assert command.main(["line"]) == 0
         before = contents(study / "results")
-        for path in ("README.md", "line/figure.svg", "line/figure.png"):
+        for path in ("README.md", "report.html", "line/figure.svg", "line/figure.png"):
             (study / "results" / path).unlink()
         assert command.main(["report"]) == 0
         assert contents(study / "results") == before
@@ -657,8 +658,10 @@ def copy_of_the_study(folder, **extra):
     """The package of experiments without its experiments, plus some, in a folder of its own."""
     package = folder / "experiments"
     package.mkdir()
-    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts", "work"):
+    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts", "page", "inline", "work"):
         shutil.copy(ROOT / "experiments" / f"{name}.py", package)
+    for name in ("page.html", "page.css", "page.js", "explorer.js"):
+        shutil.copy(ROOT / "experiments" / name, package)
     for name, source in extra.items():
         (package / f"{name}.py").write_text(source)
     return [sys.executable, "-m", "experiments"]
@@ -869,7 +872,8 @@ class TestCommitted:
     def copy(self, tmp_path):
         shutil.copytree(ROOT / "results", tmp_path / "results")
         shutil.copy(ROOT / "README.md", tmp_path)
-        (tmp_path / "tests").mkdir()  # the report links them where they are
+        for name in ("tests", "experiments"):
+            (tmp_path / name).mkdir()  # the report links them where they are
         return tmp_path
 
     def test_the_report_and_the_front_page_are_those_of_the_data(self, copy):
@@ -878,14 +882,15 @@ class TestCommitted:
         before = contents(copy)
         chapters = report.load(folder)
         report.write(folder, chapters)
+        page.write(folder, chapters)
         report.front_page(copy / "README.md", folder, chapters)
         assert {path for path, old in contents(copy).items() if before.get(path) != old} == set()
 
     def test_every_link_leads_somewhere(self, copy):
-        for page in (copy / "README.md", copy / "results" / "README.md"):
-            for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text()):
-                target = (page.parent / link).relative_to(copy)
-                assert (ROOT / target).exists(), f"{page.name}: {link}"
+        for readme in (copy / "README.md", copy / "results" / "README.md"):
+            for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", readme.read_text()):
+                target = (readme.parent / link).relative_to(copy)
+                assert (ROOT / target).exists(), f"{readme.name}: {link}"
 
     def test_every_row_of_the_lecture_is_settled(self):
         claims = report.claims_of(report.load(ROOT / "results"))

@@ -79,7 +79,7 @@ const explorer = (() => {
   function indices(sampling, key, step, n) {
     const { kind, b } = sampling;
     if (kind === "full batch") return Int32Array.from({ length: n }, (_, i) => i);
-    if (kind === "distinct") return permuted(stream(key, step), 0, b, n);
+    if (kind === "distinct" && b > 1) return permuted(stream(key, step), 0, b, n);
     if (kind === "reshuffled") {
       const stepsPerPass = Math.floor(n / b);
       return permuted(stream(key, Math.floor(step / stepsPerPass)), (step % stepsPerPass) * b, b, n);

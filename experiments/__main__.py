@@ -1,4 +1,4 @@
-"""`python -m experiments`: run the study, list it, or draw it again from saved data.
+"""`python -m experiments`: run the study, list it, draw it again from saved data, or verify that a re-run agrees.
 
 The command line is read and refused before JAX is imported: help and errors come at once.
 """
@@ -7,7 +7,10 @@ import dataclasses
 import difflib
 import importlib
 import os
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -31,6 +34,7 @@ except ModuleNotFoundError:
 
 if TYPE_CHECKING:
     from experiments.report import Chapter
+    from experiments.results import Result
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 """The study's own results, which the front page shows."""
@@ -46,11 +50,25 @@ examples:
   python -m experiments --quick                    all of it at small sizes, into results-quick/
   python -m experiments gd_vs_sgd step_cost        two experiments
   python -m experiments list                       what there is, and what each shows
+  python -m experiments --resume                   the rest of a study that was interrupted or killed
   python -m experiments report                     draw everything again from saved data; runs nothing
+  python -m experiments verify                     run everything again, elsewhere: are these the published numbers?
+  python -m experiments verify --quick             the same at small sizes, against results/quick
   python -m experiments gd_vs_sgd --data prices.csv --target price
                                                    the same experiment on your own file
 
-exit status: 0 done, 1 an experiment failed, 2 unusable arguments or data, 130 interrupted
+verify runs again into a temporary folder, touches nothing that is committed, and gives a verdict on every number
+and curve: identical; agrees (within what rounding, or its own seeds, may change); differs (with both values, the
+tolerance, and what kind of change does that); not comparable (and what would make it so). For whoever changes the
+study: `spread` runs it again with other vector instructions and records by how much rounding moves each number, on
+which verify's tolerances rest; `spread --quick` renews results/quick first.
+
+An experiment's files are replaced when it is done, each whole or not at all, whenever the study is stopped.
+--resume leaves out what was finished by this very code with these settings, versions and machine. The rest
+gives the same bits as if nothing had happened, but for what is measured in seconds. One study at a time writes to a
+folder; another says so and ends.
+
+exit status: 0 done, 1 an experiment failed or a number differs, 2 unusable arguments or data, 130 interrupted
 """
 
 
@@ -67,7 +85,7 @@ class Arguments:
     """Gradient descent against SGD: the lecture's formulas and claims, run, measured and drawn."""
 
     names: Annotated[tuple[str, ...], conf.Positional, conf.arg(metavar="[NAME ...]", **QUIET)] = ()
-    """Experiments to run (none: all of them), or `list`, or `report`."""
+    """Experiments to run (none: all of them), or `list`, or `report`; or `verify` or `spread` and experiments."""
 
     quick: Annotated[bool, conf.arg(**QUIET)] = False
     """Small sizes: seconds instead of minutes."""
@@ -88,6 +106,18 @@ class Arguments:
     device: Annotated[str | None, conf.arg(metavar="{cpu,gpu}", **QUIET)] = None
     """What to compute on. By default JAX picks."""
 
+    resume: Annotated[bool, conf.arg(**QUIET)] = False
+    """Only what is not there yet, or was made by other code, settings, versions or another machine."""
+
+    bare: Annotated[bool, conf.arg(**QUIET)] = False
+    """Numbers only: no figures, no report."""
+
+    rerun: Annotated[Path | None, conf.arg(metavar="DIR", **QUIET)] = None
+    """For verify: results of a re-run that you have already; nothing is run."""
+
+    every: Annotated[bool, conf.arg(**QUIET)] = False
+    """For verify: list every number with its verdict, not only those that differ."""
+
 
 class Plan(NamedTuple):
     """What a run will do, settled before JAX is imported."""
@@ -98,6 +128,11 @@ class Plan(NamedTuple):
     quick: bool
     out: Path
     device: str | None
+    resume: bool = False
+    bare: bool = False
+
+
+COMMANDS = ("list", "report", "verify", "spread")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,6 +143,10 @@ def main(argv: list[str] | None = None) -> int:
             status = show_list(arguments)
         elif arguments.names[:1] == ("report",):
             status = redraw(arguments)
+        elif arguments.names[:1] == ("verify",):
+            status = verify_study(arguments)
+        elif arguments.names[:1] == ("spread",):
+            status = record_spread(arguments)
         else:
             status = run(plan(arguments))
         sys.stdout.flush()
@@ -142,8 +181,9 @@ def plan(arguments: Arguments) -> Plan:
     """Everything that can be wrong with the arguments, found before anything is imported or written."""
     known = catalogue()
     for name in arguments.names:
-        if name in ("list", "report"):
-            raise Unusable(f"{name!r} stands alone: python -m experiments {name}")
+        if name in COMMANDS:
+            alone = "comes first" if name in ("verify", "spread") else "stands alone"
+            raise Unusable(f"{name!r} {alone}: python -m experiments {name}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             raise Unusable(
@@ -154,6 +194,9 @@ def plan(arguments: Arguments) -> Plan:
         raise Unusable(f"--device must be cpu or gpu, got {arguments.device!r}")
     if arguments.target is not None and arguments.data is None:
         raise Unusable("--target names a column of --data, and there is no --data")
+    for option in ("rerun", "every"):
+        if getattr(arguments, option):
+            raise Unusable(f"--{option} is for verify: python -m experiments verify --{option} ...")
     given = {"seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target}
     overrides = {field: value for field, value in given.items() if value is not None}
     entries = tuple(known[name] for name in dict.fromkeys(arguments.names)) or tuple(known.values())
@@ -172,7 +215,7 @@ def plan(arguments: Arguments) -> Plan:
     suffix = "-custom" if overrides else "-quick" if arguments.quick else ""
     out = Path(arguments.out or RESULTS.with_name(RESULTS.name + suffix))
     check_folder(out)
-    return Plan(entries, overrides, arguments.quick, out, arguments.device)
+    return Plan(entries, overrides, arguments.quick, out, arguments.device, arguments.resume, arguments.bare)
 
 
 def whole(seeds: str | None) -> int | None:
@@ -213,10 +256,11 @@ def redraw(arguments: Arguments) -> int:
 
     if not results.saved(out):
         raise Unusable(f"there are no results in {out}; run `python -m experiments` first")
-    chapters = load(out)
-    for path in report.draw(out, chapters):
-        print(path)
-    publish(out, chapters)
+    with writing(out):
+        chapters = load(out)
+        for path in report.draw(out, chapters):
+            print(path)
+        publish(out, chapters)
     return OK
 
 
@@ -233,45 +277,197 @@ def only(arguments: Arguments, command: str, allowed: tuple[str, ...]) -> None:
 def run(plan: Plan) -> int:
     """Run every experiment of the plan, the next ones too where one fails; then write the report."""
     device = start_jax(plan.device)
-    say(f"results go to {plan.out}")
+    with writing(plan.out):
+        say(f"results go to {plan.out}")
+        there = [entry for entry in plan.entries if plan.resume and is_current(entry, plan, device)]
+        if there:
+            say(f"finished before, by this very code: {', '.join(entry.name for entry in there)}")
+        rest = plan._replace(entries=tuple(entry for entry in plan.entries if entry not in there))
+        outcome = carry_out(rest, device)
+        if outcome.status == INTERRUPTED or plan.bare:
+            return outcome.status
+        from experiments import report, results
+
+        chapters = load(plan.out)
+        # Whoever stopped the study may have done so between the numbers and their figures.
+        report.draw(plan.out, [chapter for chapter in chapters if chapter.name in {entry.name for entry in there}])
+        publish(plan.out, chapters)
+        if plan.out.resolve() == RESULTS and device == "cpu":
+            results.environment(RESULTS)
+    show_verdicts([chapter for chapter in chapters if chapter.name in outcome.done])
+    return outcome.status
+
+
+class Outcome(NamedTuple):
+    status: int
+    done: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+def carry_out(plan: Plan, device: str) -> Outcome:
+    """Run the experiments of a plan and write their results."""
     compile_seconds = compile_clock()
     begun: list[str] = []
     done: list[str] = []
     failed: list[str] = []
+    stopped = threading.Event()
 
     def work(entry: Entry) -> dict[str, float]:
         begun.append(entry.name)
-        return run_one(entry, plan, device, compile_seconds, status)
+        try:
+            return run_one(entry, plan, device, compile_seconds, status, stopped, done)
+        except Exception:
+            failed.append(entry.name)
+            raise
 
     with screen(len(plan.entries)) as (status, line):
         try:
             for entry, times in outcomes(plan, work):
                 try:
                     spent = times()
-                    done.append(entry.name)
                     line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(entry.name, **spent))
                 except Exception as error:
                     if is_the_persons(error, plan):
                         missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
                         hint = f"; {INSTALL}" if missing else ""
                         raise Unusable(f"{entry.name}: {error}{hint}") from error
-                    failed.append(entry.name)
                     line(f"{entry.name} failed: {short_traceback(error)}")
         except KeyboardInterrupt:
-            broken_off = " and ".join(name for name in begun if name not in done + failed)
+            # Whoever is writing may end; nobody begins to write.
+            with DRAWING:
+                stopped.set()
+                cut = " and ".join(name for name in begun if name not in done + failed)
+            when = f"during {cut}, whose earlier results are untouched" if cut else "between two experiments"
             so_far = f"; {', '.join(done)} finished" if done else ""
-            line(f"interrupted during {broken_off}, whose earlier results are untouched{so_far}")
-            return INTERRUPTED
-    from experiments import results
-
-    chapters = load(plan.out)
-    publish(plan.out, chapters)
-    if plan.out.resolve() == RESULTS and device == "cpu":
-        results.environment(RESULTS)
-    show_verdicts([chapter for chapter in chapters if chapter.name in done])
+            line(f"interrupted {when if begun else 'before any experiment began'}{so_far}; --resume does the rest")
+            return Outcome(INTERRUPTED, tuple(done), tuple(failed))
     if failed:
         say(f"failed: {', '.join(failed)}")
-    return FAILED if failed else OK
+    return Outcome(FAILED if failed else OK, tuple(done), tuple(failed))
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Be the only one that writes to a folder."""
+    from experiments import results
+
+    try:
+        with results.lock(out):
+            yield
+    except BlockingIOError as error:
+        raise Unusable(f"{error}; wait for it to end, or write elsewhere with --out") from None
+
+
+def is_current(entry: Entry, plan: Plan, device: str) -> bool:
+    """Whether a run of this entry would give again what is saved: nothing that numbers depend on has changed."""
+    from experiments import results
+
+    if Path(str(plan.overrides.get("data", ""))).is_file():
+        return False  # what is in the file is not recorded
+    try:
+        saved = results.read(plan.out, entry.name, device)
+        edited = results.edited(plan.out, entry.name, device)
+    except (ValueError, OSError):
+        return False
+    config = results.as_saved(dataclasses.asdict(configure(entry, plan)))
+    now = {"code": results.code(entry.name), **results.surroundings()}
+    return not edited and saved.config == config and all(saved.provenance[key] == now[key] for key in now)
+
+
+def configure(entry: Entry, plan: Plan) -> Any:
+    """The settings of an experiment in a plan."""
+    module = importlib.import_module(f"experiments.{entry.name}")
+    settings = {key: value for key, value in plan.overrides.items() if key in entry.fields}
+    return dataclasses.replace(module.QUICK if plan.quick else module.Config(), **settings)
+
+
+def verify_study(arguments: Arguments) -> int:
+    """Run again, elsewhere, and say of every published number whether it is the same."""
+    folder, entries = committed(arguments, "verify")
+    from experiments import results, verify
+
+    device = start_jax(arguments.device)
+    with tempfile.TemporaryDirectory(prefix="jaxgrad-verify-") as temporary:
+        rerun, failed = arguments.rerun, ()
+        if rerun is None:
+            rerun = Path(temporary)
+            able = tuple(entry for entry in entries if (entry.name, device) in results.saved(folder))
+            outcome = carry_out(Plan(able, {}, arguments.quick, rerun, device, bare=True), device)
+            if outcome.status == INTERRUPTED:
+                return INTERRUPTED
+            failed = outcome.failed
+        elif not results.saved(rerun):
+            raise Unusable(f"--rerun {rerun}: there are no results in it")
+        ran = {name for name, _ in results.saved(rerun)}
+        found = []
+        for entry in entries:
+            known = (entry.name, device) in results.saved(folder)
+            if entry.name in failed or (known and entry.name not in ran):
+                continue
+            module = importlib.import_module(f"experiments.{entry.name}")
+            try:
+                found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED))
+            except (ValueError, OSError) as error:
+                raise Unusable(str(error)) from None
+    print(verify.text(found, arguments.every))
+    differs = [one.name for one in found if one.count("differs")]
+    if differs:
+        say(f"differs: {', '.join(differs)}")
+    return FAILED if failed or differs else OK
+
+
+def record_spread(arguments: Arguments) -> int:
+    """Run again as the machine would round otherwise, and record by how much each number moves."""
+    folder, entries = committed(arguments, "spread")
+    from experiments import results, verify
+
+    device = start_jax(arguments.device)
+    with writing(folder), tempfile.TemporaryDirectory(prefix="jaxgrad-spread-") as temporary:
+        plan = Plan(entries, {}, arguments.quick, folder, device, resume=True, bare=True)
+        stale = tuple(entry for entry in entries if not is_current(entry, plan, device))
+        if stale and not arguments.quick:
+            names = " ".join(entry.name for entry in stale)
+            raise Unusable(f"these results are not of this code on this machine: run `python -m experiments {names}`")
+        if (status := carry_out(plan._replace(entries=stale), device).status) != OK:
+            return status
+        echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
+        for label, variables in verify.ECHOES[device].items():
+            say(f"echo: {label}")
+            out = Path(temporary) / label
+            flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), variables.get("XLA_FLAGS"))))
+            command = [sys.executable, "-m", "experiments", *echoes, "--bare", "--device", device, "--out", str(out)]
+            done = subprocess.run(
+                [*command, *(["--quick"] if arguments.quick else [])], check=False,
+                cwd=Path(experiments.__path__[0]).parent, env={**os.environ, **variables, "XLA_FLAGS": flags},
+            )  # fmt: skip
+            if done.returncode:
+                say(f"echo {label} failed: nothing is recorded")
+                return done.returncode
+            for name, found in echoes.items():
+                found[label] = results.read(out, name, device)
+        for name, found in echoes.items():
+            module = importlib.import_module(f"experiments.{name}")
+            say(str(verify.write_spread(folder, results.read(folder, name, device), found, module.PUBLISHED)))
+    return OK
+
+
+def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ...]]:
+    """The folder that verify and spread are about, and the experiments."""
+    for option in ("seeds", "data", "target", "resume", "bare"):
+        if getattr(arguments, option):
+            raise Unusable(f"{command!r} runs what is committed, as it is: --{option} has no meaning for it")
+    if command == "spread" and (arguments.rerun or arguments.every):
+        raise Unusable("--rerun and --every are for verify")
+    folder = Path(arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS))
+    only_names = dataclasses.replace(arguments, names=arguments.names[1:], out=folder, rerun=None, every=False)
+    entries = plan(only_names).entries
+    from experiments import results
+
+    if command == "verify" and not results.saved(folder):
+        raise Unusable(f"there are no results in {folder} to verify")
+    if command == "spread" and not arguments.quick and not arguments.names[1:]:
+        entries = tuple(entry for entry in entries if any(entry.name == name for name, _ in results.saved(folder)))
+    return folder, entries
 
 
 def outcomes(plan: Plan, work: Callable[[Entry], Any]) -> Iterator[tuple[Entry, Callable[[], Any]]]:
@@ -313,18 +509,23 @@ def run_one(
     device: str,
     compile_seconds: Callable[..., float],
     status: Callable[[str], None],
+    stopped: threading.Event,
+    done: list[str],
 ) -> dict[str, float]:
-    """Run one experiment, draw it, and write its results; returns what its time was spent on.
+    """Run one experiment, draw it, write its results and add it to `done`; returns what its time was spent on.
 
-    The figure is drawn before anything is written, so that an experiment that cannot be drawn leaves the
-    results as they were.
+    The figure is drawn in memory first, so that an experiment that cannot be drawn leaves the files as they were.
+    Then the numbers are replaced, and then the figure's files. A stop between the two leaves the figure
+    of the older numbers, until `--resume` or `report` draws it again.
     """
-    from experiments import plots, report, results
+    from experiments import plots, report, results, verify
 
     status(entry.name)
     module = importlib.import_module(f"experiments.{entry.name}")
-    settings = {key: value for key, value in plan.overrides.items() if key in entry.fields}
-    config = dataclasses.replace(module.QUICK if plan.quick else module.Config(), **settings)
+    declared = getattr(module, "PUBLISHED", None)
+    if declared is None:
+        raise TypeError(verify.undeclared(entry.name))
+    config = configure(entry, plan)
     # What measures seconds runs alone, and may compile in several threads; the others are one thread each.
     start, compiled_before = time.perf_counter(), compile_seconds(entry.timed)
     numbers = module.run(config, lambda message: status(f"{entry.name}: {message}"))
@@ -333,14 +534,37 @@ def run_one(
         "compile_seconds": round(compile_seconds(entry.timed) - compiled_before, 3),
     }
     numbers = results.as_saved(numbers)
-    if Path(str(settings.get("data", ""))).is_file():
+    verify.kinds(entry.name, numbers, declared)
+    if "data" in plan.overrides and Path(str(getattr(config, "data", ""))).is_file():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)
     with DRAWING:
-        figure = module.draw(numbers)
-        results.write(plan.out, entry.name, device, config, numbers, module.claims(numbers), times)
-        plots.save(figure, plan.out / entry.name, report.figure_stem(device))
+        claims = module.claims(numbers)
+        figure = None if plan.bare else plots.render(module.draw(numbers))
+        with undisturbed():
+            if stopped.is_set():
+                raise RuntimeError("the study was interrupted")
+            results.write(plan.out, entry.name, device, config, numbers, claims, times)
+            if figure is not None:
+                plots.write(figure, plan.out / entry.name, report.figure_stem(device))
+            done.append(entry.name)
     return times
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off Ctrl-C until the end of the block. It reaches the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def load(out: Path) -> list["Chapter"]:
@@ -443,8 +667,24 @@ def say(text: str) -> None:
 
 
 def is_the_persons(error: Exception, plan: Plan) -> bool:
-    """Whether the person can mend it: a package or a file is missing, or their data or seeds do not do."""
-    return isinstance(error, ModuleNotFoundError | OSError) or (bool(plan.overrides) and isinstance(error, ValueError))
+    """Whether the person can mend it: a package is missing, or their data or seeds do not do.
+
+    Data do not do where reading them failed, or where our code says so in a `raise`; what NumPy or JAX stumble over
+    is the experiment's own failure.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        return True
+    if not plan.overrides or not isinstance(error, ValueError | OSError):
+        return False
+    import jaxgrad
+
+    frames = traceback.extract_tb(error.__traceback__)
+    reading = Path(jaxgrad.__path__[0]) / "data"
+    ours = [Path(folder) for folder in (*experiments.__path__, *jaxgrad.__path__)]
+    said = (frames[-1].line or "").startswith("raise") and any(
+        Path(frames[-1].filename).is_relative_to(folder) for folder in ours
+    )
+    return said or ("data" in plan.overrides and any(Path(f.filename).is_relative_to(reading) for f in frames))
 
 
 def short_traceback(error: Exception) -> str:

@@ -222,13 +222,16 @@ def _top(group: list[float], gap: float) -> float:
     return _bottom(group, gap) + gap * (len(group) - 1)
 
 
-def save(drawing: Figure, folder: str | Path, stem: str = "figure") -> tuple[Path, Path]:
-    """Write `<stem>.svg` and `<stem>.png` into `folder`, each whole or not at all; returns their paths.
+def save(drawing: Figure, folder: str | Path, stem: str = "figure") -> tuple[Path, ...]:
+    """Write `<stem>.svg` and `<stem>.png` into `folder`, each whole or not at all; returns their paths."""
+    return write(render(drawing), folder, stem)
+
+
+def render(drawing: Figure) -> dict[str, bytes]:
+    """The figure as the content of a file, by the file's kind: `svg` and `png`. Nothing is written.
 
     The same figure gives the same bytes: no date, no version, fixed ids.
     """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
     svg, png = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         # The layout is solved once: each further draw would move things by another fraction of a point.
@@ -239,6 +242,14 @@ def save(drawing: Figure, folder: str | Path, stem: str = "figure") -> tuple[Pat
             axis.set_position(np.round(axis.get_position().bounds, 6))  # type: ignore[arg-type]
         drawing.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         drawing.savefig(png, format="png", metadata={"Software": None})
-    results.replace(place / f"{stem}.svg", svg.getvalue())
-    results.replace(place / f"{stem}.png", png.getvalue())
-    return place / f"{stem}.svg", place / f"{stem}.png"
+    return {"svg": svg.getvalue(), "png": png.getvalue()}
+
+
+def write(rendered: dict[str, bytes], folder: str | Path, stem: str = "figure") -> tuple[Path, ...]:
+    """Write what `render` gave as `<stem>.<kind>` into `folder`, each file whole or not at all; their paths."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    paths = {place / f"{stem}.{kind}": content for kind, content in rendered.items()}
+    for path, content in paths.items():
+        results.replace(path, content)
+    return tuple(paths)

@@ -23,7 +23,7 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import plots, report, results, verdicts
+from experiments import plots, report, results, verdicts, verify
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -47,6 +47,7 @@ class Config:
     target: str | None = None
 
 QUICK = Config(n=5)
+PUBLISHED = {"names": "exact", "*": "rounding"}
 
 def run(config, progress):
     if config.data == "broken":
@@ -86,6 +87,7 @@ class Config:
     broken: bool = True
 
 QUICK = Config(broken=False)
+PUBLISHED = {"one": "exact"}
 
 def run(config, progress):
     if config.broken:
@@ -613,6 +615,7 @@ class TestReport:
         assert "it is very steep" in (study / "results" / "README.md").read_text()
         assert [claim["text"] for claim in after.pop("claims")][2] == "it is very steep"
         assert before.pop("claims")
+        assert after["sha256"].pop("claims") != before["sha256"].pop("claims")
         assert after == before
 
     def test_the_front_page_is_filled_from_the_study_only(self, study, capsys):
@@ -657,7 +660,7 @@ def copy_of_the_study(folder, **extra):
     """The package of experiments without its experiments, plus some, in a folder of its own."""
     package = folder / "experiments"
     package.mkdir()
-    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts"):
+    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts", "verify"):
         shutil.copy(ROOT / "experiments" / f"{name}.py", package)
     for name, source in extra.items():
         (package / f"{name}.py").write_text(source)
@@ -733,7 +736,9 @@ class TestProcess:
                     break
             lines += process.stderr.readlines()
             assert process.wait(timeout=30) == 130
-        last = "interrupted during line, whose earlier results are untouched; formulas finished\n"
+        last = (
+            "interrupted during line, whose earlier results are untouched; formulas finished; --resume does the rest\n"
+        )
         assert lines[-1] == last
         assert "Traceback" not in "".join(lines)
         after = contents(tmp_path / "results")

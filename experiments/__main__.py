@@ -431,11 +431,11 @@ def record_spread(arguments: Arguments) -> int:
         if (status := carry_out(plan._replace(entries=stale), device).status) != OK:
             return status
         echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
-        for label, variables in verify.ECHOES[device].items():
+        for nudge, (label, variables) in enumerate(verify.ECHOES[device].items(), 1):
             say(f"echo: {label}")
             out = Path(temporary) / label
             flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), variables.get("XLA_FLAGS"))))
-            command = [sys.executable, "-m", "experiments", *echoes, "--bare", "--device", device, "--out", str(out)]
+            command = [sys.executable, "-m", "experiments.verify", str(nudge), *echoes, "--bare", "--device", device, "--out", str(out)]
             done = subprocess.run(
                 [*command, *(["--quick"] if arguments.quick else [])], check=False,
                 cwd=Path(experiments.__path__[0]).parent, env={**os.environ, **variables, "XLA_FLAGS": flags},

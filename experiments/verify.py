@@ -35,6 +35,7 @@ held to the scatter of the echoes' own ratios, as above. Another number of cores
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -641,25 +642,38 @@ def _machine(result: Result) -> str:
 
 # --- the spread of rounding --------------------------------------------------------------------------------------
 
+WITHOUT = "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"
 ECHOES: dict[str, dict[str, dict[str, str]]] = {
     "cpu": {
-        "SSE4.2": {
-            "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
-            "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL",
-            "OPENBLAS_CORETYPE": "Nehalem",
+        "nudge 1, SSE4.2": {
+            "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2", "NPY_DISABLE_CPU_FEATURES": WITHOUT, "OPENBLAS_CORETYPE": "Prescott"
         },
-        "AVX2": {
-            "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
-            "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL",
-            "OPENBLAS_CORETYPE": "Haswell",
+        "nudge 2": {},
+        "nudge 3, AVX": {
+            "XLA_FLAGS": "--xla_cpu_max_isa=AVX", "NPY_DISABLE_CPU_FEATURES": WITHOUT, "OPENBLAS_CORETYPE": "Sandybridge"
         },
     },
-    "gpu": {
-        "no autotuning": {"XLA_FLAGS": "--xla_gpu_autotune_level=0"},
-        "no Triton products": {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"},
-    },
+    "gpu": {"nudge 1, no autotuning": {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}, "nudge 2": {}, "nudge 3": {}},
 }  # fmt: skip
-"""Environments in which the same programs round differently, by device and name."""
+"""Environments of the echoes, by device and name. What a machine does not know of, it ignores."""
+
+
+def nudged(load: Any, seed: int) -> Any:
+    """`data.load`, its floating-point columns scaled up or down by one unit in the last place."""
+
+    def nudge(leaf: Any, random: np.random.Generator) -> Any:
+        leaf = np.asarray(leaf)
+        if leaf.dtype.kind != "f":
+            return leaf
+        outwards = random.integers(0, 2, leaf.shape[1:]).astype(bool)[None]
+        away = np.where(leaf == 0, 0, np.copysign(np.inf, leaf)).astype(leaf.dtype)
+        return np.nextafter(leaf, np.where(outwards, away, np.zeros_like(leaf)))
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        dataset, random = load(*arguments, **options), np.random.default_rng(seed)
+        return dataset._replace(batch=type(dataset.batch)(*(nudge(leaf, random) for leaf in dataset.batch)))
+
+    return loaded
 
 
 def deviations(old: Result, new: Result, declared: dict[str, str] | None) -> dict[str, np.ndarray]:
@@ -776,5 +790,10 @@ def _grouped(findings: Iterable[Finding]) -> list[tuple[str, str]]:
     ]
 
 
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+if __name__ == "__main__":
+    # python -m experiments.verify NUDGE ...: the study on nudged data, for `spread`.
+    from experiments.__main__ import main
+    from jaxgrad import data
+
+    data.load = nudged(data.load, int(sys.argv[1]))
+    sys.exit(main(sys.argv[2:]))

@@ -406,7 +406,7 @@ def verify_study(arguments: Arguments) -> int:
                 continue
             module = importlib.import_module(f"experiments.{entry.name}")
             try:
-                found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED))
+                found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED, not arguments.quick))
             except (ValueError, OSError) as error:
                 raise Unusable(str(error)) from None
     print(verify.text(found, arguments.every))
@@ -419,7 +419,7 @@ def verify_study(arguments: Arguments) -> int:
 def record_spread(arguments: Arguments) -> int:
     """Run again as the machine would round otherwise, and record by how much each number moves."""
     folder, entries = committed(arguments, "spread")
-    from experiments import results, verify
+    from experiments import results, spread
 
     device = start_jax(arguments.device)
     with writing(folder), tempfile.TemporaryDirectory(prefix="jaxgrad-spread-") as temporary:
@@ -431,11 +431,22 @@ def record_spread(arguments: Arguments) -> int:
         if (status := carry_out(plan._replace(entries=stale), device).status) != OK:
             return status
         echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
-        for nudge, (label, variables) in enumerate(verify.ECHOES[device].items(), 1):
+        for nudge, (label, variables) in enumerate(spread.ECHOES[device].items(), 1):
             say(f"echo: {label}")
             out = Path(temporary) / label
             flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), variables.get("XLA_FLAGS"))))
-            command = [sys.executable, "-m", "experiments.verify", str(nudge), *echoes, "--bare", "--device", device, "--out", str(out)]
+            command = [
+                sys.executable,
+                "-m",
+                "experiments.spread",
+                str(nudge),
+                *echoes,
+                "--bare",
+                "--device",
+                device,
+                "--out",
+                str(out),
+            ]
             done = subprocess.run(
                 [*command, *(["--quick"] if arguments.quick else [])], check=False,
                 cwd=Path(experiments.__path__[0]).parent, env={**os.environ, **variables, "XLA_FLAGS": flags},
@@ -447,7 +458,7 @@ def record_spread(arguments: Arguments) -> int:
                 found[label] = results.read(out, name, device)
         for name, found in echoes.items():
             module = importlib.import_module(f"experiments.{name}")
-            say(str(verify.write_spread(folder, results.read(folder, name, device), found, module.PUBLISHED)))
+            say(str(spread.write(folder, results.read(folder, name, device), found, module.PUBLISHED)))
     return OK
 
 
@@ -488,7 +499,7 @@ def outcomes(plan: Plan, work: Callable[[Entry], Any]) -> Iterator[tuple[Entry, 
             yield entry, partial(work, entry)
     if len(together) > 1:
         jax.clear_caches()
-        for name in ("plots", "report", *(entry.name for entry in together)):
+        for name in ("plots", "published", "report", *(entry.name for entry in together)):
             # Threads that import at once may see each other's modules half made. An error comes again in its thread.
             with suppress(Exception):
                 importlib.import_module(f"experiments.{name}")
@@ -518,13 +529,13 @@ def run_one(
     Then the numbers are replaced, and then the figure's files. A stop between the two leaves the figure
     of the older numbers, until `--resume` or `report` draws it again.
     """
-    from experiments import plots, report, results, verify
+    from experiments import plots, published, report, results
 
     status(entry.name)
     module = importlib.import_module(f"experiments.{entry.name}")
     declared = getattr(module, "PUBLISHED", None)
     if declared is None:
-        raise TypeError(verify.undeclared(entry.name))
+        raise TypeError(published.undeclared(entry.name))
     config = configure(entry, plan)
     # What measures seconds runs alone, and may compile in several threads; the others are one thread each.
     start, compiled_before = time.perf_counter(), compile_seconds(entry.timed)
@@ -534,7 +545,7 @@ def run_one(
         "compile_seconds": round(compile_seconds(entry.timed) - compiled_before, 3),
     }
     numbers = results.as_saved(numbers)
-    verify.kinds(entry.name, numbers, declared)
+    published.parts(entry.name, numbers, declared)
     if "data" in plan.overrides and Path(str(getattr(config, "data", ""))).is_file():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)

@@ -75,7 +75,8 @@ PUBLISHED = {
     "problems": "exact", "*/what": "exact", "*/n": "exact", "*/labels": "exact", "*/kind": "exact", "*/steps": "exact",
     "*/examples": "exact", "*/start": "rounding", "*/minimum": "rounding", "*/bound": "rounding", "*/etas": "rounding",
     "*/eta": "rounding, chosen by */tuning of */etas", "*/tuning": "rounding", "*/diverged": "exact",
-    "*/excess": "statistical, axis 0", "*/test_accuracy": "statistical, axis 0", "*/seconds_per_update*": "timing",
+    "*/excess": "statistical, axis 0", "*/test_accuracy": "statistical, axis 0", "*/seconds_per_update": "timing",
+    "*/seconds_per_update_runs": "timing, axis -1",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 THREE = ("diamonds", "shuttle", "mnist5k")

@@ -36,7 +36,7 @@ import numpy as np
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
 """Packages whose versions every result records, beside Python's."""
 
-MACHINERY = ("__main__", "plots", "report", "results", "verdicts", "verify")
+MACHINERY = ("__main__", "plots", "published", "report", "results", "spread", "verdicts", "verify")
 """Modules of `experiments` that show, store or compare numbers and make none: no part of the `code` of a result."""
 
 

@@ -23,7 +23,7 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import plots, report, results, verdicts, verify
+from experiments import plots, published, report, results, verdicts
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -660,7 +660,7 @@ def copy_of_the_study(folder, **extra):
     """The package of experiments without its experiments, plus some, in a folder of its own."""
     package = folder / "experiments"
     package.mkdir()
-    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts", "verify"):
+    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts", "published", "spread", "verify"):
         shutil.copy(ROOT / "experiments" / f"{name}.py", package)
     for name, source in extra.items():
         (package / f"{name}.py").write_text(source)

@@ -301,7 +301,7 @@ def _statistical(case: Case, name: str, allowed: np.ndarray, beyond: np.ndarray,
         return Finding(name, "differs", f"{first}; its random numbers are the same")
     outside = _beyond(np.zeros_like(away), away, np.broadcast_to(interval, np.shape(away)))
     if outside.any():
-        at = tuple(int(i[0]) for i in np.nonzero(outside))
+        at = tuple(int(i) for i in np.argwhere(outside)[0])
         off, limit = np.asarray(away)[at], np.broadcast_to(interval, np.shape(away))[at]
         mean = "the mean of its runs is" if kind.axis is not None else "it is"
         return Finding(name, "differs", f"{mean} off by {off:.3g}, and its seeds allow {limit:.3g}; {first}")
@@ -445,7 +445,7 @@ def _moved_without_drawing(case: Case, curves: dict[str, Any]) -> bool:
 
 def _narrow(old: np.ndarray, new: np.ndarray) -> str:
     """The narrow type whose numbers all new values are, where the old ones are not."""
-    for kind in (np.float16, ml_dtypes.bfloat16):
+    for kind in (ml_dtypes.bfloat16, np.float16):
         with np.errstate(over="ignore", invalid="ignore"):
             was, now = (_all(x.astype(kind).astype(float) == x, x) for x in (old, new))
         if new.size > 3 and now and not was:
@@ -473,9 +473,9 @@ def _course(old: np.ndarray, new: np.ndarray) -> str:
     turns = np.abs(np.diff(np.sign(b - a)[b != a])) > 1
     if turns.mean() > 0.2 and np.nanmax(off) < 0.1:
         return "dtype: it goes astray to both sides, by so much as few digits would make it"
-    if not np.isfinite(first) or first > 1.5:
-        return f"mean against sum: its first step is {first:.4g} times as long"
-    return f"step size: its first step is {first:.4g} times as long"
+    if not np.isfinite(first) or abs(first) > 1.5:
+        return f"mean against sum: its first change is {abs(first):.4g} times as large"
+    return f"step size: its first change is {first:.4g} times as large"
 
 
 # --- words -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import published, results, spread, verify
+from experiments import plots, published, report, results, spread, verify
 from experiments import __main__ as command
 from jaxgrad import data
 
@@ -284,7 +284,7 @@ class TestRules:
         assert verify.bound(np.zeros(5), 5, 0.01) == 0
 
     def test_sound_reruns_with_other_seeds_agree_and_shifted_ones_do_not(self, tmp_path):
-        """100 pairs of independent runs of every form: no false alarm; a shift by 6 standard errors is seen."""
+        """40 pairs of independent runs of every form: no false alarm; a shift by 6 standard errors is seen."""
         declared = {
             "runs": "statistical, axis 0", "mean": "statistical, error error", "error": "statistical",
             "scattered": "statistical, deviation deviation", "deviation": "rounding", "count": "statistical, count of k",
@@ -301,7 +301,7 @@ class TestRules:
             }  # fmt: skip
 
         kept = ("runs", "mean", "scattered", "count")
-        for i in range(100):
+        for i in range(40):
             found = verdicts(tmp_path / str(i), declared, numbers(0), numbers(0))
             assert {found[part][0] for part in kept} <= {"agrees", "identical"}, i
             assert found["runs"][1] == verify.OTHER_DRAWS
@@ -459,7 +459,7 @@ def study_of(folder, count):
             shutil.copy(source, package)
     for k in range(count):
         (package / f"part{k}.py").write_text(COUNTING.format(k=k))
-    return [sys.executable, "-m", "experiments", "--device", "cpu"]
+    return [sys.executable, "-m", "experiments"]
 
 
 def bits(folder):
@@ -478,18 +478,12 @@ def bits(folder):
 def kills(tmp_path, times, seed, count=6):
     """Kill a study again and again, each time resuming it after a look at its files; all must come out the same."""
     run = study_of(tmp_path, count)
-    once = subprocess.run([*run, "--out", "whole"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "part0: " in once.stderr
-    expected, draw = bits(tmp_path / "whole"), random.Random(seed)
-    # From about when the first experiment begins to about when the last one ends.
     start = time.perf_counter()
-    subprocess.run([*run, "--out", "timed"], cwd=tmp_path, capture_output=True, check=True)
-    whole = time.perf_counter() - start
+    subprocess.run([*run, "--out", "whole"], cwd=tmp_path, capture_output=True, check=True)
+    whole, expected, draw = time.perf_counter() - start, bits(tmp_path / "whole"), random.Random(seed)
     broken = unequal = killed = 0
     for i in range(times):
         out = tmp_path / f"killed{i}"
-        # Somebody's results are there already, of other settings.
-        shutil.copytree(tmp_path / "old", out) if (tmp_path / "old").exists() else None
         process = subprocess.Popen(
             [*run, "--out", str(out)], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -509,8 +503,7 @@ def kills(tmp_path, times, seed, count=6):
             [*run, "--resume", "--out", str(out)], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert again.returncode == 0, again.stderr
-        left = {path: content for path, content in bits(out).items() if path.suffix != ".tmp"}
-        unequal += left != expected
+        unequal += bits(out) != expected
         shutil.rmtree(out)
     return killed, broken, unequal
 
@@ -529,3 +522,128 @@ class TestInterrupted:
         )
         assert killed > times / 2
         assert (broken, unequal) == (0, 0)
+
+
+class TestResume:
+    def test_only_what_is_missing_or_stale_is_run(self, tmp_path):
+        run = study_of(tmp_path, 3)
+
+        def ran_by(*arguments):
+            done = subprocess.run([*run, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+            return re.findall(r"^(part\d): .* s, compiling", done.stderr, re.MULTILINE), done.stderr
+
+        assert ran_by("part0", "part1")[0] == ["part0", "part1"]
+        before = contents(tmp_path / "results")
+        file = tmp_path / "experiments" / "part1.py"
+        file.write_text(file.read_text() + "\n# otherwise\n")
+        (tmp_path / "results" / "part0" / "figure.svg").write_text("of older numbers")
+        again, said = ran_by("--resume")
+        assert sorted(again) == ["part1", "part2"]
+        assert "finished before, by this very code: part0\n" in said
+        after = contents(tmp_path / "results")
+        kept = [path for path in before if path.parts[0] == "part0"]
+        assert [after[path] for path in kept] == [before[path] for path in kept]
+        assert ran_by("--resume")[0] == []
+        assert sorted(ran_by()[0]) == ["part0", "part1", "part2"]
+
+    def test_a_second_study_says_so_and_ends(self, tmp_path):
+        run = study_of(tmp_path, 1)
+        with results.lock(tmp_path / "results"):
+            for arguments in ([], ["report"]):
+                if arguments:
+                    results.write(tmp_path / "results", "part0", "cpu", {}, {}, [], {})
+                before = contents(tmp_path / "results")
+                done = subprocess.run([*run, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+                assert done.returncode == 2
+                last = done.stderr.splitlines()[-1]
+                assert re.fullmatch(
+                    "error: another study is writing to .*results; wait for it to end, or .* --out", last
+                )
+                assert contents(tmp_path / "results") == before
+
+    def test_a_lock_dies_with_its_holder(self, tmp_path):
+        code = f"""if True:
+            import os, signal
+            from experiments import results
+            with results.lock({str(tmp_path)!r}):
+                os.kill(os.getpid(), signal.SIGKILL)
+        """
+        killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+        assert killed.returncode == -signal.SIGKILL
+        with results.lock(tmp_path), pytest.raises(BlockingIOError), results.lock(tmp_path):
+            pass
+        assert not contents(tmp_path)
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["verify", "--seeds", "3"], "'verify' runs what is committed, as it is: --seeds has no meaning for it"),
+            (["verify", "nobody"], "there is no experiment 'nobody'"),
+            (["verify"], "there are no results in"),
+            (["planted", "verify"], "'verify' comes first"),
+            (["planted", "--every"], "--every is for verify"),
+            (["spread", "--rerun", "x"], "--rerun and --every are for verify"),
+            (["spread", "planted"], "run `python -m experiments planted`"),
+        ],
+    )
+    def test_what_cannot_be_done_is_one_clear_line(self, package, capsys, arguments, message):
+        (package / "planted.py").write_text(PLANTED)
+        assert command.main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert message in err.splitlines()[-1]
+        assert out == ""
+
+    def test_verify_runs_again_and_touches_nothing(self, package, tmp_path, capsys):
+        ran(package, tmp_path / "results" / "quick")
+        before = contents(tmp_path / "results")
+        assert command.main(["verify", "--quick", "--every"]) == 0
+        out, err = capsys.readouterr()
+        assert re.search(r"^all +7 +0 +0 +0$", out, re.MULTILINE), out
+        assert "identical: sgd" in out
+        assert "no spread is recorded" in out
+        assert contents(tmp_path / "results") == before
+
+    @pytest.mark.parametrize(
+        ("trouble", "status"),
+        [
+            ("np.zeros(3) + np.zeros(4)", 1),  # NumPy's ValueError: the experiment's own
+            ("open('/nowhere/at/all')", 1),
+            ("raise ValueError('planted needs a regression data set')", 2),
+            ("data.load('/nowhere/at/all.csv')", 2),
+        ],
+    )
+    def test_an_error_is_the_persons_only_if_it_is_about_their_data(self, package, capsys, trouble, status):
+        changed = PLANTED.replace("seeds: int = 60", 'seeds: int = 60\n    data: str = "diabetes"')
+        (package / "planted.py").write_text(changed.replace("x = x[:, [2, 8]]", trouble))
+        assert command.main(["planted", "--data", "diabetes"]) == status
+        said = capsys.readouterr().err
+        assert ("planted failed: " in said) == (status == 1)
+        assert ("error: planted: " in said) == (status == 2)
+
+    @pytest.mark.parametrize(
+        ("where", "words"),
+        [
+            ("before", "interrupted before any experiment began; --resume does the rest"),
+            ("within", "interrupted during planted, whose earlier results are untouched; --resume does the rest"),
+            ("writing", "interrupted between two experiments; planted finished; --resume does the rest"),
+        ],
+    )
+    def test_the_interrupt_names_what_was_cut_off(self, package, tmp_path, monkeypatch, capsys, where, words):
+        """Ctrl-C before the first experiment, within one, and while its files are written: then they are finished."""
+        source = PLANTED.replace("x = x[:, [2, 8]]", "raise KeyboardInterrupt") if where == "within" else PLANTED
+        (package / "planted.py").write_text(source)
+        if where == "before":
+
+            def outcomes(*_):
+                raise KeyboardInterrupt
+                yield
+
+            monkeypatch.setattr(command, "outcomes", outcomes)
+        if where == "writing":
+            write = results.write
+            monkeypatch.setattr(results, "write", lambda *a: (os.kill(os.getpid(), signal.SIGINT), write(*a)))
+        assert command.main(["planted", "--quick", "--bare"]) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == words
+        assert bool(results.saved(tmp_path / "results-quick")) == (where == "writing")

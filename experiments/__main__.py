@@ -118,6 +118,9 @@ class Arguments:
     every: Annotated[bool, conf.arg(**QUIET)] = False
     """For verify: list every number with its verdict, not only those that differ."""
 
+    note: Annotated[bool, conf.arg(**QUIET)] = False
+    """For verify: keep what was found in verified.json, for the table on the front page."""
+
 
 class Plan(NamedTuple):
     """What a run will do, settled before JAX is imported."""
@@ -194,7 +197,7 @@ def plan(arguments: Arguments) -> Plan:
         raise Unusable(f"--device must be cpu or gpu, got {arguments.device!r}")
     if arguments.target is not None and arguments.data is None:
         raise Unusable("--target names a column of --data, and there is no --data")
-    for option in ("rerun", "every"):
+    for option in ("rerun", "every", "note"):
         if getattr(arguments, option):
             raise Unusable(f"--{option} is for verify: python -m experiments verify --{option} ...")
     given = {"seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target}
@@ -410,6 +413,8 @@ def verify_study(arguments: Arguments) -> int:
             except (ValueError, OSError) as error:
                 raise Unusable(str(error)) from None
     print(verify.text(found, arguments.every))
+    if arguments.note:
+        say(f"noted: {verify.note(folder, device, found)}")
     differs = [one.name for one in found if one.count("differs")]
     if differs:
         say(f"differs: {', '.join(differs)}")
@@ -467,10 +472,12 @@ def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ..
     for option in ("seeds", "data", "target", "resume", "bare"):
         if getattr(arguments, option):
             raise Unusable(f"{command!r} runs what is committed, as it is: --{option} has no meaning for it")
-    if command == "spread" and (arguments.rerun or arguments.every):
-        raise Unusable("--rerun and --every are for verify")
+    if command == "spread" and (arguments.rerun or arguments.every or arguments.note):
+        raise Unusable("--rerun, --every and --note are for verify")
     folder = Path(arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS))
-    only_names = dataclasses.replace(arguments, names=arguments.names[1:], out=folder, rerun=None, every=False)
+    only_names = dataclasses.replace(
+        arguments, names=arguments.names[1:], out=folder, rerun=None, every=False, note=False
+    )
     entries = plan(only_names).entries
     from experiments import results
 

@@ -1,4 +1,4 @@
-"""What kind of number each published number is, as its experiment declares in `PUBLISHED` (`experiments/__init__.py`)."""
+"""What kind of number each published number is: what `PUBLISHED` of its experiment says (`experiments/__init__.py`)."""
 
 import itertools
 import re

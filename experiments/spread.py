@@ -65,9 +65,9 @@ def nudged(load: Callable[..., Any], seed: int) -> Callable[..., Any]:
 
 
 def deviations(old: Result, new: Result, declared: dict[str, str]) -> dict[str, np.ndarray]:
-    """By how much each part of a re-run deviates: relative to the saved number (to 1 for a saved 0); times by the logarithm.
+    """By how much each part of a re-run deviates: relative to the saved number (to 1 for a saved 0).
 
-    Of each time the median of all is taken off: how much faster the machine was.
+    Times deviate by the logarithm, less the median of all: how much faster the machine was.
     """
     before, after = (parts(old.name, result.numbers, declared) for result in (old, new))
     out = {}

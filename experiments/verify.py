@@ -66,7 +66,7 @@ class Finding(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One experiment: the verdicts, what is to be said of the committed files, and what kind of change it looks like."""
+    """One experiment: the verdicts, what is to be said of the committed files, and what kind of change it is like."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -240,7 +240,7 @@ def tolerance(case: Case, name: str) -> np.ndarray:
 
 
 def pooled(value: np.ndarray, moved: np.ndarray, runs: int, level: float) -> np.ndarray:
-    """`t · r` of every entry, from the relative deviations `[echo, ...]` of the entries of its own and the next decades.
+    """`t · r` of every entry, from relative deviations `[echo, ...]` of the entries of its own and the next decades.
 
     Decades of 4: entries within a factor of 4 to 16 of each other are pooled; zeros are a decade of their own.
     """
@@ -479,6 +479,59 @@ def _course(old: np.ndarray, new: np.ndarray) -> str:
     if not np.isfinite(first) or abs(first) > 1.5:
         return f"mean against sum: its first change is {abs(first):.4g} times as large"
     return f"step size: its first change is {first:.4g} times as large"
+
+
+# --- what was verified where -------------------------------------------------------------------------------------
+
+
+def note(folder: str | Path, device: str, comparisons: Iterable[Comparison]) -> Path:
+    """Keep in `folder/verified.json` what these comparisons found here, in place of what an earlier run found here."""
+    here = results.surroundings()
+    where = {
+        "python": here["versions"]["python"], "jax": here["versions"]["jax"], "device": device,
+        **{key: here["machine"][key] for key in ("device_kind", "system", "architecture", "cores")},
+    }  # fmt: skip
+    found = {
+        one.name: {
+            "seal": results.seal(folder, one.name, device),
+            **{verdict: one.count(verdict) for verdict in VERDICTS},
+        }
+        for one in comparisons
+        if (Path(folder) / one.name / f"{device}.json").is_file()
+    }
+    path = Path(folder) / "verified.json"
+    others = [old for old in noted(folder) if old["where"] != where]
+    notes = sorted(
+        [*others, {"where": where, "found": found}], key=lambda one: json.dumps(one["where"], sort_keys=True)
+    )
+    results.replace(path, (json.dumps(notes, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+def noted(folder: str | Path) -> list[dict[str, Any]]:
+    path = Path(folder) / "verified.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def noted_table(folder: str | Path) -> str:
+    """What was verified where, as a Markdown table: of the results that are there now, not of those that were."""
+    lines = [f"| re-run on | experiments | {' | '.join(VERDICTS)} |", "|---|---|---|---|---|---|"]
+    for size, place in (("", Path(folder)), (", `--quick`", Path(folder) / "quick")):
+        for one in noted(place):
+            where = one["where"]
+            now = [
+                found for name, found in one["found"].items()
+                if (place / name / f"{where['device']}.json").is_file()
+                and results.seal(place, name, where["device"]) == found["seal"]
+            ]  # fmt: skip
+            if now:
+                kind = f"{where['cores']} cores" if where["device"] == "cpu" else ", ".join(where["device_kind"])
+                machine = f"{where['system']} {where['architecture']}, {kind}"
+                counts = " | ".join(str(sum(found[verdict] for found in now)) for verdict in VERDICTS)
+                lines.append(
+                    f"| Python {where['python']}, jax {where['jax']}, {machine}{size} | {len(now)} | {counts} |"
+                )
+    return "\n".join(lines) if len(lines) > 2 else "Nothing has been verified since these results were recorded."
 
 
 # --- words -------------------------------------------------------------------------------------------------------

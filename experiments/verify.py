@@ -461,7 +461,7 @@ def _course(old: np.ndarray, new: np.ndarray) -> str:
     if old.ndim == 0 or old.shape[-1] < 4:
         return ""
     a, b = (x.reshape(-1, x.shape[-1]) for x in (old, new))
-    use = np.isfinite(a).all(axis=0) & np.isfinite(b).all(axis=0)
+    use = np.asarray(np.isfinite(a + b).all(axis=0))
     if use.sum() < 4 or not use[0] or not a[:, use].any():
         return ""
     a, b = a[:, use].mean(axis=0), b[:, use].mean(axis=0)
@@ -473,7 +473,8 @@ def _course(old: np.ndarray, new: np.ndarray) -> str:
         return f"mean against sum: it starts {ratio[0]:.4g} times as large"
     if off[0] > 0.05 * np.nanmax(off):
         return "data: it is different from its first entry on"
-    turns = np.abs(np.diff(np.sign(b - a)[b != a])) > 1
+    away = b - a
+    turns = np.abs(np.diff(np.sign(away[away != 0]))) > 1
     if np.sum(turns) > 0.2 * len(turns) and np.nanmax(off) < 0.1:
         return "dtype: it goes astray to both sides, by so much as few digits would make it"
     if not np.isfinite(first) or abs(first) > 1.5:

@@ -60,8 +60,9 @@ examples:
 verify runs again into a temporary folder, touches nothing that is committed, and gives a verdict on every number
 and curve: identical; agrees (within what rounding, or its own seeds, may change); differs (with both values, the
 tolerance, and what kind of change does that); not comparable (and what would make it so). For whoever changes the
-study: `spread` runs it again with other vector instructions and records by how much rounding moves each number, on
-which verify's tolerances rest; `spread --quick` renews results/quick first.
+study: `spread` runs it three times more, on data nudged by a unit in the last place and with other vector
+instructions, and records by how much rounding moves each number, on which verify's tolerances rest; `spread --quick`
+renews results/quick first.
 
 An experiment's files are replaced when it is done, each whole or not at all, whenever the study is stopped.
 --resume leaves out what was finished by this very code with these settings, versions and machine. The rest
@@ -342,7 +343,8 @@ def carry_out(plan: Plan, device: str) -> Outcome:
                 cut = " and ".join(name for name in begun if name not in done + failed)
             when = f"during {cut}, whose earlier results are untouched" if cut else "between two experiments"
             so_far = f"; {', '.join(done)} finished" if done else ""
-            line(f"interrupted {when if begun else 'before any experiment began'}{so_far}; --resume does the rest")
+            rest = "" if plan.bare else "; --resume does the rest"
+            line(f"interrupted {when if begun else 'before any experiment began'}{so_far}{rest}")
             return Outcome(INTERRUPTED, tuple(done), tuple(failed))
     if failed:
         say(f"failed: {', '.join(failed)}")
@@ -412,6 +414,8 @@ def verify_study(arguments: Arguments) -> int:
                 found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED, not arguments.quick))
             except (ValueError, OSError) as error:
                 raise Unusable(str(error)) from None
+    if not found and not failed:
+        raise Unusable(f"{rerun} and {folder} have no result on {device} in common: nothing was compared")
     print(verify.text(found, arguments.every))
     if arguments.note:
         say(f"noted: {verify.note(folder, device, found)}")
@@ -428,7 +432,7 @@ def record_spread(arguments: Arguments) -> int:
 
     device = start_jax(arguments.device)
     with writing(folder), tempfile.TemporaryDirectory(prefix="jaxgrad-spread-") as temporary:
-        plan = Plan(entries, {}, arguments.quick, folder, device, resume=True, bare=True)
+        plan = Plan(entries, {}, arguments.quick, folder, device, bare=True)
         stale = tuple(entry for entry in entries if not is_current(entry, plan, device))
         if stale and not arguments.quick:
             names = " ".join(entry.name for entry in stale)
@@ -440,20 +444,9 @@ def record_spread(arguments: Arguments) -> int:
             say(f"echo: {label}")
             out = Path(temporary) / label
             flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), variables.get("XLA_FLAGS"))))
-            command = [
-                sys.executable,
-                "-m",
-                "experiments.spread",
-                str(nudge),
-                *echoes,
-                "--bare",
-                "--device",
-                device,
-                "--out",
-                str(out),
-            ]
+            options = ["--bare", "--device", device, "--out", str(out), *(["--quick"] if arguments.quick else [])]
             done = subprocess.run(
-                [*command, *(["--quick"] if arguments.quick else [])], check=False,
+                [sys.executable, "-m", "experiments.spread", str(nudge), *echoes, *options], check=False,
                 cwd=Path(experiments.__path__[0]).parent, env={**os.environ, **variables, "XLA_FLAGS": flags},
             )  # fmt: skip
             if done.returncode:

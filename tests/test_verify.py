@@ -644,9 +644,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("where", "words"),
         [
-            ("before", "interrupted before any experiment began; --resume does the rest"),
-            ("within", "interrupted during planted, whose earlier results are untouched; --resume does the rest"),
-            ("writing", "interrupted between two experiments; planted finished; --resume does the rest"),
+            ("before", "interrupted before any experiment began"),
+            ("within", "interrupted during planted, whose earlier results are untouched"),
+            ("writing", "interrupted between two experiments; planted finished"),
         ],
     )
     def test_the_interrupt_names_what_was_cut_off(self, package, tmp_path, monkeypatch, capsys, where, words):

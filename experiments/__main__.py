@@ -414,11 +414,11 @@ def verify_study(arguments: Arguments) -> int:
                 found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED, not arguments.quick))
             except (ValueError, OSError) as error:
                 raise Unusable(str(error)) from None
+        if arguments.note and ran:
+            say(f"noted: {verify.note(folder, rerun, device, found)}")
     if not found and not failed:
         raise Unusable(f"{rerun} and {folder} have no result on {device} in common: nothing was compared")
     print(verify.text(found, arguments.every))
-    if arguments.note:
-        say(f"noted: {verify.note(folder, device, found)}")
     differs = [one.name for one in found if one.count("differs")]
     if differs:
         say(f"differs: {', '.join(differs)}")

@@ -485,9 +485,10 @@ def _course(old: np.ndarray, new: np.ndarray) -> str:
 # --- what was verified where -------------------------------------------------------------------------------------
 
 
-def note(folder: str | Path, device: str, comparisons: Iterable[Comparison]) -> Path:
-    """Keep in `folder/verified.json` what these comparisons found here, in place of what an earlier run found here."""
-    here = results.surroundings()
+def note(folder: str | Path, rerun: str | Path, device: str, comparisons: Iterable[Comparison]) -> Path:
+    """Keep in `folder/verified.json` what was found, in place of what an earlier re-run on the like found."""
+    comparisons = [one for one in comparisons if (Path(rerun) / one.name / f"{device}.json").is_file()]
+    here = results.read(rerun, comparisons[0].name, device).provenance
     where = {
         "python": here["versions"]["python"], "jax": here["versions"]["jax"], "device": device,
         **{key: here["machine"][key] for key in ("device_kind", "system", "architecture", "cores")},

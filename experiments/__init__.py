@@ -3,6 +3,7 @@
 Each experiment is a module beside this one that defines
 
     Config, QUICK          a frozen dataclass, whose defaults are the full size, and a small instance of it
+    PUBLISHED              what kind of number each of its numbers is: a dict of kinds by name (see below)
     run(config, progress)  measure: a flat dict of arrays and plain values, the *numbers*
     claims(numbers)        what they confirm or refute: a list of `results.Claim`
     draw(numbers)          the figure
@@ -12,6 +13,23 @@ Each experiment is a module beside this one that defines
 
 `claims`, `draw`, `report` and `headline` get the numbers as they were saved, so that nothing which is
 published can disagree with the saved data. A new experiment is a new file: nothing else lists it.
+
+`PUBLISHED` tells `python -m experiments verify` what a re-run may change. Its keys are names of numbers, with `*` for
+anything, and `name[1]` for a column (along the last axis); the first that fits decides, and one must fit. Its values:
+
+    "exact"                                 the same to the last bit: settings, counts, words
+    "exact, same jax"                       the same where JAX is: what its compiler counts
+    "rounding"                              computed in floating point without drawing anything, or the same each time
+    "rounding, chosen by SCORES of OPTIONS" the option with the lowest score, which rounding may decide at a tie
+    "statistical, axis K"                   one entry along axis K for each seed
+    "statistical, error KEY"                a mean whose standard error is the number KEY
+    "statistical, deviation KEY"            a mean over the seeds, which scatter by KEY
+    "statistical, count of KEY"             how many of KEY runs
+    "statistical"                           of random numbers, with no interval of its own: a path, an error bar
+    "timing"                                seconds
+    "timing, ratio"                         seconds over seconds of the same run
+
+A `*` in KEY, SCORES and OPTIONS stands for what it stood for in the name.
 
 Nothing heavy is imported here: a command line is read, and refused, before JAX is loaded.
 """

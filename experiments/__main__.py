@@ -1,4 +1,4 @@
-"""`python -m experiments`: run the study, list it, or draw it again from saved data.
+"""`python -m experiments`: run the study, list it, draw it again from saved data, or verify that a re-run agrees.
 
 The command line is read and refused before JAX is imported: help and errors come at once.
 """
@@ -6,9 +6,14 @@ The command line is read and refused before JAX is imported: help and errors com
 import dataclasses
 import difflib
 import gc
+import importlib
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -28,6 +33,7 @@ except ModuleNotFoundError:
 
 if TYPE_CHECKING:
     from experiments.report import Chapter
+    from experiments.results import Result
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 """The study's own results, which the front page shows."""
@@ -41,11 +47,26 @@ examples:
   python -m experiments --quick                    all of it at small sizes, into results-quick/
   python -m experiments gd_vs_sgd step_cost        two experiments
   python -m experiments list                       what there is, and what each shows
+  python -m experiments --resume                   the rest of a study that was interrupted or killed
   python -m experiments report                     draw everything again from saved data; runs nothing
+  python -m experiments verify                     run everything again, elsewhere: are these the published numbers?
+  python -m experiments verify --quick             the same at small sizes, against results/quick
   python -m experiments gd_vs_sgd --data prices.csv --target price
                                                    the same experiment on your own file
 
-exit status: 0 done, 1 an experiment failed, 2 unusable arguments or data, 130 interrupted
+verify runs again into a temporary folder, touches nothing that is committed, and gives a verdict on every number
+and curve: identical; agrees (within what rounding, or its own seeds, may change); differs (with both values, the
+tolerance, and what kind of change does that); not comparable (and what would make it so). For whoever changes the
+study: `spread` runs it three times more, on data nudged by a unit in the last place and with other vector
+instructions, and records by how much rounding moves each number, on which verify's tolerances rest; `spread --quick`
+renews results/quick first.
+
+An experiment's files are replaced when it is done, each whole or not at all, whenever the study is stopped.
+--resume leaves out what was finished by this very code with these settings, versions and machine. The rest
+gives the same bits as if nothing had happened, but for what is measured in seconds. One study at a time writes to a
+folder; another says so and ends.
+
+exit status: 0 done, 1 an experiment failed or a number differs, 2 unusable arguments or data, 130 interrupted
 """
 
 
@@ -62,7 +83,7 @@ class Arguments:
     """Gradient descent against SGD: the lecture's formulas and claims, run, measured and drawn."""
 
     names: Annotated[tuple[str, ...], conf.Positional, conf.arg(metavar="[NAME ...]", **QUIET)] = ()
-    """Experiments to run (none: all of them), or `list`, or `report`."""
+    """Experiments to run (none: all of them), or `list`, or `report`; or `verify` or `spread` and experiments."""
 
     quick: Annotated[bool, conf.arg(**QUIET)] = False
     """Small sizes: seconds instead of minutes."""
@@ -83,6 +104,21 @@ class Arguments:
     device: Annotated[str | None, conf.arg(metavar="{cpu,gpu}", **QUIET)] = None
     """What to compute on. By default JAX picks."""
 
+    resume: Annotated[bool, conf.arg(**QUIET)] = False
+    """Only what is not there yet, or was made by other code, settings, versions or another machine."""
+
+    bare: Annotated[bool, conf.arg(**QUIET)] = False
+    """Numbers only: no figures, no report."""
+
+    rerun: Annotated[Path | None, conf.arg(metavar="DIR", **QUIET)] = None
+    """For verify: results of a re-run that you have already; nothing is run."""
+
+    every: Annotated[bool, conf.arg(**QUIET)] = False
+    """For verify: list every number with its verdict, not only those that differ."""
+
+    note: Annotated[bool, conf.arg(**QUIET)] = False
+    """For verify: keep what was found in verified.json, for the table on the front page."""
+
 
 class Plan(NamedTuple):
     """What a run will do, settled before JAX is imported."""
@@ -93,6 +129,11 @@ class Plan(NamedTuple):
     quick: bool
     out: Path
     device: str | None
+    resume: bool = False
+    bare: bool = False
+
+
+COMMANDS = ("list", "report", "verify", "spread")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,6 +144,10 @@ def main(argv: list[str] | None = None) -> int:
             status = show_list(arguments)
         elif arguments.names[:1] == ("report",):
             status = redraw(arguments)
+        elif arguments.names[:1] == ("verify",):
+            status = verify_study(arguments)
+        elif arguments.names[:1] == ("spread",):
+            status = record_spread(arguments)
         else:
             status = run(plan(arguments))
         sys.stdout.flush()
@@ -137,8 +182,9 @@ def plan(arguments: Arguments) -> Plan:
     """Everything that can be wrong with the arguments, found before anything is imported or written."""
     known = catalogue()
     for name in arguments.names:
-        if name in ("list", "report"):
-            raise Unusable(f"{name!r} stands alone: python -m experiments {name}")
+        if name in COMMANDS:
+            alone = "comes first" if name in ("verify", "spread") else "stands alone"
+            raise Unusable(f"{name!r} {alone}: python -m experiments {name}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             raise Unusable(
@@ -149,6 +195,9 @@ def plan(arguments: Arguments) -> Plan:
         raise Unusable(f"--device must be cpu or gpu, got {arguments.device!r}")
     if arguments.target is not None and arguments.data is None:
         raise Unusable("--target names a column of --data, and there is no --data")
+    for option in ("rerun", "every", "note"):
+        if getattr(arguments, option):
+            raise Unusable(f"--{option} is for verify: python -m experiments verify --{option} ...")
     given = {"seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target}
     overrides = {field: value for field, value in given.items() if value is not None}
     entries = tuple(known[name] for name in dict.fromkeys(arguments.names)) or tuple(known.values())
@@ -167,7 +216,7 @@ def plan(arguments: Arguments) -> Plan:
     suffix = "-custom" if overrides else "-quick" if arguments.quick else ""
     out = Path(arguments.out or RESULTS.with_name(RESULTS.name + suffix))
     check_folder(out)
-    return Plan(entries, overrides, arguments.quick, out, arguments.device)
+    return Plan(entries, overrides, arguments.quick, out, arguments.device, arguments.resume, arguments.bare)
 
 
 def whole(seeds: str | None) -> int | None:
@@ -208,10 +257,11 @@ def redraw(arguments: Arguments) -> int:
 
     if not results.saved(out):
         raise Unusable(f"there are no results in {out}; run `python -m experiments` first")
-    chapters = load(out)
-    for path in report.draw(out, chapters):
-        print(path)
-    publish(out, chapters)
+    with writing(out):
+        chapters = load(out)
+        for path in report.draw(out, chapters):
+            print(path)
+        publish(out, chapters)
     return OK
 
 
@@ -227,15 +277,36 @@ def only(arguments: Arguments, command: str, allowed: tuple[str, ...]) -> None:
 
 def run(plan: Plan) -> int:
     """Run every experiment of the plan, the next ones too where one fails; then write the report."""
-    from experiments import results
+    device = start_jax(plan.device)
+    with writing(plan.out):
+        say(f"results go to {plan.out}")
+        there = [entry for entry in plan.entries if plan.resume and is_current(entry, plan, device)]
+        if there:
+            say(f"finished before, by this very code: {', '.join(entry.name for entry in there)}")
+        rest = plan._replace(entries=tuple(entry for entry in plan.entries if entry not in there))
+        outcome = carry_out(rest, device)
+        if outcome.status == INTERRUPTED or plan.bare:
+            return outcome.status
+        from experiments import report, results
 
-    device = work.start_jax(plan.device)
-    if plan.device == "gpu" and device != "gpu":
-        raise Unusable(
-            "--device gpu: JAX finds no GPU here; where there is one, install the extra cuda12 or cuda13 "
-            '(python -m pip install -e ".[study,cuda12]"), else use --device cpu'
-        )
-    say(f"results go to {plan.out}")
+        chapters = load(plan.out)
+        # Whoever stopped the study may have done so between the numbers and their figures.
+        report.draw(plan.out, [chapter for chapter in chapters if chapter.name in {entry.name for entry in there}])
+        publish(plan.out, chapters)
+        if plan.out.resolve() == RESULTS and device == "cpu":
+            results.environment(RESULTS)
+    show_verdicts([chapter for chapter in chapters if chapter.name in outcome.done])
+    return outcome.status
+
+
+class Outcome(NamedTuple):
+    status: int
+    done: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+def carry_out(plan: Plan, device: str) -> Outcome:
+    """Run the experiments of a plan and write their results."""
     done: list[str] = []
     failed: list[str] = []
     running: list[str] = []
@@ -249,22 +320,144 @@ def run(plan: Plan) -> int:
                         failed.append(name)
                         line(f"{name} failed: {outcome.words}")
                         continue
-                    store(plan.out, name, device, outcome)
-                    done.append(name)
+                    with undisturbed():
+                        store(plan.out, name, device, outcome)
+                        done.append(name)
                     line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(name, **outcome.times))
         except KeyboardInterrupt:
-            during = f" during {' and '.join(running)}, whose earlier results are untouched" if running else ""
+            cut = " and ".join(running)
+            begun = done or failed or running
+            when = f"during {cut}, whose earlier results are untouched" if cut else "between two experiments"
             so_far = f"; {', '.join(done)} finished" if done else ""
-            line(f"interrupted{during}{so_far}")
-            return INTERRUPTED
-    chapters = load(plan.out)
-    publish(plan.out, chapters)
-    if plan.out.resolve() == RESULTS and device == "cpu":
-        results.environment(RESULTS)
-    show_verdicts([chapter for chapter in chapters if chapter.name in done])
+            rest = "" if plan.bare else "; --resume does the rest"
+            line(f"interrupted {when if begun else 'before any experiment began'}{so_far}{rest}")
+            return Outcome(INTERRUPTED, tuple(done), tuple(failed))
     if failed:
         say(f"failed: {', '.join(failed)}")
-    return FAILED if failed else OK
+    return Outcome(FAILED if failed else OK, tuple(done), tuple(failed))
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Be the only one that writes to a folder."""
+    from experiments import results
+
+    try:
+        with results.lock(out):
+            yield
+    except BlockingIOError as error:
+        raise Unusable(f"{error}; wait for it to end, or write elsewhere with --out") from None
+
+
+def is_current(entry: Entry, plan: Plan, device: str) -> bool:
+    """Whether a run of this entry would give again what is saved: nothing that numbers depend on has changed."""
+    from experiments import results
+
+    if Path(str(plan.overrides.get("data", ""))).is_file():
+        return False  # what is in the file is not recorded
+    try:
+        saved = results.read(plan.out, entry.name, device)
+        edited = results.edited(plan.out, entry.name, device)
+    except (ValueError, OSError):
+        return False
+    config = results.as_saved(dataclasses.asdict(work.configure(entry, plan.overrides, plan.quick)))
+    now = {"code": results.code(entry.name), **results.surroundings()}
+    return not edited and saved.config == config and all(saved.provenance[key] == now[key] for key in now)
+
+
+def verify_study(arguments: Arguments) -> int:
+    """Run again, elsewhere, and say of every published number whether it is the same."""
+    folder, entries = committed(arguments, "verify")
+    from experiments import results, verify
+
+    device = start_jax(arguments.device)
+    with tempfile.TemporaryDirectory(prefix="jaxgrad-verify-") as temporary:
+        rerun, failed = arguments.rerun, ()
+        if rerun is None:
+            rerun = Path(temporary)
+            able = tuple(entry for entry in entries if (entry.name, device) in results.saved(folder))
+            outcome = carry_out(Plan(able, {}, arguments.quick, rerun, device, bare=True), device)
+            if outcome.status == INTERRUPTED:
+                return INTERRUPTED
+            failed = outcome.failed
+        elif not results.saved(rerun):
+            raise Unusable(f"--rerun {rerun}: there are no results in it")
+        ran = {name for name, _ in results.saved(rerun)}
+        found = []
+        for entry in entries:
+            known = (entry.name, device) in results.saved(folder)
+            if entry.name in failed or (known and entry.name not in ran):
+                continue
+            module = importlib.import_module(f"experiments.{entry.name}")
+            try:
+                found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED, not arguments.quick))
+            except (ValueError, OSError) as error:
+                raise Unusable(str(error)) from None
+        if arguments.note and ran:
+            say(f"noted: {verify.note(folder, rerun, device, found)}")
+    if not found and not failed:
+        raise Unusable(f"{rerun} and {folder} have no result on {device} in common: nothing was compared")
+    print(verify.text(found, arguments.every))
+    differs = [one.name for one in found if one.count("differs")]
+    if differs:
+        say(f"differs: {', '.join(differs)}")
+    return FAILED if failed or differs else OK
+
+
+def record_spread(arguments: Arguments) -> int:
+    """Run again as the machine would round otherwise, and record by how much each number moves."""
+    folder, entries = committed(arguments, "spread")
+    from experiments import results, spread
+
+    device = start_jax(arguments.device)
+    with writing(folder), tempfile.TemporaryDirectory(prefix="jaxgrad-spread-") as temporary:
+        plan = Plan(entries, {}, arguments.quick, folder, device, bare=True)
+        stale = tuple(entry for entry in entries if not is_current(entry, plan, device))
+        if stale and not arguments.quick:
+            names = " ".join(entry.name for entry in stale)
+            raise Unusable(f"these results are not of this code on this machine: run `python -m experiments {names}`")
+        if (status := carry_out(plan._replace(entries=stale), device).status) != OK:
+            return status
+        echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
+        for nudge, (label, variables) in enumerate(spread.ECHOES[device].items(), 1):
+            say(f"echo: {label}")
+            out = Path(temporary) / label
+            flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), variables.get("XLA_FLAGS"))))
+            options = ["--bare", "--device", device, "--out", str(out), *(["--quick"] if arguments.quick else [])]
+            done = subprocess.run(
+                [sys.executable, "-m", "experiments.spread", str(nudge), *echoes, *options], check=False,
+                cwd=Path(experiments.__path__[0]).parent, env={**os.environ, **variables, "XLA_FLAGS": flags},
+            )  # fmt: skip
+            if done.returncode:
+                say(f"echo {label} failed: nothing is recorded")
+                return done.returncode
+            for name, found in echoes.items():
+                found[label] = results.read(out, name, device)
+        for name, found in echoes.items():
+            module = importlib.import_module(f"experiments.{name}")
+            say(str(spread.write(folder, results.read(folder, name, device), found, module.PUBLISHED)))
+    return OK
+
+
+def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ...]]:
+    """The folder that verify and spread are about, and the experiments."""
+    for option in ("seeds", "data", "target", "resume", "bare"):
+        if getattr(arguments, option):
+            raise Unusable(f"{command!r} runs what is committed, as it is: --{option} has no meaning for it")
+    if command == "spread" and (arguments.rerun or arguments.every or arguments.note):
+        raise Unusable("--rerun, --every and --note are for verify")
+    folder = Path(arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS))
+    only_names = dataclasses.replace(
+        arguments, names=arguments.names[1:], out=folder, rerun=None, every=False, note=False
+    )
+    entries = plan(only_names).entries
+    from experiments import results
+
+    if command == "verify" and not results.saved(folder):
+        raise Unusable(f"there are no results in {folder} to verify")
+    if command == "spread" and not arguments.quick and not arguments.names[1:]:
+        entries = tuple(entry for entry in entries if any(entry.name == name for name, _ in results.saved(folder)))
+    return folder, entries
 
 
 @contextmanager
@@ -280,7 +473,7 @@ def outcomes(
     """
     from experiments import results
 
-    tasks = [work.Task(entry, plan.overrides, plan.quick, device) for entry in plan.entries]
+    tasks = [work.Task(entry, plan.overrides, plan.quick, device, plan.bare) for entry in plan.entries]
     timed = [task for task in tasks if task.entry.timed]
     others = [task for task in tasks if not task.entry.timed]
 
@@ -296,7 +489,8 @@ def outcomes(
         return
     new = multiprocessing.get_context("spawn")
     messages, workers = new.SimpleQueue(), new.Array("i", cores)
-    pool = ProcessPoolExecutor(cores, new, work.start, (list(experiments.__path__), device, messages, workers))
+    ready = (list(experiments.__path__), device, messages, workers, work.nudge)
+    pool = ProcessPoolExecutor(cores, new, work.start, ready)
 
     def together() -> Iterator[tuple[str, work.Product | work.Failure]]:
         at_work: dict[Future[Any], work.Task] = {}
@@ -313,10 +507,10 @@ def outcomes(
                 at_work[pool.submit(work.perform_here, task)] = task
             running[:] = [task.entry.name for task in at_work.values()]
             # A wait without end could not be interrupted everywhere.
-            ready = wait(at_work, timeout=0.1, return_when=FIRST_COMPLETED).done
+            finished = wait(at_work, timeout=0.1, return_when=FIRST_COMPLETED).done
             while not messages.empty():
                 status(messages.get())
-            for future in ready:
+            for future in finished:
                 task = at_work.pop(future)
                 running.remove(task.entry.name)
                 try:
@@ -341,7 +535,24 @@ def store(out: Path, name: str, device: str, product: work.Product) -> None:
     from experiments import plots, report, results
 
     results.write(out, name, device, product.config, product.numbers, product.claims, product.times)
-    plots.write(product.figure, out / name, report.figure_stem(device))
+    if product.figure:
+        plots.write(product.figure, out / name, report.figure_stem(device))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off Ctrl-C until the end of the block. It reaches the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def load(out: Path) -> list["Chapter"]:
@@ -377,6 +588,17 @@ def show_verdicts(chapters: list["Chapter"]) -> None:
     for name, _, claim in report.claims_of(chapters):
         verdict = "holds" if claim.holds else "DOES NOT HOLD"
         print(f"{claim.id:<4} {verdict:<13} {claim.text}: {claim.measured} (expected {claim.expected}) [{name}]")
+
+
+def start_jax(device: str | None) -> str:
+    """Import JAX for a device and name what it computes on."""
+    backend = work.start_jax(device)
+    if device == "gpu" and backend != "gpu":
+        raise Unusable(
+            "--device gpu: JAX finds no GPU here; where there is one, install the extra cuda12 or cuda13 "
+            '(python -m pip install -e ".[study,cuda12]"), else use --device cpu'
+        )
+    return backend
 
 
 @contextmanager

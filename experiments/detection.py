@@ -59,7 +59,13 @@ class Config:
 
 TIMED = True
 QUICK = Config(species=("logistic",), seeds=1, train_steps=100, cold=False)
-
+PUBLISHED = {
+    "seconds_*": "timing", "smallest_detectable": "rounding", "alarms_of_ours": "exact", "judges": "exact",
+    "kinds": "exact", "misjudged": "exact", "misplaced": "exact", "missed_by_us": "exact", "mistakes": "exact",
+    "points": "exact", "right_*": "exact", "with_*": "exact", "caught": "exact", "confusion": "exact",
+    "correct": "exact", "false_alarms": "exact", "planted": "exact",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 POINTS = ("random", "trained", "saturated")
 
 

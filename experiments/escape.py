@@ -72,7 +72,17 @@ QUICK = Config(
     seeds=500, steps=200, well_with_replacement=(1,), well_distinct=(14,), well_etas=(0.1, 0.2),
     frequency_distinct=(2,), frequency_etas=(0.16,), grid=1024, fine=6, nets=("wide",), starts=40, noisy=300, calm=700,
 )  # fmt: skip
-
+PUBLISHED = {
+    "names": "exact", "nets": "exact", "seeds": "exact", "steps": "exact", "*/labels": "exact", "*/etas": "exact",
+    "*/n": "exact", "*/shown": "exact", "*/shown steps": "exact", "net/data": "exact", "net/b": "exact",
+    "net/starts": "exact", "net/*/l2": "exact", "net/*/what": "exact", "collapse_b": "exact", "*/gd crossed": "exact",
+    "collapse": "rounding", "*/w": "rounding", "*/loss": "rounding", "*/marks": "rounding", "*/fine": "rounding",
+    "*/lines": "rounding", "*/kramers": "rounding", "*/impossible_at": "rounding", "*/gd impossible_at": "rounding",
+    "*/gd run": "rounding", "*/rows[1]": "statistical, count of seeds", "*/rows[*]": "rounding",
+    "*/runs": "statistical, axis 0", "net/*/slope": "statistical", "net/*/gd": "statistical, axis 0",
+    "net/*/sgd": "statistical, axis 0",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LEVEL = 0.99
 NETS = {"wide": (10, 3, 1e-2), "narrow": (3, 2, 1e-3)}
 """Features, hidden units and l2 penalty of the two nets."""

@@ -58,7 +58,18 @@ class Config:
 
 
 QUICK = Config(batch_sizes=(1, 16), steps=120, points=9, seeds=400, floor_fractions=(0.2, 0.4), shown=20)
-
+PUBLISHED = {
+    "data": "exact", "n": "exact", "features": "exact", "sizes": "exact", "steps": "exact", "every": "exact",
+    "seeds": "exact", "beyond/fraction": "exact", "gd/runs": "rounding", "*/runs": "exact",
+    "*/measured": "statistical, deviation */deviation", "*/square": "statistical, error */square_error",
+    "*/square_error": "statistical", "*/single": "statistical, axis 0", "*/inside": "statistical, count of seeds",
+    "floors[2]": "statistical, deviation floors[4]", "floors[*]": "rounding", "beyond/line": "rounding",
+    "beyond/eta": "rounding", "beyond/*": "statistical", "gd": "rounding", "*edge": "rounding", "eta": "rounding",
+    "value": "rounding", "start": "rounding", "*/deviation": "rounding", "*/fine": "rounding", "*/floor": "rounding",
+    "*/leading": "rounding", "*/line": "rounding", "*/line_deviation": "rounding", "*/mean": "rounding",
+    "*/tame": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 KINDS = {"with replacement": with_replacement, "distinct": distinct}
 LEVEL = 0.99

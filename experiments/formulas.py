@@ -56,7 +56,12 @@ class Config:
 
 
 QUICK = Config(seeds=3, shapes=((5, 3, 4, 2),), training=50, steps=4, logits=40, curve=600)
-
+PUBLISHED = {
+    "seeds": "exact", "row/form": "exact", "row/id": "exact", "row/kind": "exact", "row/series": "exact",
+    "row/shape": "exact", "row/*": "rounding", "words/*": "exact", "shapes": "exact", "stopped": "exact",
+    "curve/*": "rounding", "nan/*": "rounding", "slopes": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 DEPTHS = 5
 """Nets of 1 to so many layers, in turn, over the shapes."""
 KINDS = ("random", "trained", "saturated")

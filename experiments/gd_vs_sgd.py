@@ -71,7 +71,14 @@ QUICK = Config(
     seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2, halvings=7, points=25,
     rows=4000, hidden=16,
 )  # fmt: skip
-
+PUBLISHED = {
+    "problems": "exact", "*/what": "exact", "*/n": "exact", "*/labels": "exact", "*/kind": "exact", "*/steps": "exact",
+    "*/examples": "exact", "*/start": "rounding", "*/minimum": "rounding", "*/bound": "rounding", "*/etas": "rounding",
+    "*/eta": "rounding, chosen by */tuning of */etas", "*/tuning": "rounding", "*/diverged": "exact",
+    "*/excess": "statistical, axis 0", "*/test_accuracy": "statistical, axis 0", "*/seconds_per_update": "timing",
+    "*/seconds_per_update_runs": "timing, axis -1",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 THREE = ("diamonds", "shuttle", "mnist5k")
 
 

@@ -50,7 +50,13 @@ class Config:
 
 
 QUICK = Config(data="diabetes", rows=60, batch_sizes=(6, 60), path=(0, 10, 60), seeds=400)
-
+PUBLISHED = {
+    "problems": "exact", "path": "exact", "*/what": "exact", "*/n": "exact", "*/sizes": "exact", "*/gamma": "rounding",
+    "*/trace": "rounding", "*/gradient_squared": "rounding", "*/noise_scale": "rounding", "one/scale": "rounding",
+    "one/expected": "rounding", "*/mean": "statistical, error */error", "*/error": "statistical",
+    "one/*": "statistical", "two": "statistical",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 THREE = ("diabetes", "breast_cancer", "digits")
 KINDS = {"with replacement": with_replacement, "distinct": distinct, "reshuffled": reshuffled}
 LEVEL = 0.99

@@ -56,7 +56,15 @@ QUICK = Config(
     steps=400, fractions=(0.05, 0.2, 0.5, 0.9, 0.99, 1.01), shares=(0.1, 0.03), sgd_steps=300,
     sgd_fractions=(0.01, 0.1, 0.5, 0.9), seeds=5, rows=4000,
 )  # fmt: skip
-
+PUBLISHED = {
+    "data": "exact", "n": "exact", "d": "exact", "b": "exact", "steps": "exact", "sgd_steps": "exact",
+    "shares": "exact", "fractions": "exact", "sgd_fractions": "exact", "shown": "exact", "shown_steps": "exact",
+    "measured": "exact", "predicted": "exact", "grows": "exact", "predicted_growth": "exact",
+    "sgd_gaps": "statistical, axis 1", "edge": "rounding", "sgd_edge": "rounding", "condition_number": "rounding",
+    "start": "rounding", "etas": "rounding", "sgd_etas": "rounding", "sgd_fine_etas": "rounding", "final": "rounding",
+    "sgd_floor": "rounding", "sgd_expected*": "rounding", "shown_gaps": "rounding", "shown_theory": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 
 

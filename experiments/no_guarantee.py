@@ -57,7 +57,15 @@ class Config:
 
 
 QUICK = Config(seeds=23, steps=600, sweep=(1.0, 2.0, 3.0, 5.0), sweep_starts=6)
-
+PUBLISHED = {
+    "n": "exact", "hidden": "exact", "l2": "exact", "eta": "exact", "b": "exact", "sgd_eta": "exact", "steps": "exact",
+    "record": "exact", "sweep": "exact", "fan": "exact", "zero_moved": "exact", "zero_path": "rounding",
+    "zero_curvature": "rounding", "levels": "rounding", "curvatures": "rounding", "least_curvatures": "rounding",
+    "fan_steps": "rounding", "paths": "statistical, axis 0", "gradient_norms": "statistical, axis 0",
+    "belongs": "statistical, axis 0", "sgd_level": "statistical, axis 0", "sweep_final": "statistical, axis 1",
+    "sweep_step": "statistical, axis 1",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 COLUMNS = ("mean radius", "mean texture")
 LAST = 32
 """The last steps of a run, all recorded: does it still bounce?"""

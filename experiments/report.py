@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import catalogue, plots, results
+from experiments import catalogue, plots, results, verify
 from experiments.results import Claim, Result
 from experiments.verdicts import ROWS, evidence, settled
 
@@ -99,8 +99,9 @@ def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) ->
     """Fill the generated sections of the README at `path` from the chapters; whether anything changed.
 
     A section is what stands between `<!-- generated:NAME -->` and `<!-- end -->`. Its name is one of `claims`
-    (the verdict on each row of the lecture), `found` (one bullet per experiment that has a `headline`) and
-    `experiments` (what each measures, with its figure and its time). Links in them are relative to the README.
+    (the verdict on each row of the lecture), `found` (one bullet per experiment that has a `headline`),
+    `experiments` (what each measures, with its figure and its time) and `verified` (what re-runs found, and where).
+    Links in them are relative to the README.
     """
     readme = Path(path)
     prefix = f"{Path(folder).name}/"
@@ -108,6 +109,7 @@ def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) ->
         "claims": lambda: verdicts_table(chapters, prefix),
         "found": lambda: "\n".join(_bullet(chapter) for chapter in chapters if headline(chapter)),
         "experiments": lambda: _experiments_table(chapters, prefix),
+        "verified": lambda: verify.noted_table(folder),
     }
     old = readme.read_text(encoding="utf-8")
     new = fill(old, makers, str(path))

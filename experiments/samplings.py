@@ -51,7 +51,17 @@ class Config:
 
 
 QUICK = Config(examples=10, batch_sizes=(5,), fractions=(0.1, 0.4, 0.8), seeds=1000, large_eta=0.05, passes=4)
-
+PUBLISHED = {
+    "data": "exact", "features": "exact", "n": "exact", "sizes": "exact", "seeds": "exact", "large/n": "exact",
+    "large/b": "exact", "large/passes": "rounding", "* */measured": "statistical, error * */error",
+    "*/bias error": "rounding", "* */error": "statistical", "* */bias": "statistical, error * */bias error",
+    "large/distinct error": "statistical", "large/reshuffled error": "statistical",
+    "large/distinct": "statistical, error large/distinct error",
+    "large/reshuffled": "statistical, error large/reshuffled error", "large/*": "rounding", "*edge*": "rounding",
+    "*/etas": "rounding", "*/fine": "rounding", "*/bias": "rounding", "*/bias leading": "rounding",
+    "*/exact": "rounding", "*/exact bias": "rounding", "*/floor": "rounding", "whole_with_replacement": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 KINDS: dict[str, Callable[[int], Sampling]] = {
     "with replacement": with_replacement,
     "distinct": distinct,

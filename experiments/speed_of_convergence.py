@@ -69,7 +69,15 @@ QUICK = Config(
     batch_sizes=(1, 64), shares=(0.01,), exact_shares=(0.1, 0.01), most=20_000, seeds=20, path_points=3,
     repeats=6, min_seconds=0.001, rows=4000,
 )  # fmt: skip
-
+PUBLISHED = {
+    "data": "exact", "n": "exact", "labels": "exact", "sizes": "exact", "shares": "exact", "exact_shares": "exact",
+    "most": "exact", "seeds": "exact", "*/steps": "exact", "exact_steps": "exact", "*/record": "exact",
+    "seconds": "timing", "*/first": "statistical, axis 0", "*/mean": "statistical", "*/z": "statistical",
+    "*/eta": "rounding", "*/expected": "rounding", "exact_etas": "rounding", "bound": "rounding",
+    "minimum": "rounding", "start": "rounding", "condition_number": "rounding", "gamma": "rounding",
+    "floor_scale": "rounding", "noise_scale": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 POINTS = 150
 

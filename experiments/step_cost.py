@@ -63,7 +63,13 @@ QUICK = Config(
     repeats=7,
     min_seconds=0.002,
 )
-
+PUBLISHED = {
+    "b": "exact", "d": "exact", "rows": "exact", "rows_for_b": "exact", "batch_sizes": "exact", "index_rows": "exact",
+    "shuffle_rows": "exact", "loop_rows": "exact", "loop_columns": "exact", "python_over_loop": "timing, ratio",
+    "batch/*": "timing", "index/*": "timing", "step/*": "timing", "called from Python": "timing",
+    "compiled loop": "timing",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 OPTIMIZER = optax.sgd(1e-3)
 KINDS: dict[str, Callable[[int], Sampling]] = {

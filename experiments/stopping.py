@@ -58,7 +58,18 @@ QUICK = Config(
     fractions=(0.001, 0.01, 0.1, 0.5, 0.9), thresholds=(1e-2, 1e-3), most=4000, batch_sizes=(1, 2), seeds=100,
     watched=200, budget=500,
 )  # fmt: skip
-
+PUBLISHED = {
+    "n": "exact", "p": "exact", "p_few": "exact", "seeds": "exact", "budget": "exact", "watched": "exact",
+    "most": "exact", "sgd_fraction": "exact", "fractions": "exact", "shares": "exact", "thresholds": "exact",
+    "batch_sizes": "exact", "diverging": "exact", "diverging_predicted": "exact", "gd_steps": "exact",
+    "GD/*/steps": "exact", "*/fired": "exact", "false/steps": "exact", "fine_time": "exact", "gd_predicted": "exact",
+    "false/stopped": "statistical, count of seeds", "fired/*": "statistical, axis 0", "rms/*[1]": "statistical",
+    "SGD/*": "statistical, axis 0", "GD/*": "rounding", "gd_excess": "rounding", "edge": "rounding",
+    "start": "rounding", "compared_start": "rounding", "condition_number": "rounding", "diverging_excess": "rounding",
+    "at_once": "rounding", "certified": "rounding", "false/predicted": "rounding", "fine": "rounding",
+    "fine_gap": "rounding", "rms/*": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 FEW = ("bmi", "s5")
 """Columns of the small problem of the false stops: with the bias, p = 3."""

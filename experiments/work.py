@@ -30,6 +30,8 @@ class Task(NamedTuple):
     quick: bool
     device: str
     """`cpu` or `gpu`: it names the files."""
+    bare: bool = False
+    """Numbers only, no figure."""
 
 
 class Product(NamedTuple):
@@ -40,7 +42,7 @@ class Product(NamedTuple):
     """As they will be read back."""
     claims: list[Any]
     figure: dict[str, bytes]
-    """The two files by their kind."""
+    """The two files by their kind; none for a bare task."""
     times: dict[str, float]
 
 
@@ -67,13 +69,15 @@ def perform(task: Task, status: Callable[[str], None]) -> Product | Failure:
 def _product(task: Task, status: Callable[[str], None]) -> Product:
     import jax
 
-    from experiments import plots, report, results
+    from experiments import plots, published, report, results
 
     name = task.entry.name
     status(name)
     module = importlib.import_module(f"experiments.{name}")
-    settings = {key: value for key, value in task.overrides.items() if key in task.entry.fields}
-    config = dataclasses.replace(module.QUICK if task.quick else module.Config(), **settings)
+    declared = getattr(module, "PUBLISHED", None)
+    if declared is None:
+        raise TypeError(published.undeclared(name))
+    config = configure(task.entry, task.overrides, task.quick)
     clock = compile_clock()
     if task.entry.timed:
         # It pays for its own compilation, whichever ran before, and what they compile does not pile up.
@@ -85,11 +89,22 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
         "compile_seconds": round(clock() - compiled_before, 3),
     }
     numbers = results.as_saved(numbers)
-    if Path(str(settings.get("data", ""))).is_file():
+    published.parts(name, numbers, declared)
+    if "data" in task.overrides and Path(str(getattr(config, "data", ""))).is_file():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)
+    claims = module.claims(numbers)
+    if task.bare:
+        return Product(config, numbers, claims, {}, times)
     margin = report.origin(name, task.device, results.surroundings() | {"sha256": results.digest(numbers)})
-    return Product(config, numbers, module.claims(numbers), plots.render(module.draw(numbers), margin=margin), times)
+    return Product(config, numbers, claims, plots.render(module.draw(numbers), margin=margin), times)
+
+
+def configure(entry: Entry, overrides: dict[str, Any], quick: bool) -> Any:
+    """The settings of an experiment: its own, and those of the overrides that it has."""
+    module = importlib.import_module(f"experiments.{entry.name}")
+    settings = {key: value for key, value in overrides.items() if key in entry.fields}
+    return dataclasses.replace(module.QUICK if quick else module.Config(), **settings)
 
 
 # --- in a process of its own -----------------------------------------------------------------------------------
@@ -98,12 +113,14 @@ _speak: Callable[[str], None] = print
 _workers: Any = None
 """The process ids of all workers, 0 where there is none yet; its lock is held by who speaks."""
 _alone = False
+nudge: int | None = None
+"""For an echo of the study (`experiments.spread`): which nudge its data get, in every process."""
 
 
-def start(folders: Sequence[str], device: str, messages: Any, workers: Any) -> None:
+def start(folders: Sequence[str], device: str, messages: Any, workers: Any, nudge: int | None) -> None:
     """Make a new process ready for `perform_here`: where experiments are, what to compute on, who hears of it."""
     global _speak, _workers
-    from experiments import plots, report  # noqa: F401  while `experiments` is where it is
+    from experiments import plots, published, report, spread  # noqa: F401  while `experiments` is where it is
 
     def speak(text: str) -> None:
         with workers.get_lock():
@@ -114,6 +131,8 @@ def start(folders: Sequence[str], device: str, messages: Any, workers: Any) -> N
     experiments.__path__[:] = folders  # type: ignore[index]
     _speak, _workers = speak, workers
     start_jax(device)
+    if nudge is not None:
+        spread.nudge_data(nudge)
     with workers.get_lock():
         workers[list(workers).index(0)] = os.getpid()
 
@@ -232,8 +251,24 @@ def _new_clock() -> Callable[[], float]:
 
 
 def is_the_persons(error: Exception, task: Task) -> bool:
-    """Whether the person can mend it: a package or a file is missing, or their data or seeds do not do."""
-    return isinstance(error, ModuleNotFoundError | OSError) or (bool(task.overrides) and isinstance(error, ValueError))
+    """Whether the person can mend it: a package is missing, or their data or seeds do not do.
+
+    Data do not do where reading them failed, or where our code says so in a `raise`; what NumPy or JAX stumble over
+    is the experiment's own failure.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        return True
+    if not task.overrides or not isinstance(error, ValueError | OSError):
+        return False
+    import jaxgrad
+
+    frames = traceback.extract_tb(error.__traceback__)
+    reading = Path(jaxgrad.__path__[0]) / "data"
+    ours = [Path(folder) for folder in (*experiments.__path__, *jaxgrad.__path__)]
+    said = (frames[-1].line or "").startswith("raise") and any(
+        Path(frames[-1].filename).is_relative_to(folder) for folder in ours
+    )
+    return said or ("data" in task.overrides and any(Path(f.filename).is_relative_to(reading) for f in frames))
 
 
 def short_traceback(error: Exception) -> str:

@@ -425,7 +425,7 @@ def _hint(case: Case, findings: list[Finding], same_draws: bool | None) -> str:
         return "seed: the random numbers are others, and their statistics agree" if other else ""
     for name in differ:
         old, new, kind = case.before[name].value, case.after[name].value, case.before[name].kind
-        if kind == Kind("exact"):
+        if kind == Kind("exact") and name.split("/")[-1] == "n":
             return f"data or sizes: {name} was {_brief(old)}, is {_brief(new)}"
     curves = {
         name: _values(case, name)
@@ -437,7 +437,7 @@ def _hint(case: Case, findings: list[Finding], same_draws: bool | None) -> str:
             return f"dtype: every value of {name} is a {narrow} number"
     if same_draws is False and not _moved_without_drawing(case, curves):
         return "sampling: the random numbers are others, and so is what they add up to"
-    told = [words for a, b in curves.values() if (words := _course(a, b))]
+    told = [words for name, (a, b) in curves.items() if (words := _course(a, b, case.before[name].kind.axis))]
     kinds = [words.split(":")[0] for words in told]
     return max(told, key=lambda words: kinds.count(words.split(":")[0])) if told else ""
 
@@ -456,11 +456,17 @@ def _narrow(old: np.ndarray, new: np.ndarray) -> str:
     return ""
 
 
-def _course(old: np.ndarray, new: np.ndarray) -> str:
-    """What a deviation looks like along a curve (the last axis; others are averaged); empty for what is no curve."""
-    if old.ndim == 0 or old.shape[-1] < 4:
+def _course(old: np.ndarray, new: np.ndarray, runs: int | None) -> str:
+    """What a deviation looks like along a curve; empty for what is no curve.
+
+    It runs along the last axis, or the one before, if that is of a few coordinates; what else there is is averaged.
+    """
+    a, b = (x if runs is None else np.moveaxis(x, runs, 0) for x in (old, new))
+    if a.ndim > (1 if runs is None else 2) and a.shape[-1] < 4:
+        a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
+    if a.ndim < (1 if runs is None else 2) or a.shape[-1] < 4:
         return ""
-    a, b = (x.reshape(-1, x.shape[-1]) for x in (old, new))
+    a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
     use = np.asarray(np.isfinite(a + b).all(axis=0))
     if use.sum() < 4 or not use[0] or not a[:, use].any():
         return ""

@@ -19,6 +19,7 @@ anything, and `name[1]` for a column (along the last axis); the first that fits 
 
     "exact"                                 the same to the last bit: settings, counts, words
     "exact, same jax"                       the same where JAX is: what its compiler counts
+    "machine"                               what a machine is and has installed, and who won a race on it
     "rounding"                              computed in floating point without drawing anything, or the same each time
     "rounding, chosen by SCORES of OPTIONS" the option with the lowest score, which rounding may decide at a tie
     "statistical, axis K"                   one entry along axis K for each seed

@@ -8,6 +8,7 @@ import numpy as np
 
 WORDS = re.compile(
     r"exact(?P<jax>, same jax)?"
+    r"|machine"
     r"|rounding(, chosen by (?P<chosen>.+ of .+))?"
     r"|timing(?P<ratio>, ratio)?(, axis (?P<repeats>-?\d+))?"
     r"|statistical(, (axis (?P<runs>-?\d+)|(?P<by>error|deviation|count of) (?P<key>.+)))?"
@@ -18,7 +19,7 @@ class Kind(NamedTuple):
     """A declaration, with the keys that it names filled in."""
 
     name: str
-    """`exact`, `rounding`, `statistical` or `timing`."""
+    """`exact`, `machine`, `rounding`, `statistical` or `timing`."""
     by: str = ""
     """`jax` (exact), `chosen` (rounding), `axis`, `error`, `deviation`, `count` (statistical), `ratio` (timing)."""
     key: str = ""

@@ -116,6 +116,12 @@ QUICK = Config(
     starts=(),
     import_rounds=0,
 )
+PUBLISHED = {
+    "problem": "exact", "data": "exact", "b": "exact", "d": "exact", "contenders": "exact", "profile_n": "exact",
+    "run_steps": "exact", "runs_together": "exact", "started": "exact", "seconds/*": "timing, axis 1",
+    "together": "timing, axis 0", "one_by_one": "timing, axis 0", "import_*": "timing, axis 0", "*": "machine",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 
 HORIZON = {"linear": 0.2, "logistic": 1.0, "two-layer": 0.05}
 """Step size times steps: how far along its path a run gets."""

@@ -72,7 +72,7 @@ def deviations(old: Result, new: Result, declared: dict[str, str]) -> dict[str, 
     before, after = (parts(old.name, result.numbers, declared) for result in (old, new))
     out = {}
     for name, part in before.items():
-        if name in after and comparable(part.value, after[name].value) and part.kind.name != "exact":
+        if name in after and comparable(part.value, after[name].value) and part.kind.name not in ("exact", "machine"):
             a, b = (np.asarray(value, float) for value in (part.value, after[name].value))
             if part.kind.name == "timing":
                 out[name] = log_ratio(part.kind.axis, a, b)

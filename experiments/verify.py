@@ -131,8 +131,8 @@ def compare(
         everything = tuple(Finding(key, "not comparable", obstacle) for key in old.numbers)
         return Comparison(old.name, everything, remarks)
     before, after = (parts(old.name, result.numbers, declared) for result in (old, new))
-    judged = sum(part.kind.name != "exact" for part in before.values())
-    sizes = [float(part.value) for name, part in before.items() if name.split("/")[-1] == "n"]
+    judged = sum(part.kind.name not in ("exact", "machine") for part in before.values())
+    sizes = [float(np.max(part.value)) for name, part in before.items() if name.split("/")[-1] == "n"]
     logs = {
         name: log_ratio(part.kind.axis, np.asarray(part.value, float), np.asarray(after[name].value, float))
         for name, part in before.items()
@@ -203,6 +203,8 @@ def _verdict(case: Case, name: str, same_draws: bool | None) -> Finding:
         return _timing(case, name)
     if _same(old, new):
         return Finding(name, "identical")
+    if kind.name == "machine":
+        return Finding(name, "not comparable", f"{_brief(old)} there, {_brief(new)} here: it tells of the machine")
     if kind.by == "jax" and _version(case.old) != _version(case.new):
         note = f"jax {_version(case.old)} counted it, here is {_version(case.new)}: run with that version"
         return Finding(name, "not comparable", note)

@@ -44,7 +44,7 @@ class Config:
     """The divergence, as a fraction of the edge."""
     start: tuple[float, float] = (4.5, 2.5)
     """Slope and intercept of the start."""
-    cloud: int = 64_000
+    cloud: int = 256_000
     """Iterates near the minimum that the measured spread is taken from."""
 
 

@@ -244,7 +244,7 @@ def render(drawing: Figure, *, margin: str = "") -> dict[str, bytes]:
         width, height = drawing.get_size_inches()
         note = drawing.text(1 - 0.06 / width, 0.06 / height, margin, fontsize=6.5, color=GREY, ha="right", va="bottom")
         drawing.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        drawing.savefig(png, format="png", metadata={"Software": None})
+        drawing.savefig(png, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
         note.remove()
     return {"svg": svg.getvalue(), "png": png.getvalue()}
 

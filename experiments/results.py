@@ -246,7 +246,9 @@ def lock(folder: str | Path) -> Iterator[None]:
 
 def saved(folder: str | Path) -> list[tuple[str, str]]:
     """`(experiment, device)` of every result in `folder`, sorted."""
-    return sorted((path.parent.name, path.stem) for path in Path(folder).glob("*/*.json"))
+    paths = Path(folder).glob("*/*.json")
+    # What verify noted of the quick baseline lies one folder down, too.
+    return sorted((path.parent.name, path.stem) for path in paths if path.name != "verified.json")
 
 
 def surroundings() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import catalogue, plots, results, verify
+from experiments import catalogue, plots, results
 from experiments.results import Claim, Result
 from experiments.verdicts import ROWS, evidence, settled
 
@@ -103,6 +103,8 @@ def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) ->
     `experiments` (what each measures, with its figure and its time) and `verified` (what re-runs found, and where).
     Links in them are relative to the README.
     """
+    from experiments import verify  # it loads SciPy's distributions, which a worker that draws has no need of
+
     readme = Path(path)
     prefix = f"{Path(folder).name}/"
     makers: dict[str, Callable[[], str]] = {

@@ -23,12 +23,13 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import page, plots, published, report, results, verdicts, work
+from experiments import page, plots, published, report, results, verdicts, verify, work
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
-# The command imports it when it needs it, which it could not from the package that is made up below.
+# The command imports them when it needs them, which it could not from the package that is made up below.
 assert published
+assert verify
 
 FAKE = '''
 """A straight line has a slope.

@@ -510,6 +510,7 @@ def outcomes(
             finished = wait(at_work, timeout=0.1, return_when=FIRST_COMPLETED).done
             while not messages.empty():
                 status(messages.get())
+            suspects = list(running)
             for future in finished:
                 task = at_work.pop(future)
                 running.remove(task.entry.name)
@@ -517,8 +518,8 @@ def outcomes(
                     outcome = future.result()
                 except BrokenExecutor:
                     raise Unusable(
-                        f"a worker process died in {task.entry.name}: is the memory used up? "
-                        f"python -m experiments {task.entry.name} runs it without one"
+                        f"a worker process died in {' or '.join(suspects)}: is the memory used up? "
+                        f"python -m experiments {suspects[0]} runs one without"
                     ) from None
                 yield task.entry.name, outcome
 

@@ -24,6 +24,8 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
@@ -236,15 +238,18 @@ def render(drawing: Figure, *, margin: str = "") -> dict[str, bytes]:
     svg, png = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         # The layout is solved once: each further draw would move things by another fraction of a point.
-        drawing.draw_without_rendering()
+        if engine := drawing.get_layout_engine():
+            engine.execute(drawing)
         drawing.set_layout_engine("none")
         for axis in drawing.axes:
             # The solver's last bits depend on where objects lie in memory, and they reach the ids of the SVG.
             axis.set_position(np.round(axis.get_position().bounds, 6))  # type: ignore[arg-type]
         width, height = drawing.get_size_inches()
         note = drawing.text(1 - 0.06 / width, 0.06 / height, margin, fontsize=6.5, color=GREY, ha="right", va="bottom")
-        drawing.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        drawing.savefig(png, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+        # What `savefig` does, but for drawing everything once more beforehand, in case a layout is to be solved.
+        FigureCanvasSVG(drawing).print_svg(svg, metadata={"Date": None, "Creator": None})
+        drawing.set_dpi(DPI)  # an SVG's is 72
+        FigureCanvasAgg(drawing).print_png(png, metadata={"Software": None}, pil_kwargs={"optimize": True})
         note.remove()
     return {"svg": svg.getvalue(), "png": png.getvalue()}
 

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -98,7 +99,9 @@ class Config:
     runs_together: int = 256
     run_rows: int = 6400
     """256 runs of one pass over so many rows, together and one by one."""
-    starts: tuple[str, ...] = ("descent_paths",)
+    profiled: tuple[int, ...] = (1, 32, 0)
+    """Batch sizes whose step is taken apart."""
+    starts: tuple[str, ...] = ("formulas", "descent_paths", "gd_vs_sgd")
     """Experiments that are started twice, to see what the second start saves."""
     start_rounds: int = 1
     import_rounds: int = 6
@@ -106,20 +109,22 @@ class Config:
 
 TIMED = True
 QUICK = Config(
-    race=(("linear", "synthetic", (1, 32, 0)), ("two-layer", "synthetic", (32,))),
+    race=(("linear", "synthetic", (1, 32)), ("two-layer", "synthetic", (32,))),
     compiled=(),
     rows=2000,
     rounds=6,
     min_seconds=0.002,
     runs_together=16,
     run_rows=640,
+    profiled=(32,),
     starts=(),
     import_rounds=0,
 )
 PUBLISHED = {
     "problem": "exact", "data": "exact", "b": "exact", "d": "exact", "contenders": "exact", "profile_n": "exact",
-    "run_steps": "exact", "runs_together": "exact", "started": "exact", "seconds/*": "timing, axis 1",
-    "together": "timing, axis 0", "one_by_one": "timing, axis 0", "import_*": "timing, axis 0", "*": "machine",
+    "profiled": "exact", "run_steps": "exact", "runs_together": "exact", "started": "exact",
+    "seconds/*": "timing, axis 1", "together": "timing, axis 0", "one_by_one": "timing, axis 0",
+    "import_*": "timing, axis 0", "*": "machine",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 
@@ -392,14 +397,15 @@ def _many_runs(config: Config) -> dict[str, Any]:
 def _profile(config: Config) -> dict[str, Any]:
     """Seconds per step `[parts, rounds]` of what a step consists of, found by leaving out one part after another.
 
-    Whole; with b rows in a row instead of drawn ones; with one batch that needs no fetching; with a loss that is the
-    sum of the parameters; with an optimiser that does nothing. What each saves is that part's, and the rest the loop's.
+    Whole, as `descend` runs it; with b rows in a row instead of drawn ones; with one batch that needs no fetching; with
+    a loss that is the sum of the parameters; with an optimiser that does nothing. What each saves is that part's, and
+    the rest the loop's.
     """
     x, targets = _data("synthetic", config)
     data = Batch(jnp.asarray(x), jnp.asarray(targets["numbers"]))
     n, found = len(x), {}
     loss, start = losses.mean_loss(models.linear, losses.squared), models.init_linear(COLUMNS)
-    go = jax.jit(advance, static_argnames=("loss", "optimizer", "sampling"))
+    go = jax.jit(partial(advance, single=True), static_argnames=("loss", "optimizer", "sampling"))
 
     def total(params: Any, _: Any) -> Any:
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
@@ -408,19 +414,24 @@ def _profile(config: Config) -> dict[str, Any]:
         return (step * b) % (n - b + 1) + jnp.arange(b, dtype=jnp.int32)
 
     sgd = optax.sgd(1e-6)
-    for b in (1, 32, 0):
+    for b in config.profiled:
         steps = max(1, 65_536 // b) if b else 20
-        batch = data if b == 0 else jax.tree.map(lambda leaf, b=b: leaf[:b], data)
-        drawn = reshuffled(b) if b else full_batch()
-        programs = {
-            "whole": (drawn, data, loss, sgd),
-            "in a row": (Sampling("rows in a row", b, in_a_row) if b else drawn, data, loss, sgd),
-            "one batch": (full_batch(), batch, loss, sgd),
-            "no gradient": (full_batch(), batch, total, sgd),
-            "no update": (full_batch(), batch, total, optax.set_to_zero()),
-        }
-        if b == 0:
-            del programs["in a row"], programs["one batch"]  # the full batch is neither drawn nor fetched
+        if b:
+            row, none = Sampling("rows in a row", b, in_a_row), jnp.arange(n)
+            batch = jax.tree.map(lambda leaf, b=b: leaf[:b], data)
+            programs: dict[str, tuple[Sampling, Any, Any, Any]] = {
+                "whole": (reshuffled(b), data, loss, sgd),
+                "in a row": (row, data, loss, sgd),
+                "one batch": (row, none, lambda params, _, batch=batch: loss(params, batch), sgd),
+                "no gradient": (row, none, total, sgd),
+                "no update": (row, none, total, optax.set_to_zero()),
+            }
+        else:  # the full batch is neither drawn nor fetched
+            programs = {
+                "whole": (full_batch(), data, loss, sgd),
+                "no gradient": (full_batch(), data, total, sgd),
+                "no update": (full_batch(), data, total, optax.set_to_zero()),
+            }
 
         def thunk(sampling: Any, data: Any, loss: Any, optimizer: Any, steps: int = steps) -> Callable[[], Any]:
             state, key = init(start, optimizer), jax.random.key(0)
@@ -436,7 +447,7 @@ def _profile(config: Config) -> dict[str, Any]:
             left = np.insert(left, 0, left[0], axis=0)
             left = np.insert(left, 0, left[0], axis=0)
         found[f"profile/{b}"] = np.vstack([left[:-1] - left[1:], left[-1:]])
-    return found | {"profile_n": n}
+    return found | {"profile_n": n, "profiled": list(config.profiled)}
 
 
 def _imports(rounds: int) -> dict[str, Any]:
@@ -753,7 +764,7 @@ def _where_time_goes(numbers: dict[str, Any]) -> str:
         "|---" * (len(PARTS) + 1) + "|",
     ]
     words = []
-    for b in (1, 32, 0):
+    for b in numbers["profiled"]:
         parts = numbers[f"profile/{b}"]
         cells = [_say(Ratio(*(1e6 * value for value in _ratio(runs)))) for runs in parts]
         if b == 0:

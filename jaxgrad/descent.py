@@ -20,7 +20,6 @@ import numpy as np
 import optax
 
 from jaxgrad import blocks, onecore
-from jaxgrad.data.checks import check_batch
 from jaxgrad.sampling import check_sizes
 from jaxgrad.types import Key, Loss, Params, Sampling
 
@@ -259,6 +258,9 @@ def descend(
     """
     optimizer = _optimizer(optimizer)
     key, seeds = _keys(key)
+    # Here, since `import jaxgrad` needs none of what the package of data sets brings along.
+    from jaxgrad.data.checks import check_batch
+
     check_batch(data)
     data = jax.tree.map(jnp.asarray, data)
     _count("steps", steps, at_least=0)

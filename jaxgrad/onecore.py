@@ -41,8 +41,13 @@ def fits(step: Callable[..., Any], *arguments: Any) -> bool:
 
 def call(loop: Callable[..., Any], *arguments: Any) -> Any:
     """`loop(*arguments)`, compiled into one function. Not under `vmap`, whose batched operations may not fit."""
+
+    def all_used(*arguments: Any) -> tuple[Any, Any]:
+        # An argument that the loop does not need (labels that a loss ignores) makes jaxlib 0.10 abort the process.
+        return loop(*arguments), [leaf.ravel()[:1] for leaf in jax.tree.leaves(arguments)]
+
     with set_xla_metadata(inlineable="false", xla_cpu_small_call="true"):
-        return jax.jit(loop)(*arguments)
+        return jax.jit(all_used)(*arguments)[0]
 
 
 def _is_simple(equation: Any) -> bool:

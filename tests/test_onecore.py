@@ -28,6 +28,9 @@ def rows(n, d, k=0):
     return Batch(jnp.asarray(x), jnp.asarray(y.astype(np.int32) if k > 1 else y))
 
 
+SOME = rows(40, 5)
+
+
 def net(d, k=1):
     return models.init_two_layer(jax.random.key(0), d, 6, k, dtype=jnp.float32)
 
@@ -80,3 +83,22 @@ def test_a_step_that_the_compiler_refuses_is_compiled_the_usual_way(monkeypatch)
     guessed = run(sampling=distinct(8))
     np.testing.assert_array_equal(guessed.loss, right.loss)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda params, batch: jnp.mean((batch.x @ params.w + params.b) ** 2),  # no labels
+        lambda params, batch: jnp.sum((params.w - 1) ** 2) + params.b**2,  # no examples
+        lambda params, batch: LINEAR(params, Batch(SOME.x[:4], SOME.y[:4])),  # others
+        lambda params, batch: 0.0 * params.b,  # nothing to descend
+    ],
+)
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.05), optax.set_to_zero()])
+def test_a_loss_may_ignore_its_batch(loss, optimizer):
+    """What a loop does not need used to abort the process, within XLA."""
+    trace = descend(
+        loss, models.init_linear(5), SOME, optimizer=optimizer, sampling=distinct(4), steps=20, key=jax.random.key(0)
+    )
+    assert int(trace.steps[-1]) == 20
+    assert np.isfinite(trace.loss).all()

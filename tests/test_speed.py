@@ -69,6 +69,7 @@ def made(seconds=None, losses=None, cases=None, absent=None):
         "starts": np.array([[4.0, 1.0]]),
         "started": ["descent_paths"],
         "profile_n": 1000,
+        "profiled": [1, 32, 0],
     }
     for b in (1, 32, 0):
         numbers[f"profile/{b}"] = np.outer([0 if b == 0 else 1e-6, 0, 6e-6, 1e-6, 2e-6], np.ones(rounds))

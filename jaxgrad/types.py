@@ -70,7 +70,15 @@ class Sampling(NamedTuple):
     """b, or None for the full batch."""
     draw: Callable[[Key, Any, int, int], Int[Array, " b"]]
     """`draw(key, step, n, b) -> int32[b]`, pure."""
+    take: Callable[[Any, Any], Any] | None = None
+    """`take(data, indices) -> batch`, pure; None: those rows of every array."""
 
     def indices(self, key: Key, step: Any, n: int) -> Int[Array, " b"]:
         """The examples of step `step` out of `n`: `int32[b]`, a pure function of `(key, step)`."""
         return self.draw(key, step, n, n if self.batch_size is None else self.batch_size)
+
+    def batch(self, data: Any, indices: Any) -> Any:
+        """The rows `indices` of `data`, which are in range."""
+        if self.take is not None:
+            return self.take(data, indices)
+        return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="promise_in_bounds"), data)

@@ -277,9 +277,8 @@ def descend(
     if many and state is None and runs_axis is None:
         start = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), start)
     if mesh is not None:
-        parallel.agree(
-            start=state or start, key=key, arguments=f"{steps} {marks} {sampling.name} {sampling.batch_size}"
-        )
+        settings = (steps, marks, sampling.name, sampling.batch_size)
+        parallel.agree(start=state or start, key=key, settings=settings)
         start, key = parallel.replicate((start, key), mesh)
         state = parallel.replicate(state, mesh) if state else None
     if state is None:
@@ -303,7 +302,7 @@ def descend(
     ended = np.full(shape, steps, dtype=np.int64)
     best, waited = np.full(shape, np.inf), np.zeros(shape, int)
     seconds, seen = 0.0, []
-    show = _progress(progress if parallel.is_main() else False)
+    show = _progress(progress if callable(progress) or parallel.is_main() else False)
 
     def end(which: Any, why: str, at: Any) -> None:
         reason[which], ended[which] = why, np.broadcast_to(at, shape)[which]

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _say(f"{arguments.n} processes at {coordinator}; logs in {logs}")
     asked: list[int] = []
-    before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda got, _: asked.append(got)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     processes = [_start(rank, arguments, coordinator, logs) for rank in range(arguments.n)]
     try:
         return _watch(processes, logs, asked, _again(arguments))

@@ -83,7 +83,7 @@ def start(
       devices: so many virtual devices on this CPU (`JAXGRAD_DEVICES`). They share its cores: for tests and lessons.
       timeout: seconds to wait for the others (`JAXGRAD_START_TIMEOUT`; 20).
 
-    Once they run, a process that gives no sign of life for 10 s (`JAXGRAD_HEARTBEAT`) is given up, and all end.
+    Once they run, a process that gives no sign of life for 20 s (`JAXGRAD_HEARTBEAT`) is given up, and all end.
 
     Raises ValueError for numbers that cannot be, ConnectionError where the coordinator cannot be reached or its port
     is in use, RuntimeError where JAX already runs.
@@ -107,7 +107,7 @@ def start(
         return Place(0, 1, "arguments" if explicit else "environment")
     waits = {
         "initialization_timeout": timeout,
-        "heartbeat_timeout_seconds": _number("", HEARTBEAT, None, 1) or 10,
+        "heartbeat_timeout_seconds": _number("", HEARTBEAT, None, 1) or 20,
         "shutdown_timeout_seconds": 30,
     }
     if len(missing) == len(given):
@@ -119,7 +119,7 @@ def start(
         )
     if rank >= processes:
         raise ValueError(f"rank is {rank}, but with {processes} processes it must be from 0 to {processes - 1}")
-    _reach(coordinator, rank, timeout)
+    _roll_call(coordinator, processes, rank, timeout)
     jax.distributed.initialize(
         coordinator, processes, rank, coordinator_bind_address=coordinator if rank == 0 else None,
         cluster_detection_method="deactivate", **waits,
@@ -179,35 +179,74 @@ def _virtual(devices: int) -> None:
         raise RuntimeError("start(devices=...) must come before the first array: JAX already runs") from None
 
 
-def _reach(coordinator: str, rank: int, timeout: float) -> None:
-    """Raise ConnectionError where the coordinator's port is taken (rank 0), or nobody answers there (the others).
+def _roll_call(coordinator: str, processes: int, rank: int, timeout: float) -> None:
+    """Raise ConnectionError, on every process, unless all are there within `timeout` seconds: it says who is not.
 
-    JAX itself would end the process without a Python error.
+    Where one is missing or the port is taken, JAX itself ends the process without a Python error, and without a name.
+    Rank 0 listens where JAX will afterwards.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"the coordinator must be given as host:port, such as 10.0.0.1:7654; got {coordinator!r}")
-    address = (host.strip("[]"), int(port))
-    if rank == 0:
-        try:
-            socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET).close()
-        except OSError as error:
-            raise ConnectionError(
-                f"rank 0 cannot listen on {coordinator} ({error.strerror or error}): another program may have the "
-                "port, or the address is not of this machine; choose another port or address"
-            ) from None
+    address, until = (host.strip("[]"), int(port)), time.monotonic() + timeout
+    if rank > 0:
+        _answer(address, processes, rank, until, f"{coordinator} within {timeout:g} s")
         return
-    until = time.monotonic() + timeout
+    try:
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        server = socket.create_server(address, family=family, backlog=processes)
+    except OSError as error:
+        raise ConnectionError(
+            f"rank 0 cannot listen on {coordinator} ({error.strerror or error}): another program may have the "
+            "port, or the address is not of this machine; choose another port or address"
+        ) from None
+    with server:
+        here: dict[int, socket.socket] = {}
+        wrong = ""
+        while len(here) < processes - 1 and not wrong and (left := until - time.monotonic()) > 0:
+            server.settimeout(left)
+            with suppress(OSError, ValueError):
+                caller, _ = server.accept()
+                caller.settimeout(2)
+                name, theirs, count = caller.recv(64).decode().split()
+                if name != "jaxgrad":
+                    continue
+                if int(count) != processes or int(theirs) in here or not 0 < int(theirs) < processes:
+                    wrong = f"a process called itself rank {theirs} of {count}, but there are {processes}, each once"
+                here[int(theirs)] = caller
+        missing = [str(other) for other in range(1, processes) if other not in here]
+        if missing and not wrong:
+            who = (
+                f"ranks {', '.join(missing)} of {processes}"
+                if len(missing) > 1
+                else f"rank {missing[0]} of {processes}"
+            )
+            wrong = f"{who} did not join within {timeout:g} s: start all together, or raise {TIMEOUT}"
+        for caller in here.values():
+            with suppress(OSError), caller:
+                caller.sendall((wrong or "go").encode())
+    if wrong:
+        raise ConnectionError(wrong)
+
+
+def _answer(address: tuple[str, int], processes: int, rank: int, until: float, where: str) -> None:
+    """Tell rank 0 that this one is here, and hear that all are."""
     while True:
         try:
-            socket.create_connection(address, timeout=2).close()
-            return
+            with socket.create_connection(address, timeout=2) as line:
+                line.sendall(f"jaxgrad {rank} {processes}".encode())
+                line.settimeout(max(1.0, until - time.monotonic()) + 5)
+                said = line.recv(1000).decode()
+            if said == "go":
+                return
+            raise ConnectionAbortedError(said or "rank 0 hung up")
+        except ConnectionAbortedError as error:
+            raise ConnectionError(str(error)) from None
         except OSError as error:
             if time.monotonic() > until:
                 raise ConnectionError(
-                    f"rank {rank} cannot reach the coordinator at {coordinator} within {timeout:g} s "
-                    f"({error.strerror or error}): is rank 0 running, is the address right, does a firewall stand "
-                    f"between? {TIMEOUT} is how long to wait"
+                    f"rank {rank} cannot reach rank 0 at {where} ({error.strerror or error}): is it running, is the "
+                    f"address right, does a firewall stand between? {TIMEOUT} is how long to wait"
                 ) from None
             time.sleep(0.1)
 
@@ -293,10 +332,9 @@ class Preempted(SystemExit):
 
     def __init__(self, step: int, path: Any):
         super().__init__(AGAIN)
-        self.step, self.path = step, path
-
-    def __str__(self) -> str:
-        return f"stopped at step {self.step:,} as asked; {self.path} holds it: run the same command with resume again"
+        self.step = step
+        if is_main():
+            print(f"stopped at step {step:,} as asked; {path} holds it: run the same with resume", file=sys.stderr)
 
 
 class Interruption:
@@ -464,7 +502,10 @@ def shard(batch: Any, mesh: Mesh) -> Sharded:
 
     def look() -> None:
         for low, high in _mine(counts, mesh):
-            check_batch(jax.tree.map(lambda leaf, part=slice(low, high): leaf[part], batch))
+            try:
+                check_batch(jax.tree.map(lambda leaf, part=slice(low, high): leaf[part], batch))
+            except ValueError as error:
+                raise ValueError(f"in rows {low:,} to {high - 1:,}, numbered from the first of them: {error}") from None
 
     together(look)
     agree(data=jax.tree.map(_telling, batch))
@@ -708,6 +749,6 @@ class _TakeShares(NamedTuple):
 
         if not isinstance(data, Weighted):
             return jax.tree.map(take, data)
-        share = np.array(self.counts) / np.mean(self.counts)
-        weight = jnp.repeat(jnp.asarray(share, data.weight.dtype), own.shape[1], total_repeat_length=indices.size)
+        share = jnp.asarray(np.array(self.counts) / np.mean(self.counts), data.weight.dtype)
+        weight = jnp.broadcast_to(share[:, None], own.shape).reshape(-1)
         return Weighted(jax.tree.map(take, data.batch), weight)

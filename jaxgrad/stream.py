@@ -270,6 +270,17 @@ def _check(values: np.ndarray, first: int | None, indices: np.ndarray | None = N
         )
 
 
+def _few(rows: Rows) -> Rows:
+    """Rows so few that they are read at once, of which a full pass runs all programs of a full pass over `rows`."""
+    size = max(1, _PASS_BLOCK // rows.row_bytes)
+    few = min(rows.n, 2 * size + rows.n % size)
+    shards, left = [], few
+    for shard in rows.shards:
+        shards.append(shard._replace(rows=min(shard.rows, left)))
+        left -= shards[-1].rows
+    return rows._replace(shards=tuple(shard for shard in shards if shard.rows))
+
+
 def blocks(rows: Rows, size: int | None = None) -> Iterator[np.ndarray]:
     """All rows in blocks, in order; a thread reads the next while the caller has this one."""
     size = size or max(1, _PASS_BLOCK // rows.row_bytes)
@@ -373,6 +384,8 @@ def programs(
 
     def gd(state: Any, key: Key, data: Any, until: Any, *, halt: Any) -> Any:
         del data
+        if int(state.step) >= int(until):
+            value_and_gradient(loss, state.params, _few(rows))  # nothing to do but to compile
         for now in range(int(state.step), int(until)):
             _, gradient = value_and_gradient(loss, state.params, rows)
             slope = jax.tree.map(lambda leaf: leaf[None], gradient)
@@ -402,41 +415,53 @@ def _along(params: Params, gradient: Any) -> jax.Array:
 
 def value_and_gradient(loss: Loss, params: Params, rows: Rows) -> tuple[jax.Array, Params]:
     """The full loss `Σ (m_j/n) L(w; block j)` and its gradient, in one pass over the rows; `loss` takes raw rows."""
-    total = None
-    for block in blocks(rows):
-        share = np.float32(len(block) / rows.n).astype(rows.dtype)
-        total = _add(total, params, block, share, loss=loss)
-    assert total is not None
-    return total
+    return _sum(partial(_add_both, loss=loss), params, rows)
 
 
 def value(loss: Loss, params: Params, rows: Rows) -> jax.Array:
     """The full loss, in one pass over the rows; `loss` takes raw rows."""
-    total = jnp.zeros(())
+    return _sum(partial(_add_value, loss=loss), params, rows)
+
+
+def _sum(add: Callable[..., Any], params: Params, rows: Rows) -> Any:
+    total = None
     for block in blocks(rows):
-        total = _add_value(total, params, block, np.asarray(len(block) / rows.n, rows.dtype), loss=loss)
+        total = add(total, params, block, np.float64(len(block) / rows.n))
     return total
 
 
 @partial(jax.jit, static_argnames=("loss",))
-def _add(total: Any, params: Params, block: Any, share: Any, *, loss: Loss) -> Any:
-    own = jax.tree.map(lambda part: part * share.astype(part.dtype), jax.value_and_grad(loss)(params, block))
-    return own if total is None else jax.tree.map(jnp.add, total, own)
+def _add_both(total: Any, params: Params, block: Any, share: Any, *, loss: Loss) -> Any:
+    return _add(total, jax.value_and_grad(loss)(params, block), share)
 
 
 @partial(jax.jit, static_argnames=("loss",))
 def _add_value(total: Any, params: Params, block: Any, share: Any, *, loss: Loss) -> Any:
-    own = loss(params, block)
-    return total.astype(own.dtype) + own * share.astype(own.dtype)
+    return _add(total, loss(params, block), share)
 
 
-def moments(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """`(mean, second)` of the raw columns with a column of ones in front, float64: `second = Z'Z/n`, one pass."""
-    ones = np.zeros((rows.columns + 1, rows.columns + 1))
+def _add(total: Any, own: Any, share: Any) -> Any:
+    own = jax.tree.map(lambda part: part * share.astype(part.dtype), own)
+    return own if total is None else jax.tree.map(jnp.add, total, own)
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of the columns of a file, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    """`Σ (row − mean)(row − mean)ᵀ / n`."""
+
+
+def moments(rows: Rows) -> Moments:
+    """Mean and covariance of the raw columns, in one pass: of deviations from the first block's mean."""
+    origin, total, second = None, np.zeros(rows.columns), np.zeros((rows.columns, rows.columns))
     for block in blocks(rows):
-        z = np.empty((len(block), rows.columns + 1))
-        z[:, 0] = 1
-        z[:, 1:] = block
-        ones += z.T @ z
-    second = ones / rows.n
-    return second[0, 1:], second
+        wide = block.astype(np.float64)
+        origin = wide.mean(axis=0) if origin is None else origin
+        wide -= origin
+        total += wide.sum(axis=0)
+        second += wide.T @ wide
+    assert origin is not None
+    shift = total / rows.n
+    return Moments(origin + shift, second / rows.n - np.outer(shift, shift))

@@ -270,6 +270,7 @@ def descend(
     if checkpoint is not None:
         parallel.together(lambda: saved.check(checkpoint) if parallel.is_main() else None)
         marks = sorted({*marks, *range(first, steps, checkpoint.every)})
+        own_loss = own_loss if rows is None else loss
         whose = saved.fingerprint(own_loss, one_start, data, n, optimizer, own_sampling, key, told())
 
     halt = partial(_update_below, below=stop.below) if stop and stop.reason == "small step" else None

@@ -179,7 +179,7 @@ def _virtual(devices: int) -> None:
         raise RuntimeError("start(devices=...) must come before the first array: JAX already runs") from None
 
 
-def _roll_call(coordinator: str, processes: int, rank: int, timeout: float) -> None:
+def _roll_call(coordinator: str, processes: int, rank: int, timeout: float | int) -> None:
     """Raise ConnectionError, on every process, unless all are there within `timeout` seconds: it says who is not.
 
     Where one is missing or the port is taken, JAX itself ends the process without a Python error, and without a name.
@@ -202,11 +202,13 @@ def _roll_call(coordinator: str, processes: int, rank: int, timeout: float) -> N
         ) from None
     with server:
         here: dict[int, socket.socket] = {}
+        callers: list[socket.socket] = []
         wrong = ""
         while len(here) < processes - 1 and not wrong and (left := until - time.monotonic()) > 0:
             server.settimeout(left)
             with suppress(OSError, ValueError):
                 caller, _ = server.accept()
+                callers.append(caller)
                 caller.settimeout(2)
                 name, theirs, count = caller.recv(64).decode().split()
                 if name != "jaxgrad":
@@ -222,7 +224,7 @@ def _roll_call(coordinator: str, processes: int, rank: int, timeout: float) -> N
                 else f"rank {missing[0]} of {processes}"
             )
             wrong = f"{who} did not join within {timeout:g} s: start all together, or raise {TIMEOUT}"
-        for caller in here.values():
+        for caller in callers:
             with suppress(OSError), caller:
                 caller.sendall((wrong or "go").encode())
     if wrong:
@@ -445,7 +447,7 @@ def digest(thing: Any) -> str:
         if hasattr(leaf, "__array__"):
             array = np.ascontiguousarray(leaf)
             told.update(f"{array.dtype.str}{array.shape}".encode())
-            told.update(array.tobytes() if array.dtype.hasobject else memoryview(array.reshape(-1)).cast("B"))
+            told.update(array.reshape(-1).view(np.uint8))
         else:
             told.update(repr(leaf).encode())
     return told.hexdigest()

@@ -59,11 +59,11 @@ def runs(mesh):
 def resumable(folder, *, mesh=None, resume=True, until=120, progress=False, **changes):
     """A run that leaves a checkpoint each 20 steps, and is recorded each 10."""
     arguments = dict(
-        params=start(np.float64), data=problem(203, np.float64), optimizer=optax.sgd(0.1, momentum=0.9), sampling=distinct(16),
-        key=jax.random.key(5), observe=lambda params: params.w,
+        params=start(np.float64), data=problem(203, np.float64), optimizer=optax.sgd(0.1, momentum=0.9),
+        sampling=distinct(16), key=jax.random.key(5), observe=lambda params: params.w,
     )  # fmt: skip
     return descend(
-        LOSS, **arguments | changes, steps=until, mesh=mesh, record=range(0, until + 1, 10), progress=progress,
+        **{"loss": LOSS} | arguments | changes, steps=until, mesh=mesh, record=range(0, until + 1, 10), progress=progress,
         checkpoint=Checkpoint(folder / "run.npz", every=20, resume=resume),
     )  # fmt: skip
 
@@ -73,11 +73,14 @@ def saved(trace):
     return {"w": trace.params.w, "b": trace.params.b, "loss": trace.loss, "observed": trace.observed, "at": trace.steps}
 
 
+HOW = ("raise", "exit", "SIGKILL", "SIGSTOP", "SIGTERM", "SIGINT")
+
+
 def misbehave(how, rank):
     """At step 50 rank 1 raises, exits, is stopped, is killed or gets a signal; called after every record point."""
 
     def progress(step, steps):
-        if step == 50 and rank == 1:
+        if step == 50 and rank == 1 and how in HOW:
             if how == "raise":
                 raise RuntimeError("planted")
             if how == "exit":

@@ -43,7 +43,7 @@ def worker(folder, task, argument="", *, processes=1, devices=None, expect=0, **
         command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | root | environment
     )  # fmt: skip
     logs = [log.read_text() for log in sorted((folder / "logs").glob("rank*.log"))]
-    said = done.stderr + "".join(logs)
+    said = "".join(logs) or done.stderr
     assert done.returncode == expect, said
     return said, done.stderr
 
@@ -92,7 +92,7 @@ def test_the_comparison_would_see_a_difference(alone):
 def test_a_killed_run_goes_on_from_its_checkpoint_on_as_many_processes_or_fewer_or_more(tmp_path):
     whole = saved(resumable(tmp_path, resume=False))
     (tmp_path / "run.npz").unlink()
-    said, summary = worker(tmp_path, "run", "SIGKILL", processes=2, expect=128 + signal.SIGKILL)
+    _, summary = worker(tmp_path, "run", "SIGKILL", processes=2, expect=128 + signal.SIGKILL)
     assert "rank 1 was killed by SIGKILL" in summary
     assert "resume" in summary
     halfway = (tmp_path / "run.npz").read_bytes()
@@ -282,7 +282,7 @@ def test_stratified_batches_have_that_variance(counts):
         return jax.vmap(one)(steps)
 
     drawn, indices = map(np.asarray, gradients(jnp.arange(4000, dtype=jnp.int32)))
-    full = jax.flatten_util.ravel_pytree(jax.grad(LOSS)(params, batch))[0]
+    full = np.asarray(jax.flatten_util.ravel_pytree(jax.grad(LOSS)(params, batch))[0])
     squared = ((drawn - full) ** 2).sum(axis=1)
     predicted = noise.stratified_trace(LOSS, params, batch, counts, b)
     assert abs(squared.mean() - predicted) < 4 * squared.std() / np.sqrt(len(squared))

@@ -81,6 +81,10 @@ class Arguments:
     target: Annotated[str | None, conf.arg(metavar="COLUMN", **QUIET)] = None
     """The column of --data to predict."""
 
+    memory: Annotated[str | None, conf.arg(metavar="GIB", **QUIET)] = None
+    """Memory that --data may take (default: what is free). A larger npy file, or a folder of them, is read as it is
+    needed."""
+
     out: Annotated[Path | None, conf.arg(metavar="DIR", **QUIET)] = None
     """Where results go. By default results, or, for what is not the published study, results-quick (--quick)
     and results-custom (--data, --seeds)."""
@@ -150,11 +154,16 @@ def plan(arguments: Arguments) -> Plan:
                 f"there is no experiment {name!r}; "
                 + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}")
             )
+    if arguments.memory is not None and arguments.data is None:
+        raise Unusable("--memory is for the rows of --data, and there is no --data")
     if arguments.device not in (None, "cpu", "gpu"):
         raise Unusable(f"--device must be cpu or gpu, got {arguments.device!r}")
     if arguments.target is not None and arguments.data is None:
         raise Unusable("--target names a column of --data, and there is no --data")
-    given = {"seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target}
+    given = {
+        "seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target,
+        "memory": gibibytes(arguments.memory),
+    }  # fmt: skip
     overrides = {field: value for field, value in given.items() if value is not None}
     entries = tuple(known[name] for name in dict.fromkeys(arguments.names)) or tuple(known.values())
     if arguments.names:
@@ -185,6 +194,17 @@ def whole(seeds: str | None) -> int | None:
     except ValueError:
         pass
     raise Unusable(f"--seeds must be a whole number and at least 1, got {seeds!r}")
+
+
+def gibibytes(text: str | None) -> float | None:
+    """The --memory of the command line."""
+    try:
+        value = None if text is None else float(text)
+    except ValueError:
+        value = 0.0
+    if value is not None and not 0 < value < float("inf"):
+        raise Unusable(f"--memory must be a positive number of GiB, got {text!r}")
+    return value
 
 
 def check_folder(out: Path) -> None:
@@ -333,7 +353,7 @@ def run_one(
         "compile_seconds": round(compile_seconds(entry.timed) - compiled_before, 3),
     }
     numbers = results.as_saved(numbers)
-    if Path(str(settings.get("data", ""))).is_file():
+    if Path(str(settings.get("data", ""))).exists():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)
     with DRAWING:

@@ -11,7 +11,8 @@ median final loss), then run again with fresh seeds. All runs of a batch size st
 what varies over seeds is the order of the examples and nothing else.
 
 The gap `L(w_t) − L*` of the convex problems is evaluated in float64 against a certified minimum; the runs are
-float32. A second on the third axis is a second of one run alone on this machine, steps and sampling, without
+float32. Data larger than memory (`--data`, npy) stay on disk: `experiments.on_disk` says what is then different. A
+second on the third axis is a second of one run alone on this machine, steps and sampling, without
 compiling and without evaluating the loss.
 """
 
@@ -27,7 +28,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots, side_by_side
+from experiments import on_disk, plots, side_by_side
 from experiments.report import brief
 from experiments.results import Claim
 from jaxgrad import data, losses, models, optimum, statistics
@@ -64,12 +65,18 @@ class Config:
     """Record points of a curve, evenly spaced in the logarithm of the update."""
     rows: int | None = None
     """Use only so many training examples (None: all)."""
+    memory: float | None = None
+    """GiB that a file may take; a larger npy, and any folder of npy shards, stays on disk (None: what is free)."""
+    passes: int = 20
+    """Updates of the full batch, each one pass, where the data stay on disk."""
+    updates_disk: int = 2000
+    """Updates of SGD there."""
 
 
 TIMED = True
 QUICK = Config(
     seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2, halvings=7, points=25,
-    rows=4000, hidden=16,
+    rows=4000, hidden=16, passes=5, updates_disk=200,
 )  # fmt: skip
 
 THREE = ("diamonds", "shuttle", "mnist5k")
@@ -91,6 +98,8 @@ class Problem(NamedTuple):
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+    if config.data is not None and on_disk.stays(config.data, config.memory):
+        return on_disk.run(config, progress)
     names = THREE if config.data is None else (config.data,)
     numbers: dict[str, Any] = {"problems": []}
     jobs: list[tuple[Problem, int | None]] = []
@@ -280,11 +289,12 @@ def _reached(numbers: dict[str, Any], problem: str) -> tuple[str, dict[str, Reac
 
 
 def _after_one_pass(numbers: dict[str, Any], problem: str) -> dict[str, np.ndarray]:
-    """Per batch size, the excess of each run at the first record point at or after one pass."""
+    """Per batch size, the excess of each run at the first record point at or after one pass, or its last."""
     out = {}
     for label in numbers[f"{problem}/labels"]:
         examples = numbers[f"{problem}/{label}/examples"]
-        out[label] = numbers[f"{problem}/{label}/excess"][:, np.searchsorted(examples, numbers[f"{problem}/n"])]
+        at = min(np.searchsorted(examples, numbers[f"{problem}/n"]), len(examples) - 1)
+        out[label] = numbers[f"{problem}/{label}/excess"][:, at]
     return out
 
 

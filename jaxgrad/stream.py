@@ -14,8 +14,8 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +56,9 @@ class Rows(NamedTuple):
     """Each column is then divided by this."""
     memory: float
     """GiB for rows in flight."""
+    full: Callable[[Params], Any] | None = None
+    """The full loss as a function of the parameters, where something cheaper than a pass over all rows tells it
+    (`moments`, for least squares): what is then recorded."""
 
     @property
     def n(self) -> int:
@@ -374,9 +377,12 @@ def programs(
         assert sampling.batch_size is not None
         now, until = int(state.step), int(until)
         ordered = in_order(sampling.batch_size, reader.steps)
+        if now >= until:
+            # Nothing to do but to compile. To fetch a block here would take it off the clock.
+            nothing = jnp.zeros((reader.steps * sampling.batch_size, rows.columns), rows.dtype)
+            return go(state, key, nothing, np.int32(until), sampling=ordered, halt=halt)
         while True:
-            # With nothing to do (a call that compiles), the block is one that will be needed or was.
-            number = min(now, max(until - 1, 0)) // reader.steps
+            number = now // reader.steps
             now = min(until, (number + 1) * reader.steps)
             state = go(state, key, reader.block(number), np.int32(now), sampling=ordered, halt=halt)
             if now >= until or (halt is not None and bool(state.halted)):
@@ -397,7 +403,7 @@ def programs(
 
     def recorded(params: Params, update: Params, data: Any) -> Any:
         _, norm, seen = look(params, update, data)
-        return value(loss, params, rows), norm, seen
+        return (value(loss, params, rows) if rows.full is None else rows.full(params)), norm, seen
 
     def judged(params: Params, data: Any) -> Any:
         if judge.keywords["metric"] is not None:  # type: ignore[attr-defined]

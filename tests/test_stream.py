@@ -1,6 +1,7 @@
 """Rows on disk: the numbers of rows in memory, and what is wrong with a file said before anything runs."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,11 +10,12 @@ from hypothesis import strategies as st
 from jaxgrad import stream
 from jaxgrad.descent import descend, small_gradient
 from jaxgrad.losses import mean_loss, squared
-from jaxgrad.models import init_linear, linear
+from jaxgrad.models import linear
 from jaxgrad.sampling import distinct, full_batch, reshuffled
-from jaxgrad.types import Batch
+from jaxgrad.types import Batch, Linear
 
 LOSS = mean_loss(linear, squared)
+START = Linear(jnp.zeros(4), jnp.zeros(()))
 N = 3001
 
 
@@ -35,8 +37,8 @@ def folder(tmp_path_factory, table):
 def test_sgd_from_disk_gives_the_bits_of_sgd_in_memory(folder, table, sampling):
     rows = stream.open_rows(folder, target=-1, memory=1e-4)
     arguments = dict(optimizer=1e-5, sampling=sampling, steps=100, key=jax.random.key(1), record=7)
-    there = descend(LOSS, init_linear(4), rows, **arguments)
-    here = descend(LOSS, init_linear(4), Batch(table[:, :4], table[:, 4]), **arguments)
+    there = descend(LOSS, START, rows, **arguments)
+    here = descend(LOSS, START, Batch(table[:, :4], table[:, 4]), **arguments)
     assert (there.params.w == here.params.w).all()
     assert there.steps.tolist() == here.steps.tolist()
     np.testing.assert_allclose(there.loss, here.loss, rtol=1e-12)
@@ -49,8 +51,8 @@ def test_full_batch_from_disk(folder, table, monkeypatch):
     z = (table - table.mean(axis=0)) / table.std(axis=0)
     arguments = dict(optimizer=0.1, sampling=full_batch(), steps=20, key=jax.random.key(1), record=5)
     rule = small_gradient(1e-3, every=5)
-    there = descend(LOSS, init_linear(4), rows, **arguments, stop=rule)
-    here = descend(LOSS, init_linear(4), Batch(z[:, 1:], z[:, 0]), **arguments, stop=rule)
+    there = descend(LOSS, START, rows, **arguments, stop=rule)
+    here = descend(LOSS, START, Batch(z[:, 1:], z[:, 0]), **arguments, stop=rule)
     np.testing.assert_allclose(there.params.w, here.params.w, rtol=1e-11)
     np.testing.assert_allclose(there.loss, here.loss, rtol=1e-11)
     assert there.status == here.status
@@ -86,8 +88,8 @@ def test_blocks_cover_all_rows_in_order(folder, table):
 def test_a_diverging_run_is_marked_as_in_memory(folder, table):
     rows = stream.open_rows(folder, target=-1, memory=1e-4)
     arguments = dict(optimizer=10.0, sampling=distinct(8), steps=200, key=jax.random.key(1), record=4)
-    there = descend(LOSS, init_linear(4), rows, **arguments)
-    here = descend(LOSS, init_linear(4), Batch(table[:, :4], table[:, 4]), **arguments)
+    there = descend(LOSS, START, rows, **arguments)
+    here = descend(LOSS, START, Batch(table[:, :4], table[:, 4]), **arguments)
     assert there.status == here.status
     assert there.status.startswith("diverged at step")
 
@@ -151,7 +153,7 @@ def test_a_bad_shard_is_named(folder, tmp_path, spoil, error, words):
 def test_what_is_not_there(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         stream.open_rows(tmp_path / "nothing.npy")
-    with pytest.raises(FileNotFoundError, match="holds no .npy file"):
+    with pytest.raises(FileNotFoundError, match=r"holds no .npy file"):
         stream.open_rows(tmp_path)
     with pytest.raises(ValueError, match="has 5 columns, so the target's number is from -5 to 4; got 5"):
         stream.open_rows(folder, target=5)
@@ -162,16 +164,16 @@ def test_an_entry_that_is_not_finite_is_named_by_its_row(folder, tmp_path, table
     part[99, 3] = np.inf
     np.save(copied(folder, tmp_path) / "part-02.npy", part)
     rows = stream.open_rows(tmp_path, target=-1)
-    with pytest.raises(ValueError, match="row 1,100, column 3 .*is inf"):
-        stream.value(stream.of_rows(LOSS, rows), init_linear(4), rows)
-    with pytest.raises(ValueError, match="row 1,100, column 3 .*is inf"):
+    with pytest.raises(ValueError, match=r"row 1,100, column 3 .*is inf"):
+        stream.value(stream.of_rows(LOSS, rows), START, rows)
+    with pytest.raises(ValueError, match=r"row 1,100, column 3 .*is inf"):
         stream.pick(rows, np.array([5, 1100]))
 
 
 def test_rows_on_disk_serve_one_run(folder):
     rows = stream.open_rows(folder, target=-1)
     with pytest.raises(ValueError, match="one run on one device"):
-        descend(LOSS, init_linear(4), rows, optimizer=0.1, sampling=distinct(2), steps=1,
+        descend(LOSS, START, rows, optimizer=0.1, sampling=distinct(2), steps=1,
                 key=jax.random.split(jax.random.key(0), 2))  # fmt: skip
     with pytest.raises(ValueError, match="b = 4000"):
-        descend(LOSS, init_linear(4), rows, optimizer=0.1, sampling=distinct(4000), steps=1, key=jax.random.key(0))
+        descend(LOSS, START, rows, optimizer=0.1, sampling=distinct(4000), steps=1, key=jax.random.key(0))

@@ -37,6 +37,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 MOST_TOGETHER = 4
 """Experiments that run side by side at most, since memory is not without end."""
+IN_PARALLEL = ("gd_vs_sgd",)
+"""Experiments that spread their rows over all processes and devices."""
 DRAWING = threading.Lock()
 """Matplotlib's parser of formulas serves one thread at a time."""
 
@@ -251,8 +253,17 @@ def only(arguments: Arguments, command: str, allowed: tuple[str, ...]) -> None:
 
 
 def run(plan: Plan) -> int:
-    """Run every experiment of the plan, the next ones too where one fails; then write the report."""
-    device = start_jax(plan.device)
+    """Run every experiment of the plan, the next ones too where one fails; then write the report.
+
+    Started in several processes (srun, mpirun, `jaxgrad.launch`), each experiment that can spreads its rows over
+    them; rank 0 alone writes and talks.
+    """
+    device, alone = start_jax(plan.device)
+    from jaxgrad import parallel
+
+    parallel.agree(arguments=repr((plan.entries, plan.overrides, plan.quick)))
+    if not alone and (unable := [entry.name for entry in plan.entries if entry.name not in IN_PARALLEL]):
+        raise Unusable(f"{', '.join(unable)}: in several processes only {', '.join(IN_PARALLEL)} can run")
     say(f"results go to {plan.out}")
     compile_seconds = compile_clock()
     begun: list[str] = []
@@ -282,6 +293,8 @@ def run(plan: Plan) -> int:
             so_far = f"; {', '.join(done)} finished" if done else ""
             line(f"interrupted during {broken_off}, whose earlier results are untouched{so_far}")
             return INTERRUPTED
+    if not parallel.is_main():
+        return FAILED if failed else OK
     from experiments import results
 
     chapters = load(plan.out)
@@ -356,6 +369,10 @@ def run_one(
     if Path(str(settings.get("data", ""))).exists():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)
+    from jaxgrad import parallel
+
+    if not parallel.is_main():
+        return times
     with DRAWING:
         figure = module.draw(numbers)
         results.write(plan.out, entry.name, device, config, numbers, module.claims(numbers), times)
@@ -392,21 +409,24 @@ def show_verdicts(chapters: list["Chapter"]) -> None:
         print(f"{claim.id:<4} {verdict:<13} {claim.text}: {claim.measured} (expected {claim.expected}) [{name}]")
 
 
-def start_jax(device: str | None) -> str:
-    """Import JAX for a device and name what it computes on; matrix products are exact to float32."""
+def start_jax(device: str | None) -> tuple[str, bool]:
+    """Import JAX for a device, name what it computes on, and say whether it is alone; no rounding of factors."""
     import jax
+
+    from jaxgrad import parallel
 
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     # A GPU would otherwise round the factors of a product to fewer bits than the CPU does.
     jax.config.update("jax_default_matmul_precision", "highest")
+    alone = parallel.start().processes == 1
     backend = jax.default_backend()
     if device == "gpu" and backend != "gpu":
         raise Unusable(
             "--device gpu: JAX finds no GPU here; where there is one, install the extra cuda12 or cuda13 "
             '(python -m pip install -e ".[study,cuda12]"), else use --device cpu'
         )
-    return backend
+    return backend, alone
 
 
 def compile_clock() -> Callable[..., float]:
@@ -457,6 +477,8 @@ def screen(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], 
 
 
 def say(text: str) -> None:
+    if several() and sys.modules["jax"].process_index() > 0:
+        return
     # In one piece: experiments that run side by side speak too.
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
@@ -480,8 +502,18 @@ def short_traceback(error: Exception) -> str:
     return "".join([f"{type(error).__name__}: {error}", *frames[-4:]])
 
 
+def several() -> bool:
+    """Whether this is one of several processes, which end together."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
 if __name__ == "__main__":
     exit_status = main()
+    if several():
+        from jaxgrad import parallel
+
+        parallel.run(lambda: exit_status)
     if exit_status in (INTERRUPTED, UNUSABLE):
         # Without this, Python would wait for what other threads or the device still run.
         sys.stdout.flush()

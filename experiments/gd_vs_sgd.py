@@ -31,7 +31,7 @@ from matplotlib.ticker import LogLocator
 from experiments import on_disk, plots, side_by_side
 from experiments.report import brief
 from experiments.results import Claim
-from jaxgrad import data, losses, models, optimum, statistics
+from jaxgrad import data, losses, models, optimum, parallel, statistics
 from jaxgrad.descent import descend, log_spaced, trajectory
 from jaxgrad.sampling import distinct, full_batch
 from jaxgrad.types import Batch, Loss, Params, Sampling
@@ -88,6 +88,8 @@ class Problem(NamedTuple):
     loss: Loss
     start: Params
     batch: Batch
+    spread: parallel.Sharded | None
+    """The batch on all devices, where there are several."""
     largest: float
     """The largest step size tried."""
     least_updates: int
@@ -135,6 +137,7 @@ def _problem(name: str, config: Config) -> Problem:
     train, test = data.split(dataset, 0.2, 0) if dataset.task == "classes" else (dataset, None)
     x, y = (jnp.asarray(leaf[: config.rows]) for leaf in train.batch)
     batch, (n, d) = Batch(x, y), x.shape
+    spread = parallel.shard(batch, parallel.mesh()) if len(jax.devices()) > 1 else None
     short = dataset.name
     if test is not None:
         k = len(dataset.labels)
@@ -148,7 +151,7 @@ def _problem(name: str, config: Config) -> Problem:
 
         loss = losses.mean_loss(model, losses.softmax_cross_entropy)
         what = f"two-layer net {d}–{config.hidden}–{k}, n = {n:,}"
-        return Problem(short, what, loss, start, batch, 16.0, config.updates_net, None, accuracy)
+        return Problem(short, what, loss, start, batch, spread, 16.0, config.updates_net, None, accuracy)
     start = models.init_linear(d)
     # Beyond 2/λmax not even the full batch converges; the largest curvature of the logloss is λmax(E x xᵀ)/4.
     ones = np.column_stack([np.asarray(x, float), np.ones(n)])
@@ -157,11 +160,11 @@ def _problem(name: str, config: Config) -> Problem:
         loss = losses.mean_loss(models.linear, losses.logloss, l2=config.l2)
         minimum = optimum.logistic(batch, l2=config.l2)
         what = f"logistic regression, n = {n:,}, d = {d}"
-        return Problem(short, what, loss, start, batch, 8 / top, config.updates, minimum, None)
+        return Problem(short, what, loss, start, batch, spread, 8 / top, config.updates, minimum, None)
     loss = losses.mean_loss(models.linear, losses.squared)
     minimum = optimum.least_squares(batch)
     what = f"linear regression, n = {n:,}, d = {d}"
-    return Problem(short, what, loss, start, batch, 1 / top, config.updates, minimum, None)
+    return Problem(short, what, loss, start, batch, spread, 1 / top, config.updates, minimum, None)
 
 
 def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -180,8 +183,8 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
     eta = float(etas[np.argmin(score)])
     progress(f"{problem.name}, {label_of(b)}: {config.seeds} fresh runs with step size {eta:.3g}")
     many = descend(
-        problem.loss, problem.start, problem.batch, optimizer=eta, sampling=sampling_of(b), steps=steps,
-        key=run_keys[:1] if b is None else run_keys, record=log_spaced(steps, config.points),
+        problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling_of(b),
+        steps=steps, key=run_keys[:1] if b is None else run_keys, record=log_spaced(steps, config.points),
         observe=(lambda params: params) if problem.minimum else problem.accuracy,
     )  # fmt: skip
     numbers = {
@@ -200,18 +203,24 @@ def sampling_of(b: int | None) -> Sampling:
 def _final_losses(problem: Problem, sampling: Sampling, steps: int, keys: jax.Array, etas: np.ndarray) -> np.ndarray:
     """Full loss after `steps` updates for each step size and key: `[e, s]`, all in one program."""
 
+    loss, batch = problem.loss, problem.batch
+    if problem.spread is not None:
+        loss, batch, sampling = parallel.on(problem.spread, loss, sampling)
+
     @jax.jit
-    def grid(etas: jax.Array, keys: jax.Array) -> jax.Array:
+    def grid(etas: jax.Array, keys: jax.Array, batch: Any) -> jax.Array:
         def final(eta: Any, key: Any) -> jax.Array:
             _, curve = trajectory(
-                problem.loss, problem.start, problem.batch, optimizer=optax.sgd(eta), sampling=sampling, key=key,
-                record=[steps],
-            )  # fmt: skip
+                loss, problem.start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=[steps]
+            )
             return curve[-1]
 
         return jax.vmap(jax.vmap(final, (None, 0)), (0, None))(etas, keys)
 
-    return np.asarray(grid(jnp.asarray(etas, jnp.float32), keys))
+    inputs = jnp.asarray(etas, jnp.float32), keys
+    if problem.spread is not None:
+        inputs = parallel.replicate(inputs, problem.spread.mesh)
+    return np.asarray(grid(*inputs, batch))
 
 
 def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: jax.Array) -> np.ndarray:
@@ -219,12 +228,15 @@ def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: j
 
     def chunks(steps: int, points: int) -> np.ndarray:
         trace = descend(
-            problem.loss, problem.start, problem.batch, optimizer=eta, sampling=sampling, steps=steps, key=key,
+            problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling, steps=steps,
+            key=key,
             record=points,
         )  # fmt: skip
         return np.diff(trace.seconds) / np.diff(trace.steps)
 
-    probe = float(np.median(chunks(40, 5)))
+    # One clock decides for all processes, else they would run different numbers of steps.
+    own = float(np.median(chunks(40, 5)))
+    probe = float(np.frombuffer(parallel.from_main(lambda: np.float64(own).tobytes()))[0])
     return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
 
 

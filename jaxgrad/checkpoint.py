@@ -61,7 +61,7 @@ def _archive(tree: Any, fingerprint: dict[str, str]) -> memoryview:
     plain = [array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array for array in arrays]
     header = json.dumps({"format": _FORMAT, "fingerprint": fingerprint, "dtypes": names}, sort_keys=True)
     content = io.BytesIO()
-    np.savez(content, header=np.array(header), **{f"leaf{i}": leaf for i, leaf in enumerate(plain)})
+    np.savez(content, header=np.array(header), **{f"leaf{i}": leaf for i, leaf in enumerate(plain)})  # type: ignore[arg-type]
     return content.getbuffer()
 
 

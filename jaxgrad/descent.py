@@ -267,6 +267,7 @@ def descend(
     recorded = _record_points(record, first, steps)
     judged = set(range(first, steps, stop.every)) if stop and stop.reason != "small step" else set()
     marks = sorted(set(recorded.tolist()) | judged | {steps})
+    whose: dict[str, str] = {}
     if checkpoint is not None:
         parallel.together(lambda: saved.check(checkpoint) if parallel.is_main() else None)
         marks = sorted({*marks, *range(first, steps, checkpoint.every)})
@@ -321,6 +322,7 @@ def descend(
     def save() -> None:
         columns = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
         told = reason.astype("U") if reason.ndim else np.array(str(reason))
+        assert checkpoint is not None
         saved.save(checkpoint, (state, columns, active, told, ended, best, waited, seconds), whose)
 
     with parallel.Interruption() if checkpoint is not None else nullcontext() as asked:
@@ -360,7 +362,7 @@ def descend(
                 save()
             if over:
                 break
-            if asked is not None and asked() and mark < steps:
+            if checkpoint is not None and asked is not None and asked() and mark < steps:
                 save()
                 raise parallel.Preempted(mark, checkpoint.path)
 

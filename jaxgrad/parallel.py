@@ -105,7 +105,7 @@ def start(
     missing = [name for name, value in given.items() if value is None]
     if processes == 1 and not coordinator:
         return Place(0, 1, "arguments" if explicit else "environment")
-    waits = {
+    waits: dict[str, Any] = {
         "initialization_timeout": timeout,
         "heartbeat_timeout_seconds": _number("", HEARTBEAT, None, 1) or 20,
         "shutdown_timeout_seconds": 30,
@@ -127,7 +127,7 @@ def start(
     return _joined("arguments" if explicit else "environment")
 
 
-def _detected(waits: dict[str, int]) -> Place:
+def _detected(waits: dict[str, Any]) -> Place:
     """What JAX finds by itself; a single process where it finds nothing."""
     slurm, mpi = int(os.environ.get("SLURM_NTASKS", 1)), int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
     try:
@@ -447,7 +447,7 @@ def digest(thing: Any) -> str:
         if hasattr(leaf, "__array__"):
             array = np.ascontiguousarray(leaf)
             told.update(f"{array.dtype.str}{array.shape}".encode())
-            told.update(array.reshape(-1).view(np.uint8))
+            told.update(array.reshape(-1).view(np.uint8).data)
         else:
             told.update(repr(leaf).encode())
     return told.hexdigest()
@@ -548,7 +548,7 @@ def _laid(rows: Any, first: int, counts: tuple[int, ...], mesh: Mesh) -> Sharded
     sharding = _rows_of(mesh)
 
     def lay(leaf: Any) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             d = (index[0].start or 0) // most
             own = np.asarray(leaf[starts[d] - first : starts[d] - first + counts[d]])
             # Copies of a row, since what the loss makes of zeros might not be finite.

@@ -209,7 +209,7 @@ def read(rows: Rows, low: int, high: int) -> np.ndarray:
     for shard in rows.shards:
         first, last = max(low - start, 0), min(high - start, shard.rows)
         if first < last:
-            into = memoryview(out[at : at + last - first].reshape(-1)).cast("B")
+            into = out[at : at + last - first].reshape(-1).view(np.uint8).data
             offset, done = shard.offset + first * rows.row_bytes, 0
             with open(shard.path, "rb", buffering=0) as file:
                 while done < len(into):

@@ -63,8 +63,8 @@ def resumable(folder, *, mesh=None, resume=True, until=120, progress=False, **ch
         sampling=distinct(16), key=jax.random.key(5), observe=lambda params: params.w,
     )  # fmt: skip
     return descend(
-        **{"loss": LOSS} | arguments | changes, steps=until, mesh=mesh, record=range(0, until + 1, 10), progress=progress,
-        checkpoint=Checkpoint(folder / "run.npz", every=20, resume=resume),
+        **{"loss": LOSS} | arguments | changes, steps=until, mesh=mesh, record=range(0, until + 1, 10),
+        progress=progress, checkpoint=Checkpoint(folder / "run.npz", every=20, resume=resume),
     )  # fmt: skip
 
 

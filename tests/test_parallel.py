@@ -4,6 +4,7 @@ What needs processes runs `parallel_worker.py` in some, each with a timeout; wha
 """
 
 import itertools
+import json
 import os
 import signal
 import socket
@@ -337,3 +338,22 @@ def test_a_stratified_sampling_knows_its_shares():
     with pytest.raises(ValueError, match=r"stratified\(b, data.counts\)"):
         parallel.on(data, LOSS, parallel.stratified(2, (4, 5)))
     assert isinstance(parallel.stratified(2, (5, 4)), Sampling)
+
+
+# --- the lesson ------------------------------------------------------------------------------------------------
+
+
+def test_pmean_in_shard_map_is_caught_as_a_scale(tmp_path):
+    page = WORKER.parent.parent / "experiments" / "derivations" / "pmean.md"
+    done = subprocess.run(
+        [sys.executable, WORKER.with_name("pmean_worker.py"), page], capture_output=True, text=True, timeout=TIMEOUT,
+        env=os.environ | {"PYTHONPATH": str(WORKER.parent.parent), "JAX_ENABLE_X64": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    verdicts = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(verdicts["gradient"]["ratio"], 4, rtol=1e-12)
+    assert verdicts["gradient"]["report"].startswith("WRONG")
+    assert "scale" in verdicts["gradient"]["report"]
+    for name in ("divided", "varying"):
+        np.testing.assert_allclose(verdicts[name]["ratio"], 1, rtol=1e-12)
+        assert verdicts[name]["report"].startswith("RIGHT")

@@ -366,7 +366,7 @@ def run_one(
         "compile_seconds": round(compile_seconds(entry.timed) - compiled_before, 3),
     }
     numbers = results.as_saved(numbers)
-    if Path(str(settings.get("data", ""))).exists():
+    if settings.get("data") is not None and Path(settings["data"]).exists():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)
     from jaxgrad import parallel

@@ -39,6 +39,9 @@ def worker(folder, task, argument="", *, processes=1, devices=None, expect=0, **
         environment["JAXGRAD_DEVICES"] = str(devices)
     root = {"PYTHONPATH": os.pathsep.join([str(WORKER.parent.parent), os.environ.get("PYTHONPATH", "")])}
     # A machine that is busy, or suspended, is no failure; deadlocks of collectives (jax 0.10) show as timeouts.
+    # One that is killed while it writes to a shared cache of compiled programs would spoil it for the other tests.
+    if task != "runs":
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     environment = {"JAXGRAD_HEARTBEAT": "80", "JAXGRAD_START_TIMEOUT": "80", "NPROC": "16"} | environment
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | root | environment

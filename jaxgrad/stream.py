@@ -388,7 +388,7 @@ def programs(
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """The three programs of `descend` (steps, record, stopping rule), for rows on disk; `loss` takes raw rows."""
 
-    def sgd(state: Any, key: Key, data: Any, until: Any, *, halt: Any) -> Any:
+    def sgd(state: Any, key: Key, data: Any, until: Any, *, halt: Any, **how: Any) -> Any:
         del data
         assert reader is not None
         assert sampling.batch_size is not None
@@ -397,15 +397,15 @@ def programs(
         if now >= until:
             # Nothing to do but to compile. To fetch a block here would take it off the clock.
             nothing = jnp.zeros((reader.steps * sampling.batch_size, rows.columns), rows.dtype)
-            return go(state, key, nothing, np.int32(until), sampling=ordered, halt=halt)
+            return go(state, key, nothing, np.int32(until), sampling=ordered, halt=halt, **how)
         while True:
             number = now // reader.steps
             now = min(until, (number + 1) * reader.steps)
-            state = go(state, key, reader.block(number), np.int32(now), sampling=ordered, halt=halt)
+            state = go(state, key, reader.block(number), np.int32(now), sampling=ordered, halt=halt, **how)
             if now >= until or (halt is not None and bool(state.halted)):
                 return state
 
-    def gd(state: Any, key: Key, data: Any, until: Any, *, halt: Any) -> Any:
+    def gd(state: Any, key: Key, data: Any, until: Any, *, halt: Any, **how: Any) -> Any:
         del data
         if int(state.step) >= int(until):
             value_and_gradient(loss, state.params, _few(rows))  # nothing to do but to compile
@@ -413,7 +413,7 @@ def programs(
             _, gradient = value_and_gradient(loss, state.params, rows)
             slope = jax.tree.map(lambda leaf: leaf[None], gradient)
             # The gradient of ⟨g, w⟩ is g: the same compiled step, with a gradient that is known.
-            state = go(state, key, slope, np.int32(now + 1), loss=_along, halt=halt)
+            state = go(state, key, slope, np.int32(now + 1), loss=_along, halt=halt, **how)
             if halt is not None and bool(state.halted):
                 break
         return state

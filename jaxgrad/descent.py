@@ -172,7 +172,7 @@ def advance(
 
     # The indices of many steps are drawn at once: a pure function of (key, step), they are the same one by one.
     ahead = max(1, min(_STEPS_PER_DRAW, _INDICES_PER_DRAW // sampling.batch_size))
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((sampling.batch_size, *leaf.shape[1:]), leaf.dtype), data)
+    batch = jax.eval_shape(sampling.batch, data, jax.ShapeDtypeStruct((sampling.batch_size,), jnp.int32))
     small = single and onecore.fits(take, state, batch)
 
     def take_drawn(state: State) -> State:
@@ -288,8 +288,9 @@ def descend(
     if checkpoint is not None:
         parallel.together(lambda: saved.check(checkpoint) if parallel.is_main() else None)
         marks = sorted({*marks, *range(first, steps, checkpoint.every)})
-        own_loss = own_loss if disk is None else loss
-        whose = saved.fingerprint(own_loss, one_start, data, n, optimizer, own_sampling, key, told())
+        whose = saved.fingerprint(
+            own_loss if disk is None else loss, one_start, data, n, optimizer, own_sampling, key, told()
+        )
 
     halt = partial(_update_below, below=stop.below) if stop and stop.reason == "small step" else None
     many = seeds is not None
@@ -309,7 +310,8 @@ def descend(
     judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, many=many, rows=rows)
     if disk is not None:
         reader = stream.Reader(disk, sampling, key, steps) if sampling.batch_size else None
-        go, look, judge = stream.programs(go, look, judge, disk, sampling, _hashable(loss), reader)
+        streamed = stream.of_rows(_hashable(own_loss), disk)
+        go, look, judge = stream.programs(go, look, judge, disk, sampling, streamed, reader)
 
     began = time.perf_counter()
     try:

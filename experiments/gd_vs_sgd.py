@@ -67,16 +67,12 @@ class Config:
     """Use only so many training examples (None: all)."""
     memory: float | None = None
     """GiB that a file may take; a larger npy, and any folder of npy shards, stays on disk (None: what is free)."""
-    passes: int = 20
-    """Updates of the full batch, each one pass, where the data stay on disk."""
-    updates_disk: int = 2000
-    """Updates of SGD there."""
 
 
 TIMED = True
 QUICK = Config(
     seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2, halvings=7, points=25,
-    rows=4000, hidden=16, passes=5, updates_disk=200,
+    rows=4000, hidden=16,
 )  # fmt: skip
 PUBLISHED = {
     "problems": "exact", "*/what": "exact", "*/n": "exact", "*/labels": "exact", "*/kind": "exact", "*/steps": "exact",

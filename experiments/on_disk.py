@@ -93,7 +93,8 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
     batch = jax.tree.map(jnp.asarray, rows.as_batch(jnp.asarray(sample)))
     key_tune, key_order = jax.random.split(jax.random.key(2021))
     for b in sizes:
-        steps = config.passes if b is None else config.updates_disk
+        # An update of the full batch is a pass over the file; the others need not be as many as see all rows once.
+        steps = 4 * config.epochs if b is None else 2 * config.updates
         sampling = full_batch() if b is None else distinct(b)
         tuned, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
         progress(f"{name}, {label[b]}: tuning the step size on {len(sample):,} rows under {steps:,} updates")

@@ -90,9 +90,12 @@ def side_by_side(work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
 
     Not for what is timed, nor under `jax.enable_x64`, which holds for one thread only.
     """
+    import jax
+
     from experiments import results
 
-    pool = ThreadPoolExecutor(min(2, results.cores()))
+    # Processes that compute together must do everything in one order.
+    pool = ThreadPoolExecutor(1 if jax.process_count() > 1 else min(2, results.cores()))
     try:
         return list(pool.map(work, jobs))
     finally:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -40,6 +40,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 MOST_TOGETHER = 4
 """Experiments that run side by side at most, since memory is not without end."""
+IN_PARALLEL = ("gd_vs_sgd",)
+"""Experiments that spread their rows over all processes and devices."""
 
 EXAMPLES = """\
 examples:
@@ -97,6 +99,10 @@ class Arguments:
     target: Annotated[str | None, conf.arg(metavar="COLUMN", **QUIET)] = None
     """The column of --data to predict."""
 
+    memory: Annotated[str | None, conf.arg(metavar="GIB", **QUIET)] = None
+    """Memory that --data may take (default: what is free). A larger npy file, or a folder of them, is read as it is
+    needed."""
+
     out: Annotated[Path | None, conf.arg(metavar="DIR", **QUIET)] = None
     """Where results go. By default results, or, for what is not the published study, results-quick (--quick)
     and results-custom (--data, --seeds)."""
@@ -142,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         if arguments.names[:1] == ("list",):
             status = show_list(arguments)
+        elif several() and arguments.names[:1] in [(name,) for name in COMMANDS]:
+            raise Unusable(f"{arguments.names[0]!r} is for one process, not several")
         elif arguments.names[:1] == ("report",):
             status = redraw(arguments)
         elif arguments.names[:1] == ("verify",):
@@ -153,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except Unusable as error:
-        say(f"error: {error}")
+        complain(f"error: {error}")
         return UNUSABLE
     except KeyboardInterrupt:
         say("interrupted")
@@ -191,6 +199,8 @@ def plan(arguments: Arguments) -> Plan:
                 f"there is no experiment {name!r}; "
                 + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}")
             )
+    if arguments.memory is not None and arguments.data is None:
+        raise Unusable("--memory is for the rows of --data, and there is no --data")
     if arguments.device not in (None, "cpu", "gpu"):
         raise Unusable(f"--device must be cpu or gpu, got {arguments.device!r}")
     if arguments.target is not None and arguments.data is None:
@@ -198,7 +208,10 @@ def plan(arguments: Arguments) -> Plan:
     for option in ("rerun", "every", "note"):
         if getattr(arguments, option):
             raise Unusable(f"--{option} is for verify: python -m experiments verify --{option} ...")
-    given = {"seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target}
+    given = {
+        "seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target,
+        "memory": gibibytes(arguments.memory),
+    }  # fmt: skip
     overrides = {field: value for field, value in given.items() if value is not None}
     entries = tuple(known[name] for name in dict.fromkeys(arguments.names)) or tuple(known.values())
     if arguments.names:
@@ -229,6 +242,17 @@ def whole(seeds: str | None) -> int | None:
     except ValueError:
         pass
     raise Unusable(f"--seeds must be a whole number and at least 1, got {seeds!r}")
+
+
+def gibibytes(text: str | None) -> float | None:
+    """The --memory of the command line."""
+    try:
+        value = None if text is None else float(text)
+    except ValueError:
+        value = 0.0
+    if value is not None and not 0 < value < float("inf"):
+        raise Unusable(f"--memory must be a positive number of GiB, got {text!r}")
+    return value
 
 
 def check_folder(out: Path) -> None:
@@ -276,16 +300,22 @@ def only(arguments: Arguments, command: str, allowed: tuple[str, ...]) -> None:
 
 
 def run(plan: Plan) -> int:
-    """Run every experiment of the plan, the next ones too where one fails; then write the report."""
-    device = start_jax(plan.device)
+    """Run every experiment of the plan, the next ones too where one fails; then write the report.
+
+    Started in several processes (srun, mpirun, `jaxgrad.launch`), each experiment spreads its rows over them; rank 0
+    alone writes and talks.
+    """
+    device = start_jax(plan.device, join=True)
+    if several():
+        check_processes(plan)
     with writing(plan.out):
         say(f"results go to {plan.out}")
-        there = [entry for entry in plan.entries if plan.resume and is_current(entry, plan, device)]
+        there = finished_before(plan, device) if plan.resume else ()
         if there:
             say(f"finished before, by this very code: {', '.join(entry.name for entry in there)}")
         rest = plan._replace(entries=tuple(entry for entry in plan.entries if entry not in there))
         outcome = carry_out(rest, device)
-        if outcome.status == INTERRUPTED or plan.bare:
+        if outcome.status == INTERRUPTED or plan.bare or rank() > 0:
             return outcome.status
         from experiments import report, results
 
@@ -297,6 +327,28 @@ def run(plan: Plan) -> int:
             results.environment(RESULTS)
     show_verdicts([chapter for chapter in chapters if chapter.name in outcome.done])
     return outcome.status
+
+
+def check_processes(plan: Plan) -> None:
+    """Refuse, in all processes, what several of them cannot do together."""
+    from jaxgrad import parallel
+
+    try:
+        parallel.agree(arguments=repr(plan._replace(out=None)))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise Unusable(str(error)) from None
+    if unable := [entry.name for entry in plan.entries if entry.name not in IN_PARALLEL]:
+        raise Unusable(f"in several processes only {', '.join(IN_PARALLEL)} can run, not {', '.join(unable)}")
+
+
+def finished_before(plan: Plan, device: str) -> tuple[Entry, ...]:
+    """What need not run again; rank 0 looks for all."""
+    own = [entry.name for entry in plan.entries if is_current(entry, plan, device)] if rank() == 0 else []
+    if several():
+        from jaxgrad import parallel
+
+        own = parallel.from_main(lambda: " ".join(own).encode()).decode().split()
+    return tuple(entry for entry in plan.entries if entry.name in own)
 
 
 class Outcome(NamedTuple):
@@ -318,10 +370,11 @@ def carry_out(plan: Plan, device: str) -> Outcome:
                         if outcome.persons:
                             raise Unusable(f"{name}: {outcome.words}{f'; {INSTALL}' if outcome.missing else ''}")
                         failed.append(name)
-                        line(f"{name} failed: {outcome.words}")
+                        (complain if rank() > 0 else line)(f"{name} failed: {outcome.words}")
                         continue
                     with undisturbed():
-                        store(plan.out, name, device, outcome)
+                        if rank() == 0:
+                            store(plan.out, name, device, outcome)
                         done.append(name)
                     line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(name, **outcome.times))
         except KeyboardInterrupt:
@@ -342,18 +395,29 @@ def writing(out: Path) -> Iterator[None]:
     """Be the only one that writes to a folder."""
     from experiments import results
 
-    try:
-        with results.lock(out):
-            yield
-    except BlockingIOError as error:
-        raise Unusable(f"{error}; wait for it to end, or write elsewhere with --out") from None
+    with ExitStack() as held:
+
+        def hold() -> None:
+            if rank() == 0:
+                held.enter_context(results.lock(out))
+
+        try:
+            if several():
+                from jaxgrad import parallel
+
+                parallel.together(hold)
+            else:
+                hold()
+        except BlockingIOError as error:
+            raise Unusable(f"{error}; wait for it to end, or write elsewhere with --out") from None
+        yield
 
 
 def is_current(entry: Entry, plan: Plan, device: str) -> bool:
     """Whether a run of this entry would give again what is saved: nothing that numbers depend on has changed."""
     from experiments import results
 
-    if Path(str(plan.overrides.get("data", ""))).is_file():
+    if "data" in plan.overrides and Path(plan.overrides["data"]).exists():
         return False  # what is in the file is not recorded
     try:
         saved = results.read(plan.out, entry.name, device)
@@ -468,12 +532,13 @@ def outcomes(
 
     Several on the CPU run in worker processes, one on each core, since most of their time is compiling, which uses
     one. Those that measure seconds come first, one at a time; while they measure, the others stand still
-    (`work.alone`). One experiment alone, or on a GPU, which a process has to itself, runs here. Whatever ends the
-    block, an interrupt too, ends the workers.
+    (`work.alone`). One experiment alone, on a GPU, which a process has to itself, or in one of several processes that
+    compute together, runs here. Whatever ends the block, an interrupt too, ends the workers.
     """
     from experiments import results
 
-    tasks = [work.Task(entry, plan.overrides, plan.quick, device, plan.bare) for entry in plan.entries]
+    bare = plan.bare or rank() > 0
+    tasks = [work.Task(entry, plan.overrides, plan.quick, device, bare) for entry in plan.entries]
     timed = [task for task in tasks if task.entry.timed]
     others = [task for task in tasks if not task.entry.timed]
 
@@ -484,7 +549,7 @@ def outcomes(
             running.clear()
             yield task.entry.name, outcome
 
-    if device != "cpu" or len(tasks) == 1 or (cores := min(MOST_TOGETHER, results.cores())) == 1:
+    if several() or device != "cpu" or len(tasks) == 1 or (cores := min(MOST_TOGETHER, results.cores())) == 1:
         yield here()
         return
     new = multiprocessing.get_context("spawn")
@@ -591,9 +656,14 @@ def show_verdicts(chapters: list["Chapter"]) -> None:
         print(f"{claim.id:<4} {verdict:<13} {claim.text}: {claim.measured} (expected {claim.expected}) [{name}]")
 
 
-def start_jax(device: str | None) -> str:
-    """Import JAX for a device and name what it computes on."""
-    backend = work.start_jax(device)
+def start_jax(device: str | None, join: bool = False) -> str:
+    """Import JAX for a device, `join` the other processes if there are any, and name what it computes on."""
+    try:
+        backend = work.start_jax(device, join)
+    except (ValueError, ConnectionError) as error:
+        if not join:
+            raise
+        raise Unusable(str(error)) from None
     if device == "gpu" and backend != "gpu":
         raise Unusable(
             "--device gpu: JAX finds no GPU here; where there is one, install the extra cuda12 or cuda13 "
@@ -608,7 +678,7 @@ def screen(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], 
 
     On a terminal the status is one line under a bar; elsewhere each status is a line.
     """
-    if not sys.stderr.isatty():
+    if rank() > 0 or not sys.stderr.isatty():
         yield say, say
         return
     from tqdm import tqdm
@@ -623,13 +693,36 @@ def screen(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], 
 
 
 def say(text: str) -> None:
+    if rank() > 0:
+        return
     # In one piece: experiments that run side by side speak too.
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
+def complain(text: str) -> None:
+    """What is wrong every process says: it may be wrong there only."""
+    sys.stderr.write(f"rank {rank()}: {text}\n" if rank() > 0 else f"{text}\n")
+    sys.stderr.flush()
+
+
+def several() -> bool:
+    """Whether this is one of several processes, which end together."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def rank() -> int:
+    """Which of several processes this is; 0 writes and talks."""
+    return sys.modules["jax"].process_index() if several() else 0
+
+
 if __name__ == "__main__":
     exit_status = main()
+    if several():
+        from jaxgrad import parallel
+
+        parallel.run(lambda: exit_status)
     if exit_status in (INTERRUPTED, UNUSABLE):
         # Without this, Python would wait for what other threads or the device still run. Locks of the workers that
         # are not collected before are reported as leaks.

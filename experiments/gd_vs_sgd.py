@@ -11,7 +11,8 @@ median final loss), then run again with fresh seeds. All runs of a batch size st
 what varies over seeds is the order of the examples and nothing else.
 
 The gap `L(w_t) − L*` of the convex problems is evaluated in float64 against a certified minimum; the runs are
-float32. A second on the third axis is a second of one run alone on this machine, steps and sampling, without
+float32. Data larger than memory (`--data`, npy) stay on disk: `experiments.on_disk` says what is then different. A
+second on the third axis is a second of one run alone on this machine, steps and sampling, without
 compiling and without evaluating the loss.
 """
 
@@ -27,10 +28,10 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots, random_keys, side_by_side, work
+from experiments import on_disk, plots, random_keys, side_by_side, work
 from experiments.report import brief
 from experiments.results import Claim
-from jaxgrad import data, losses, models, optimum, statistics
+from jaxgrad import data, losses, models, optimum, parallel, statistics
 from jaxgrad.descent import descend, log_spaced, trajectory
 from jaxgrad.sampling import distinct, full_batch
 from jaxgrad.types import Batch, Loss, Params, Sampling
@@ -64,6 +65,8 @@ class Config:
     """Record points of a curve, evenly spaced in the logarithm of the update."""
     rows: int | None = None
     """Use only so many training examples (None: all)."""
+    memory: float | None = None
+    """GiB that a file may take; a larger npy, and any folder of npy shards, stays on disk (None: what is free)."""
 
 
 TIMED = True
@@ -88,6 +91,8 @@ class Problem(NamedTuple):
     loss: Loss
     start: Params
     batch: Batch
+    spread: parallel.Sharded | None
+    """The batch on all devices, where there are several."""
     largest: float
     """The largest step size tried."""
     least_updates: int
@@ -98,6 +103,8 @@ class Problem(NamedTuple):
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+    if config.data is not None and on_disk.stays(config.data, config.memory):
+        return on_disk.run(config, progress)
     names = THREE if config.data is None else (config.data,)
     numbers: dict[str, Any] = {"problems": []}
     jobs: list[tuple[Problem, int | None]] = []
@@ -133,6 +140,7 @@ def _problem(name: str, config: Config) -> Problem:
     train, test = data.split(dataset, 0.2, 0) if dataset.task == "classes" else (dataset, None)
     x, y = (jnp.asarray(leaf[: config.rows]) for leaf in train.batch)
     batch, (n, d) = Batch(x, y), x.shape
+    spread = parallel.shard(batch, parallel.mesh()) if len(jax.devices()) > 1 else None
     short = dataset.name
     if test is not None:
         k = len(dataset.labels)
@@ -146,7 +154,7 @@ def _problem(name: str, config: Config) -> Problem:
 
         loss = losses.mean_loss(model, losses.softmax_cross_entropy)
         what = f"two-layer net {d}–{config.hidden}–{k}, n = {n:,}"
-        return Problem(short, what, loss, start, batch, 16.0, config.updates_net, None, accuracy)
+        return Problem(short, what, loss, start, batch, spread, 16.0, config.updates_net, None, accuracy)
     start = models.init_linear(d)
     # Beyond 2/λmax not even the full batch converges; the largest curvature of the logloss is λmax(E x xᵀ)/4.
     ones = np.column_stack([np.asarray(x, float), np.ones(n)])
@@ -155,11 +163,11 @@ def _problem(name: str, config: Config) -> Problem:
         loss = losses.mean_loss(models.linear, losses.logloss, l2=config.l2)
         minimum = optimum.logistic(batch, l2=config.l2)
         what = f"logistic regression, n = {n:,}, d = {d}"
-        return Problem(short, what, loss, start, batch, 8 / top, config.updates, minimum, None)
+        return Problem(short, what, loss, start, batch, spread, 8 / top, config.updates, minimum, None)
     loss = losses.mean_loss(models.linear, losses.squared)
     minimum = optimum.least_squares(batch)
     what = f"linear regression, n = {n:,}, d = {d}"
-    return Problem(short, what, loss, start, batch, 1 / top, config.updates, minimum, None)
+    return Problem(short, what, loss, start, batch, spread, 1 / top, config.updates, minimum, None)
 
 
 def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -175,8 +183,8 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
     eta = float(etas[np.argmin(score)])
     progress(f"{problem.name}, {label_of(b)}: {runs} fresh runs with step size {eta:.3g}")
     many = descend(
-        problem.loss, problem.start, problem.batch, optimizer=eta, sampling=sampling_of(b), steps=steps,
-        key=random_keys(2022, runs), record=log_spaced(steps, config.points),
+        problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling_of(b),
+        steps=steps, key=random_keys(2022, runs), record=log_spaced(steps, config.points),
         observe=(lambda params: params) if problem.minimum else problem.accuracy,
     )  # fmt: skip
     numbers = {
@@ -194,19 +202,25 @@ def sampling_of(b: int | None) -> Sampling:
 
 def _final_losses(problem: Problem, sampling: Sampling, steps: int, keys: jax.Array, etas: np.ndarray) -> np.ndarray:
     """Full loss after `steps` updates for each step size and key: `[e, s]`, all in one program."""
+    loss, spread, mesh = problem.loss, None, None
+    if problem.spread is not None:
+        mesh = problem.spread.mesh
+        loss, spread, sampling = parallel.on(problem.spread, loss, sampling)
 
     @jax.jit
-    def grid(etas: jax.Array, keys: jax.Array) -> jax.Array:
+    def grid(etas: jax.Array, keys: jax.Array, spread: Any) -> jax.Array:
+        batch = problem.batch if spread is None else spread
+
         def final(eta: Any, key: Any) -> jax.Array:
             _, curve = trajectory(
-                problem.loss, problem.start, problem.batch, optimizer=optax.sgd(eta), sampling=sampling, key=key,
-                record=[steps],
-            )  # fmt: skip
+                loss, problem.start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=[steps]
+            )
             return curve[-1]
 
         return jax.vmap(jax.vmap(final, (None, 0)), (0, None))(etas, keys)
 
-    return np.asarray(grid(jnp.asarray(etas, jnp.float32), keys))
+    each = jnp.asarray(etas, jnp.float32), keys
+    return np.asarray(grid(*(each if mesh is None else parallel.replicate(each, mesh)), spread))
 
 
 def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: jax.Array) -> np.ndarray:
@@ -214,12 +228,14 @@ def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: j
 
     def chunks(steps: int, points: int) -> np.ndarray:
         trace = descend(
-            problem.loss, problem.start, problem.batch, optimizer=eta, sampling=sampling, steps=steps, key=key,
-            record=points,
+            problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling, steps=steps,
+            key=key, record=points,
         )  # fmt: skip
         return np.diff(trace.seconds) / np.diff(trace.steps)
 
-    probe = float(np.median(chunks(40, 5)))  # compiles, too
+    own = float(np.median(chunks(40, 5)))  # compiles, too
+    # One clock decides for all processes, else they would run different numbers of steps.
+    probe = float(np.frombuffer(parallel.from_main(lambda: np.float64(own).tobytes()))[0])
     with work.alone():
         return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
 
@@ -285,11 +301,12 @@ def _reached(numbers: dict[str, Any], problem: str) -> tuple[str, dict[str, Reac
 
 
 def _after_one_pass(numbers: dict[str, Any], problem: str) -> dict[str, np.ndarray]:
-    """Per batch size, the excess of each run at the first record point at or after one pass."""
+    """Per batch size, the excess of each run at the first record point at or after one pass, or its last."""
     out = {}
     for label in numbers[f"{problem}/labels"]:
         examples = numbers[f"{problem}/{label}/examples"]
-        out[label] = numbers[f"{problem}/{label}/excess"][:, np.searchsorted(examples, numbers[f"{problem}/n"])]
+        at = min(np.searchsorted(examples, numbers[f"{problem}/n"]), len(examples) - 1)
+        out[label] = numbers[f"{problem}/{label}/excess"][:, at]
     return out
 
 

@@ -90,7 +90,7 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
     }
     numbers = results.as_saved(numbers)
     published.parts(name, numbers, declared)
-    if "data" in task.overrides and Path(str(getattr(config, "data", ""))).is_file():
+    if "data" in task.overrides and Path(str(getattr(config, "data", ""))).exists():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)
     claims = module.claims(numbers)
@@ -188,8 +188,11 @@ def perform_here(task: Task) -> Product | Failure:
     return perform(task, _speak)
 
 
-def start_jax(device: str | None) -> str:
-    """Import JAX for a device and name what it computes on; matrix products are exact to float32."""
+def start_jax(device: str | None, join: bool = False) -> str:
+    """Import JAX for a device and name what it computes on; matrix products are exact to float32.
+
+    With `join`, as one of several processes where this was started as one (`jaxgrad.parallel.start`).
+    """
     import jax
 
     if device == "cpu":
@@ -197,6 +200,10 @@ def start_jax(device: str | None) -> str:
     keep_compiled()
     # A GPU would otherwise round the factors of a product to fewer bits than the CPU does.
     jax.config.update("jax_default_matmul_precision", "highest")
+    if join:
+        from jaxgrad import parallel
+
+        parallel.start()
     return jax.default_backend()
 
 

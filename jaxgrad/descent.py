@@ -11,6 +11,7 @@ GD and SGD differ in one argument, the sampling. The full batch is never gathere
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrad import blocks, onecore
+from jaxgrad import blocks, onecore, parallel, stream
+from jaxgrad import checkpoint as saved
+from jaxgrad.checkpoint import Checkpoint
 from jaxgrad.sampling import check_sizes
 from jaxgrad.types import Key, Loss, Params, Sampling
 
@@ -168,7 +171,7 @@ def advance(
 
     # The indices of many steps are drawn at once: a pure function of (key, step), they are the same one by one.
     ahead = max(1, min(_STEPS_PER_DRAW, _INDICES_PER_DRAW // sampling.batch_size))
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((sampling.batch_size, *leaf.shape[1:]), leaf.dtype), data)
+    batch = jax.eval_shape(sampling.batch, data, jax.ShapeDtypeStruct((sampling.batch_size,), jnp.int32))
     small = single and onecore.fits(take, state, batch)
 
     def take_drawn(state: State) -> State:
@@ -177,8 +180,7 @@ def advance(
 
         def steps(state: State, drawn: Any, bound: Any, data: Any) -> State:
             def one(state: State) -> State:
-                indices = drawn[state.step - first]
-                return take(state, jax.tree.map(lambda leaf: leaf.at[indices].get(mode="promise_in_bounds"), data))
+                return take(state, sampling.batch(data, drawn[state.step - first]))
 
             first = state.step
             return jax.lax.while_loop(partial(to_go, bound=bound), one, state)
@@ -231,13 +233,16 @@ def descend(
     observe: Callable[[Params], Any] | None = None,
     params_axis: int | None = None,
     progress: bool | Callable[[int, int], None] = False,
+    mesh: jax.sharding.Mesh | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Trace:
     """Run `steps` steps of descent on the mean loss and say what happened (F3, F5).
 
     Args:
       loss: `loss(params, batch) -> scalar`, the mean over the batch's examples.
       params: the start, a pytree of floating-point arrays; or the `State` of an earlier trace, to go on from.
-      data: all n examples, a pytree whose leaves share their leading axis.
+      data: all n examples, a pytree whose leaves share their leading axis; or rows that lie on many devices
+        (`jaxgrad.parallel.shard`) or on disk (`jaxgrad.stream.open_rows`).
       optimizer: an optax transformation (schedules give `η_t`), or a number: plain descent with that step size.
       sampling: `full_batch()` is GD; `with_replacement(b)`, `distinct(b)`, `reshuffled(b)` are SGD.
       steps: the budget, counted from the very first step also when a run goes on.
@@ -248,6 +253,9 @@ def descend(
       observe: `observe(params) -> pytree` of whatever else to record, e.g. accuracy; off the clock.
       params_axis: 0 if `params` has a leading axis of s starts, one per key.
       progress: True shows a line on stderr; or a function of `(step, steps)`.
+      mesh: spread the rows over its devices (`jaxgrad.parallel.mesh()`). The step is the same.
+      checkpoint: save the run as it goes, and go on from what was saved. SIGTERM and Ctrl-C then end it at the next
+        record point or checkpoint, the same on every process, with `parallel.Preempted` (exit status 75).
 
     Raises:
       ValueError, TypeError: for anything that cannot run (shapes, NaN in the data, `b > n`, a loss that is not
@@ -258,11 +266,9 @@ def descend(
     """
     optimizer = _optimizer(optimizer)
     key, seeds = _keys(key)
-    # Here, since `import jaxgrad` needs none of what the package of data sets brings along.
-    from jaxgrad.data.checks import check_batch
-
-    check_batch(data)
-    data = jax.tree.map(jnp.asarray, data)
+    own_loss, own_sampling = loss, sampling
+    loss, data, sampling, n, mesh, disk, told = _laid_out(loss, data, sampling, mesh, seeds)
+    here = disk is None and (mesh is None or mesh.size == 1)
     _count("steps", steps, at_least=0)
     state = _continued(params) if isinstance(params, State) else None
     start = state.params if state else jax.tree.map(jnp.asarray, params)
@@ -270,36 +276,51 @@ def descend(
     _check_start(start, seeds, runs_axis)
     one_start = jax.tree.map(lambda leaf: leaf[0], start) if runs_axis == 0 else start
     check_loss(loss, one_start, data)
-    n = _leading_axis(data)
-    check_sizes(sampling, n)
-    rows = _rows(sampling, loss, one_start, data)
+    rows = _rows(sampling, loss, one_start, data) if here else None
     if sampling.batch_size is None:
         sampling = sampling._replace(rows=rows)
     first = int(state.step) if state else 0
     recorded = _record_points(record, first, steps)
     judged = set(range(first, steps, stop.every)) if stop and stop.reason != "small step" else set()
     marks = sorted(set(recorded.tolist()) | judged | {steps})
+    whose: dict[str, str] = {}
+    if checkpoint is not None:
+        parallel.together(lambda: saved.check(checkpoint) if parallel.is_main() else None)
+        marks = sorted({*marks, *range(first, steps, checkpoint.every)})
+        whose = saved.fingerprint(
+            own_loss if disk is None else loss, one_start, data, n, optimizer, own_sampling, key, told()
+        )
 
     halt = partial(_update_below, below=stop.below) if stop and stop.reason == "small step" else None
     many = seeds is not None
+    if many and state is None and runs_axis is None:
+        start = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), start)
+    if mesh is not None:
+        settings = (steps, marks, sampling.name, sampling.batch_size)
+        parallel.agree(start=state or start, key=key, settings=settings)
+        start, key = parallel.replicate((start, key), mesh)
+        state = parallel.replicate(state, mesh) if state else None
     if state is None:
-        if many and runs_axis is None:
-            start = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), start)
         state = _init(start, optimizer=optimizer, many=many)
     axes = State(None, 0, 0, 0, 0) if many else None
-    go = partial(_advance, loss=_hashable(loss), optimizer=optimizer, sampling=sampling, axes=axes)
+    single = not many and (here or disk is not None)
+    go = partial(_advance, loss=_hashable(loss), optimizer=optimizer, sampling=sampling, axes=axes, single=single)
     look = partial(_look, loss=_hashable(loss), observe=observe and _hashable(observe), many=many, rows=rows)
     judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, many=many, rows=rows)
+    if disk is not None:
+        reader = stream.Reader(disk, sampling, key, steps) if sampling.batch_size else None
+        streamed = stream.of_rows(_hashable(own_loss), disk)
+        go, look, judge = stream.programs(go, look, judge, disk, sampling, streamed, reader)
 
     began = time.perf_counter()
     try:
-        jax.block_until_ready(go(state, key, data, state.step, halt=halt))
+        jax.block_until_ready(go(state, key, data, np.int32(first), halt=halt))
     except jax.errors.JaxRuntimeError as error:
-        if many or "UNIMPLEMENTED" not in str(error):
+        if not single or "UNIMPLEMENTED" not in str(error):
             raise
         # `onecore` took the step for simpler than the compiler does.
         go = partial(go, single=False)
-        jax.block_until_ready(go(state, key, data, state.step, halt=halt))
+        jax.block_until_ready(go(state, key, data, np.int32(first), halt=halt))
     compile_seconds = time.perf_counter() - began
 
     shape = (seeds,) if many else ()
@@ -307,49 +328,70 @@ def descend(
     reason = np.full(shape, "finished", dtype=object)
     ended = np.full(shape, steps, dtype=np.int64)
     best, waited = np.full(shape, np.inf), np.zeros(shape, int)
-    seconds, rows = 0.0, []
-    show = _progress(progress)
+    seconds, seen = 0.0, []
+    show = _progress(progress if callable(progress) or parallel.is_main() else False)
 
     def end(which: Any, why: str, at: Any) -> None:
         reason[which], ended[which] = why, np.broadcast_to(at, shape)[which]
         active[which] = False
 
-    for mark in marks:
-        before, began = state, time.perf_counter()
-        state = jax.block_until_ready(go(state, key, data, jnp.int32(mark), halt=halt))
-        seconds += time.perf_counter() - began
-        if not active.all():
-            state = _keep(jnp.asarray(active), state, before)
-        finite = np.asarray(_finite(state.params, many))
-        if (lost := active & ~finite).any():
-            # Nothing is checked inside the loop; the chunk is run again, watching, to find the step.
-            watched = go(before, key, data, jnp.int32(mark), halt=_not_finite)
-            end(lost, "diverged", np.asarray(watched.step))
-        if halt is not None and (small := active & np.asarray(state.halted)).any():
-            end(small, "stopped: small step", np.asarray(state.step))
-        if stop and mark in judged:
-            began = time.perf_counter()
-            value = np.asarray(judge(state.params, data))
-            seconds += time.perf_counter() - began
-            if stop.reason == "small gradient":
-                met = value < stop.below
-            else:
-                better = value < best
-                best, waited = np.where(better, value, best), np.where(better, 0, waited + 1)
-                met = waited >= stop.patience
-            if (met := active & met).any():
-                end(met, f"stopped: {stop.reason}", np.asarray(mark))
-        over = not active.any()
-        if mark in recorded or over:
-            loss_now, norm, observed = look(state.params, state.update, data)
-            gone = reason == "diverged"
-            at = int(ended.max()) if over else mark
-            rows.append((at, seconds, np.where(gone, np.nan, loss_now), np.asarray(norm), observed))
-        show(mark, steps)
-        if over:
-            break
+    if checkpoint is not None:
+        like = (state, (0, 0, 0, 0, observe and jax.eval_shape(observe, one_start)), 0, 0, 0, 0, 0, 0)
+        if (found := saved.resumed(checkpoint, like, whose)) is not None:
+            state, columns, active, reason, ended, best, waited, seconds = found
+            state = parallel.replicate(state, mesh) if mesh is not None else jax.tree.map(jnp.asarray, state)
+            seen = _points(columns)
+            marks = [mark for mark in marks if mark > int(found[0].step) and active.any()]
+            reason = reason.astype(object)
 
-    at, clock, losses, norms, observed = zip(*rows, strict=True)
+    def save() -> None:
+        columns = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
+        told = reason.astype("U") if reason.ndim else np.array(str(reason))
+        assert checkpoint is not None
+        saved.save(checkpoint, (state, columns, active, told, ended, best, waited, seconds), whose)
+
+    with parallel.Interruption() if checkpoint is not None else nullcontext() as asked:
+        for mark in marks:
+            before, began = state, time.perf_counter()
+            state = jax.block_until_ready(go(state, key, data, np.int32(mark), halt=halt))
+            seconds += time.perf_counter() - began
+            if not active.all():
+                state = _keep(active, state, before)
+            finite = np.asarray(_finite(state.params, many))
+            if (lost := active & ~finite).any():
+                # Nothing is checked inside the loop; the chunk is run again, watching, to find the step.
+                watched = go(before, key, data, np.int32(mark), halt=_not_finite)
+                end(lost, "diverged", np.asarray(watched.step))
+            if halt is not None and (small := active & np.asarray(state.halted)).any():
+                end(small, "stopped: small step", np.asarray(state.step))
+            if stop and mark in judged:
+                began = time.perf_counter()
+                value = np.asarray(judge(state.params, data))
+                seconds += time.perf_counter() - began
+                if stop.reason == "small gradient":
+                    met = value < stop.below
+                else:
+                    better = value < best
+                    best, waited = np.where(better, value, best), np.where(better, 0, waited + 1)
+                    met = waited >= stop.patience
+                if (met := active & met).any():
+                    end(met, f"stopped: {stop.reason}", np.asarray(mark))
+            over = not active.any()
+            if mark in recorded or over:
+                loss_now, norm, observed = look(state.params, state.update, data)
+                gone = reason == "diverged"
+                at = int(ended.max()) if over else mark
+                seen.append((at, seconds, np.where(gone, np.nan, loss_now), np.asarray(norm), observed))
+            show(mark, steps)
+            if checkpoint is not None and (over or mark == steps or mark % checkpoint.every == 0):
+                save()
+            if over:
+                break
+            if checkpoint is not None and asked is not None and asked() and mark < steps:
+                save()
+                raise parallel.Preempted(mark, checkpoint.path)
+
+    at, clock, losses, norms, observed = zip(*seen, strict=True)
     axis = 1 if many else 0
     status = [f"diverged at step {t}" if why == "diverged" else str(why) for why, t in _pairs(reason, ended)]
     return Trace(
@@ -367,6 +409,48 @@ def descend(
     )
 
 
+class _LaidOut(NamedTuple):
+    """What the step is given, wherever the rows are."""
+
+    loss: Loss
+    data: Any
+    sampling: Sampling
+    n: int
+    mesh: jax.sharding.Mesh | None
+    rows: stream.Rows | None
+    told: Callable[[], str]
+    """What tells the rows from others."""
+
+
+def _laid_out(loss: Any, data: Any, sampling: Sampling, mesh: Any, seeds: int | None) -> _LaidOut:
+    if isinstance(data, stream.Rows):
+        if seeds is not None or mesh is not None:
+            raise ValueError("rows on disk serve one run on one device: give one key and no mesh")
+        check_sizes(sampling, data.n)
+        first = stream.example(data)
+        return _LaidOut(stream.of_rows(loss, data), first, sampling, data.n, None, data, partial(stream.tell, data))
+    if mesh is not None and not isinstance(data, parallel.Sharded):
+        data = parallel.shard(data, mesh)
+    if isinstance(data, parallel.Sharded):
+        check_sizes(sampling, data.n)
+        step_loss, batch, step_sampling = parallel.on(data, loss, sampling)
+        told = partial(saved.rows_hash, data.batch, data.counts)
+        return _LaidOut(step_loss, batch, step_sampling, data.n, data.mesh, None, told)
+    # Here, since `import jaxgrad` needs none of what the package of data sets brings along.
+    from jaxgrad.data.checks import check_batch
+
+    check_batch(data)
+    data = jax.tree.map(jnp.asarray, data)
+    n = _leading_axis(data)
+    check_sizes(sampling, n)
+    return _LaidOut(loss, data, sampling, n, parallel.mesh_of(data), None, partial(saved.rows_hash, data))
+
+
+def _points(columns: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The record points of a saved run, one by one."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], columns) for i in range(len(columns[0]))]
+
+
 def log_spaced(steps: int, points: int) -> np.ndarray:
     """About `points` distinct record points from 0 and 1 to `steps`, evenly spaced in log t: `int64[k]`."""
     _count("steps", steps, at_least=1)
@@ -382,7 +466,7 @@ def _init(params, *, optimizer, many):
 
 
 @partial(jax.jit, static_argnames=("loss", "optimizer", "sampling", "halt", "axes", "single"))
-def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes, single=True):
+def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes, single):
     one = partial(advance, loss=loss, optimizer=optimizer, sampling=sampling, halt=halt)
     if axes is None:
         return one(state, key, data, until, single=single)

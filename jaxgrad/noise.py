@@ -20,7 +20,7 @@ The example gradient is the gradient on a batch of one, so a penalty in the loss
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxgrad.sampling import check_sizes
+from jaxgrad.sampling import check_sizes, distinct
 from jaxgrad.statistics import Interval, mean_interval, ratio_interval
 from jaxgrad.types import Key, Loss, Params, Sampling
 
@@ -169,6 +169,32 @@ def directional_variances(
     with jax.enable_x64(True):
         args = _in_float64(params), _in_float64(batch), _in_float64(directions)
         return np.asarray(_jitted_directional(*args, loss=loss, chunk=chunk))
+
+
+def stratified_trace(
+    loss: Loss, params: Params, batch: Any, counts: Sequence[int], b: int, *, chunk: int = 1024
+) -> float:
+    """`tr Cov[g_B] = Σ_d (n_d/n)² (n_d − b_d)/(b_d (n_d − 1)) tr Σ_d` of `parallel.stratified(b, counts)`, exactly.
+
+    `b_d = b/D` different examples are drawn from each of D shares of `counts[d]` consecutive rows, and Σ_d is the
+    covariance of the example gradients within share d, in float64 (Cochran 1977, theorem 5.3). `distinct(b)` has
+    `gamma · tr Σ` instead, and Σ is the mean of the Σ_d plus the covariance of the shares' means: what lies between
+    shares is noise to it, and none to a stratified batch.
+
+    Raises ValueError where the counts do not add up to the rows, or b is no multiple of D from D to `D min(counts)`.
+    """
+    n, D = _count(batch), len(counts)
+    if sum(counts) != n or min(counts, default=0) < 1:
+        raise ValueError(f"the shares {tuple(counts)} do not add up to the {n} rows")
+    if b % D or not D <= b <= D * min(counts):
+        raise ValueError(f"b must be a multiple of the {D} shares, from {D} to {D * min(counts)}; got {b}")
+    total, first = 0.0, 0
+    for size in counts:
+        share = jax.tree.map(lambda leaf, rows=slice(first, first + size): leaf[rows], batch)
+        within = measure(loss, params, share, curvature=False, chunk=chunk).trace
+        total += (size / n) ** 2 * gamma(distinct(b // D), size) * within
+        first += size
+    return total
 
 
 def one_step(noise: PointNoise, factor: float) -> OneStep:

@@ -75,10 +75,18 @@ class Sampling(NamedTuple):
     """Of the full batch: evaluate its gradient over blocks of so many rows (`jaxgrad.blocks`)."""
     draw_many: Callable[[Key, Any, int, int, int], Int[Array, "steps b"]] | None = None
     """`draw_many(key, first, steps, n, b) -> int32[steps, b]`: the same, for many steps in less time."""
+    take: Callable[[Any, Any], Any] | None = None
+    """`take(data, indices) -> batch`, pure; None: those rows of every array."""
 
     def indices(self, key: Key, step: Any, n: int) -> Int[Array, " b"]:
         """The examples of step `step` out of `n`: `int32[b]`, a pure function of `(key, step)`."""
         return self.draw(key, step, n, n if self.batch_size is None else self.batch_size)
+
+    def batch(self, data: Any, indices: Any) -> Any:
+        """The rows `indices` of `data`, which are in range."""
+        if self.take is not None:
+            return self.take(data, indices)
+        return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="promise_in_bounds"), data)
 
     def ahead(self, key: Key, first: Any, steps: int, n: int) -> Int[Array, "steps b"]:
         """The examples of `steps` steps from step `first` on: the same as `indices` for each of them."""

@@ -1,0 +1,135 @@
+"""GD against SGD on rows that stay on disk: what `gd_vs_sgd` does where its data are larger than memory.
+
+Linear regression. One pass gives mean and covariance of all columns, and with them everything that is needed of the
+whole: the standardisation, the minimum, and the gap of any parameters (a quadratic form, exact but for the rounding
+of the standardised columns to float32). Step sizes are tuned on a sample of rows in memory; then each batch size runs
+over the file, with rows read ahead. A second is one of such a run, waiting for the disk included.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgrad import losses, models, stream
+from jaxgrad.descent import descend, log_spaced, trajectory
+from jaxgrad.sampling import distinct, full_batch
+from jaxgrad.types import Batch, Linear
+
+TUNING_ROWS = 100_000
+"""Step sizes are tuned on so many rows."""
+IN_MEMORY = 6
+"""A file that is loaded takes so many times its size: it is read, widened to float64, and standardised."""
+
+
+def stays(data: str, memory: float | None) -> bool:
+    """Whether `--data` is read as it is needed: any folder, and an npy file that loading would not fit."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return True
+    if path.suffix != ".npy" or not path.is_file():
+        return False
+    return IN_MEMORY * path.stat().st_size > (free() if memory is None else memory * 2**30)
+
+
+def free() -> float:
+    """Bytes of memory that are free for the asking; without end where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
+    """The numbers of `gd_vs_sgd` for one data set on disk; `config` is that experiment's."""
+    path = Path(config.data).expanduser()
+    if config.target is None:
+        raise ValueError(f"{path.name}: say which column is the target (--target NUMBER)")
+    try:
+        target = int(config.target)
+    except ValueError:
+        raise ValueError(
+            f"{path.name} has no names: the target is a number of a column, got {config.target!r}"
+        ) from None
+    raw = stream.open_rows(path, target=target, memory=stream.MEMORY if config.memory is None else config.memory / 4)
+    if len(np.unique(stream.example(raw, 10_000)[:, raw.target])) <= 2:
+        raise ValueError(f"{path.name}: the target looks like two classes; from disk only regression is run so far")
+    progress(f"{path.name}: one pass for mean and covariance of {raw.n:,} rows")
+    mean, covariance = stream.moments(raw)
+    spread = np.sqrt(np.diag(covariance))
+    if not spread.all():
+        raise ValueError(f"{path.name}: column {int(np.argmin(spread))} is constant; leave it out")
+    correlation = covariance / np.outer(spread, spread)
+    features = [i for i in range(raw.columns) if i != raw.target]
+    R, r = correlation[np.ix_(features, features)], correlation[features, raw.target]
+    best = np.linalg.solve(R, r)
+    minimum = float(1 - r @ best)
+
+    def gap(params: Linear) -> Any:
+        """`L(w) − L*`, from the moments alone: the columns are standardised, so E[x] = 0 and E[y] = 0."""
+        off = np.asarray(params.w, np.float64) - best
+        return np.einsum("...i,ij,...j->...", off, R, off) + np.asarray(params.b, np.float64) ** 2
+
+    rows = raw.scaled(mean, spread)._replace(full=lambda params: gap(params) + minimum)
+    loss, start = losses.mean_loss(models.linear, losses.squared), models.init_linear(len(features))
+    top = max(1.0, float(np.linalg.eigvalsh(R)[-1]))
+    name, n = path.stem, raw.n
+    sizes: list[int | None] = [None, *(b for b in config.batch_sizes if b < n)]
+    label = {b: "full batch" if b is None else f"b = {b}" for b in sizes}
+    numbers: dict[str, Any] = {
+        "problems": [name], f"{name}/what": f"linear regression from disk, n = {n:,}, d = {len(features)}",
+        f"{name}/n": n, f"{name}/labels": list(label.values()), f"{name}/kind": "gap to the minimum",
+        f"{name}/start": float(gap(start)), f"{name}/minimum": minimum,
+        # What solving left of the gradient, squared, over four times the least curvature.
+        f"{name}/bound": float(np.sum((2 * (R @ best - r)) ** 2) / (4 * np.linalg.eigvalsh(R)[0])),
+    }  # fmt: skip
+    rng = np.random.default_rng(2021)
+    sample = np.asarray(stream.pick(rows, np.sort(rng.integers(0, n, min(n, TUNING_ROWS)))))
+    batch = jax.tree.map(jnp.asarray, rows.as_batch(jnp.asarray(sample)))
+    key_tune, key_order = jax.random.split(jax.random.key(2021))
+    for b in sizes:
+        # An update of the full batch is a pass over the file; the others need not be as many as see all rows once.
+        steps = 4 * config.epochs if b is None else 2 * config.updates
+        sampling = full_batch() if b is None else distinct(b)
+        tuned, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
+        progress(f"{name}, {label[b]}: tuning the step size on {len(sample):,} rows under {steps:,} updates")
+        etas = 1 / top * 0.5 ** np.arange(config.halvings)
+        final = _final(loss, start, batch, sampling, steps, jax.random.split(key_tune, tuned), etas)
+        score = np.median(np.nan_to_num(gap(final), nan=np.inf, posinf=np.inf), axis=1)
+        eta = float(etas[np.argmin(score)])
+        traces = []
+        for i, key in enumerate(jax.random.split(key_order, runs)):
+            progress(f"{name}, {label[b]}: run {i + 1} of {runs} with step size {eta:.3g}")
+            record = log_spaced(steps, config.points)
+            traces.append(
+                descend(loss, start, rows, optimizer=eta, sampling=sampling, steps=steps, key=key, record=record)
+            )
+        per_update = np.array([trace.seconds[-1] / steps for trace in traces])
+        own = {
+            "eta": eta, "etas": etas, "tuning": score, "steps": traces[0].steps, "examples": traces[0].examples,
+            "excess": np.stack([trace.loss for trace in traces]) - minimum,
+            "diverged": sum(trace.status.startswith("diverged") for trace in traces),
+            "seconds_per_update": float(np.median(per_update)), "seconds_per_update_runs": per_update,
+        }  # fmt: skip
+        numbers |= {f"{name}/{label[b]}/{what}": value for what, value in own.items()}
+    return numbers
+
+
+def _final(loss: Any, start: Linear, batch: Batch, sampling: Any, steps: int, keys: Any, etas: np.ndarray) -> Linear:
+    """Parameters after `steps` updates on rows in memory, for each step size and key: leaves `[e, s, ...]`."""
+
+    @jax.jit
+    def grid(etas: jax.Array, keys: jax.Array, batch: Batch) -> Linear:
+        def one(eta: Any, key: Any) -> Linear:
+            return trajectory(loss, start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=[steps])[
+                0
+            ]
+
+        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(etas, keys)
+
+    return jax.tree.map(np.asarray, grid(jnp.asarray(etas, jnp.float32), keys, batch))

@@ -1,0 +1,211 @@
+"""A run on disk, to go on from: parameters, optimizer state, step, and whose they are.
+
+    descend(..., checkpoint=Checkpoint("run.npz", every=1000))                  # leaves one
+    descend(..., checkpoint=Checkpoint("run.npz", every=1000, resume=True))     # goes on from it, if it is there
+
+One file, written by one process under a temporary name and renamed: whoever is stopped while writing leaves the
+last one whole. The order of the examples needs no saving: it is a pure function of key and step. So a resumed run
+gives the same numbers, to the bit on the same number of devices.
+
+A checkpoint knows of which run it is: of what data, loss and start, optimizer, sampling and key. Another's is refused.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad import parallel
+from jaxgrad.parallel import Weighted, digest
+from jaxgrad.types import Loss, Params
+
+_FORMAT = 1
+
+
+class Checkpoint(NamedTuple):
+    """Where a run saves itself, and how often."""
+
+    path: str | os.PathLike[str]
+    """A file, `.npz`; it appears with the first checkpoint."""
+    every: int = 1000
+    """Steps between checkpoints. A run that is asked to stop also leaves one."""
+    resume: bool = False
+    """Go on from the file if it is there. Without this a file that is there is refused, not overwritten."""
+
+
+def save(checkpoint: Checkpoint, tree: Any, fingerprint: dict[str, str]) -> None:
+    """Write the arrays of a pytree and the fingerprint: by one process; all of them call it.
+
+    Raises OSError, with the old file whole, where that fails (on the others `parallel.Elsewhere`).
+    """
+    if parallel.is_main():
+        parallel.together(lambda: _write(Path(checkpoint.path), _archive(tree, fingerprint)))
+    else:
+        parallel.together(lambda: None)
+
+
+def _archive(tree: Any, fingerprint: dict[str, str]) -> memoryview:
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    names = [array.dtype.name for array in arrays]
+    # numpy cannot save the small floats that JAX adds to it (bfloat16, ...), but their bytes.
+    plain = [array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array for array in arrays]
+    header = json.dumps({"format": _FORMAT, "fingerprint": fingerprint, "dtypes": names}, sort_keys=True)
+    content = io.BytesIO()
+    np.savez(content, header=np.array(header), **{f"leaf{i}": leaf for i, leaf in enumerate(plain)})  # type: ignore[arg-type]
+    return content.getbuffer()
+
+
+def _write(path: Path, content: memoryview) -> None:
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = "the one that was there is whole" if path.exists() else "there is none yet"
+        raise OSError(error.errno, f"no checkpoint could be written to {path} ({error.strerror}); {kept}") from None
+
+
+def resumed(checkpoint: Checkpoint, like: Any, fingerprint: dict[str, str]) -> Any | None:
+    """What `save` wrote, as numpy arrays in the structure of `like`; None where there is nothing to resume.
+
+    One process reads and tells the others. Raises ValueError, with what differs, for a checkpoint of another run, and
+    for a damaged one.
+    """
+    path = Path(checkpoint.path)
+    content = parallel.from_main(lambda: path.read_bytes() if checkpoint.resume and path.exists() else b"")
+    if not content:
+        return None
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            header = json.loads(str(file["header"]))
+            plain = [file[f"leaf{i}"] for i in range(len(header["dtypes"]))]
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a whole checkpoint ({error}); remove it to begin anew") from None
+    theirs = header["fingerprint"]
+    other = [name for name in fingerprint if theirs.get(name) != fingerprint[name]]
+    if header["format"] != _FORMAT or other:
+        raise ValueError(
+            f"{path} is a checkpoint of another run: its {' and '.join(other) or 'format'} "
+            f"{'are' if len(other) > 1 else 'is'} not what this one has; give another path, or the same "
+            "arguments as then"
+        )
+    leaves = [
+        leaf if leaf.dtype.kind == "U" or leaf.dtype.name == name else leaf.view(jnp.dtype(name))
+        for leaf, name in zip(plain, header["dtypes"], strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Raise, before anything is compiled, if no checkpoint can be written there, or one is there and not to be used."""
+    path = Path(checkpoint.path)
+    if path.suffix != ".npz":
+        raise ValueError(f"a checkpoint is an .npz file; got {path}")
+    if isinstance(checkpoint.every, bool) or not isinstance(checkpoint.every, int) or checkpoint.every < 1:
+        raise ValueError(f"every must be a whole number of steps, at least 1; got {checkpoint.every!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no checkpoint can be written to {path}: the folder {path.parent} does not exist")
+    if path.exists() and not checkpoint.resume:
+        raise FileExistsError(
+            f"{path} is there already: go on from it with resume=True, remove it, or give another path"
+        )
+    try:
+        _temporary(path).open("wb").close()
+        _temporary(path).unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"no checkpoint can be written to {path}: {error.strerror}") from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
+
+
+def fingerprint(
+    loss: Loss, params: Params, data: Any, n: int, optimizer: Any, sampling: Any, key: Any, rows: str
+) -> dict[str, str]:
+    """Whose checkpoint it is, the same on however many devices and processes: short hashes by name.
+
+    `rows` tells the n rows from others (`rows_hash`); of `data` only shapes and dtypes count.
+    """
+    data = data.batch if isinstance(data, Weighted) else data
+    two = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), data)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    state = jax.eval_shape(optimizer.init, one)
+    draws = getattr(sampling.draw, "counts", ())
+    return {
+        "data": _short(f"{n} {rows}"),
+        "loss": _program(loss, one, two),
+        "start": digest(jax.tree.map(np.asarray, params))[:16],
+        "optimizer": _program(optimizer.update, one, state, one),
+        "sampling": f"{sampling.name} {sampling.batch_size} {draws if sampling.name == 'stratified' else ''}",
+        "key": digest(key)[:16],
+    }
+
+
+def _program(function: Callable[..., Any], *args: Any) -> str:
+    """A hash of what a function does: its operations and the numbers in them, without names and addresses."""
+    closed = jax.make_jaxpr(function)(*args)
+    text = re.sub(r"0x[0-9a-f]+", "", str(closed))
+    return _short(text + digest([np.asarray(constant) for constant in closed.consts]))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def rows_hash(data: Any, counts: tuple[int, ...] | None = None) -> str:
+    """A hash of all rows in their order, the same however they lie on devices.
+
+    With `counts`, of rows that are filled up (`parallel.Sharded.counts`). Each row is hashed with its number, and
+    the hashes are added: one pass where the rows are, exact whatever the order of the sum.
+    """
+    n = jax.tree.leaves(data)[0].shape[0]
+    number = np.arange(n, dtype=np.uint32)
+    if counts is not None:
+        most = max(counts)
+        device, own = np.divmod(np.arange(n), most)
+        first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        number = np.where(own < np.array(counts)[device], first[device] + own, 2**32 - 1).astype(np.uint32)
+    return "".join(f"{int(word):08x}" for word in np.asarray(_rows_hash(data, number)))
+
+
+@jax.jit
+def _rows_hash(data: Any, number: Any) -> jax.Array:
+    def mix(x: Any, key: Any) -> Any:  # MurmurHash3's last step
+        x = (x ^ key) * jnp.uint32(0x9E3779B1) + key
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    def words(leaf: Any) -> Any:
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+        bits = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        return jax.lax.bitcast_convert_type(leaf, bits).reshape(leaf.shape[0], -1).astype(jnp.uint32)
+
+    def one(seed: int) -> Any:
+        row = mix(number, jnp.uint32(seed))
+        at = 0
+        for leaf in jax.tree.leaves(data):
+            own = words(leaf)
+            place = jnp.arange(at, at + own.shape[1], dtype=jnp.uint32)[None, :]
+            row = row + jnp.sum(mix(own, mix(place, jnp.uint32(seed))), axis=1, dtype=jnp.uint32)
+            at += own.shape[1]
+        whole = mix(mix(row, number), jnp.uint32(seed))
+        return jnp.sum(jnp.where(number == jnp.uint32(2**32 - 1), jnp.uint32(0), whole), dtype=jnp.uint32)
+
+    return jnp.stack([one(1), one(2)])

@@ -1,0 +1,135 @@
+"""What the processes of `test_parallel.py` run: `parallel_worker.py TASK FOLDER [ARGUMENT]`."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from jaxgrad import descend, parallel
+from jaxgrad.checkpoint import Checkpoint
+from jaxgrad.losses import mean_loss, softmax_cross_entropy, squared
+from jaxgrad.models import init_linear, init_two_layer, linear, two_layer
+from jaxgrad.sampling import distinct, full_batch, reshuffled
+from jaxgrad.types import Batch
+
+STEPS = 200
+LOSS = mean_loss(linear, squared)
+
+
+def problem(n, dtype):
+    r = np.random.default_rng(1)
+    x = r.normal(size=(n, 6))
+    return Batch(x.astype(dtype), (x @ r.normal(size=6) + r.normal(size=n)).astype(dtype))
+
+
+def start(dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), init_linear(6))
+
+
+def runs(mesh):
+    """Final parameters by name: 203 rows, which no number of devices here divides, and 200, which all do."""
+    found, keys = {}, jax.random.split(jax.random.key(5), 3)
+
+    def run(name, loss, params, batch, sampling, key=keys[0]):
+        trace = descend(
+            loss, params, batch, optimizer=0.1, sampling=sampling, steps=STEPS, key=key, mesh=mesh, record=3
+        )
+        for i, leaf in enumerate(jax.tree.leaves(trace.params)):
+            found[f"{name}/{i}"] = np.asarray(leaf)
+        found[f"{name}/loss"] = trace.loss
+
+    for dtype, n, sampling in (
+        (np.float32, 203, full_batch()), (np.float32, 203, distinct(16)), (np.float64, 203, full_batch()),
+        (np.float64, 203, distinct(16)), (np.float64, 200, reshuffled(10)),
+    ):  # fmt: skip
+        run(f"{np.dtype(dtype).name} {n} {sampling.name}", LOSS, start(dtype), problem(n, dtype), sampling)
+    run("float64 seeds", LOSS, start(np.float64), problem(203, np.float64), distinct(8), keys)
+    x, y = problem(101, np.float64)
+    net = jax.tree.map(lambda leaf: leaf.astype(np.float64), init_two_layer(keys[1], 6, 5, 3))
+    classes = Batch(x, (np.abs(y) % 3).astype(np.int32))
+    run("float64 net", mean_loss(two_layer, softmax_cross_entropy), net, classes, distinct(8))
+    return found
+
+
+def resumable(folder, *, mesh=None, resume=True, until=120, progress=False, **changes):
+    """A run that leaves a checkpoint each 20 steps, and is recorded each 10."""
+    arguments = dict(
+        params=start(np.float64), data=problem(203, np.float64), optimizer=optax.sgd(0.1, momentum=0.9),
+        sampling=distinct(16), key=jax.random.key(5), observe=lambda params: params.w,
+    )  # fmt: skip
+    return descend(
+        **{"loss": LOSS} | arguments | changes, steps=until, mesh=mesh, record=range(0, until + 1, 10),
+        progress=progress, checkpoint=Checkpoint(folder / "run.npz", every=20, resume=resume),
+    )  # fmt: skip
+
+
+def saved(trace):
+    """What must be the same in a run that went on."""
+    return {"w": trace.params.w, "b": trace.params.b, "loss": trace.loss, "observed": trace.observed, "at": trace.steps}
+
+
+HOW = ("raise", "exit", "SIGKILL", "SIGSTOP", "SIGTERM", "SIGINT")
+
+
+def misbehave(how, rank):
+    """At step 50 rank 1 raises, exits, is stopped, is killed or gets a signal; called after every record point."""
+
+    def progress(step, steps):
+        if step == 50 and rank == 1 and how in HOW:
+            if how == "raise":
+                raise RuntimeError("planted")
+            if how == "exit":
+                sys.exit(3)
+            os.kill(os.getpid(), getattr(signal, how))
+            time.sleep(0.2)
+
+    return progress
+
+
+def main():
+    task, folder, argument = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""
+    rank = int(os.environ.get(parallel.RANK, "0"))
+    parallel.start()
+    jax.config.update("jax_enable_x64", True)
+    mesh, (x, y) = parallel.mesh(), problem(203, np.float64)
+    if task == "runs":
+        np.savez(folder / f"{argument}{rank}.npz", **runs(mesh))
+        local(folder, rank, mesh)
+    elif task == "run":
+        trace = resumable(folder, mesh=mesh, progress=misbehave(argument, rank))
+        np.savez(folder / f"{argument}{rank}.npz", **saved(trace))
+    elif task == "data":
+        x[7, 3] += rank
+        parallel.shard(Batch(x, y), mesh)
+    elif task == "nan":
+        if rank == 1:
+            x[150, 2] = np.nan
+        parallel.shard(Batch(x, y), mesh)
+    elif task == "config":
+        resumable(folder, mesh=mesh, sampling=distinct(16 + rank))
+    elif task == "few":
+        parallel.shard(Batch(x[:1], y[:1]), mesh)
+    elif task == "unlike":
+        parallel.shard_local(Batch(x[:, : 6 - rank], y), mesh)
+    return 0
+
+
+def local(folder, rank, mesh):
+    """Each process with rows of its own, two thirds of them with rank 0."""
+    x, y = problem(203, np.float64)
+    cut = 203 if jax.process_count() == 1 else 150
+    own = slice(0, cut) if rank == 0 else slice(cut, 203)
+    data = parallel.shard_local(Batch(x[own], y[own]), mesh)
+    back = parallel.gather(data)
+    trace = descend(LOSS, start(np.float64), data, optimizer=0.1, sampling=distinct(16), steps=STEPS,
+                    key=jax.random.split(jax.random.key(5), 3)[0])  # fmt: skip
+    np.savez(folder / f"local{rank}.npz", w=trace.params.w, counts=data.counts, x=back.x, y=back.y)
+
+
+if __name__ == "__main__":
+    parallel.run(main)

@@ -1,0 +1,179 @@
+"""Rows on disk: the numbers of rows in memory, and what is wrong with a file said before anything runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgrad import stream
+from jaxgrad.descent import descend, small_gradient
+from jaxgrad.losses import mean_loss, squared
+from jaxgrad.models import linear
+from jaxgrad.sampling import distinct, full_batch, reshuffled
+from jaxgrad.types import Batch, Linear
+
+LOSS = mean_loss(linear, squared)
+START = Linear(jnp.zeros(4), jnp.zeros(()))
+N = 3001
+
+
+@pytest.fixture(scope="module")
+def table():
+    r = np.random.default_rng(3)
+    return r.normal(size=(N, 5)) + np.array([100.0, 0, 0, 0, 0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, table):
+    place = tmp_path_factory.mktemp("shards")
+    for i, part in enumerate(np.split(table, [1000, 1001, 2500])):
+        np.save(place / f"part-{i:02}.npy", part)
+    return place
+
+
+@pytest.mark.parametrize("sampling", [distinct(32), reshuffled(64)])
+def test_sgd_from_disk_gives_the_bits_of_sgd_in_memory(folder, table, sampling):
+    rows = stream.open_rows(folder, target=-1, memory=1e-4)
+    arguments = dict(optimizer=1e-5, sampling=sampling, steps=100, key=jax.random.key(1), record=7)
+    there = descend(LOSS, START, rows, **arguments)
+    here = descend(LOSS, START, Batch(table[:, :4], table[:, 4]), **arguments)
+    assert (there.params.w == here.params.w).all()
+    assert there.steps.tolist() == here.steps.tolist()
+    np.testing.assert_allclose(there.loss, here.loss, rtol=1e-12)
+    assert stream.Reader(rows, sampling, jax.random.key(1), 100).steps < 50  # several blocks, or nothing was shown
+
+
+def test_full_batch_from_disk(folder, table, monkeypatch):
+    monkeypatch.setattr(stream, "_PASS_BLOCK", 700 * 40)  # 5 blocks, of which the last is smaller
+    rows = stream.open_rows(folder, target=0).scaled(table.mean(axis=0), table.std(axis=0))
+    z = (table - table.mean(axis=0)) / table.std(axis=0)
+    arguments = dict(optimizer=0.1, sampling=full_batch(), steps=20, key=jax.random.key(1), record=5)
+    rule = small_gradient(1e-3, every=5)
+    there = descend(LOSS, START, rows, **arguments, stop=rule)
+    here = descend(LOSS, START, Batch(z[:, 1:], z[:, 0]), **arguments, stop=rule)
+    np.testing.assert_allclose(there.params.w, here.params.w, rtol=1e-11)
+    np.testing.assert_allclose(there.loss, here.loss, rtol=1e-11)
+    assert there.status == here.status
+    assert there.examples[-1] == here.examples[-1]
+
+
+def test_moments_in_one_pass(folder, table, monkeypatch):
+    monkeypatch.setattr(stream, "_PASS_BLOCK", 700 * 40)
+    found = stream.moments(stream.open_rows(folder))
+    np.testing.assert_allclose(found.mean, table.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(table.T, bias=True), rtol=1e-11, atol=1e-14)
+
+
+@given(indices=st.lists(st.integers(0, N - 1), min_size=1, max_size=50))
+def test_rows_come_in_the_order_asked_for(folder, table, indices):
+    rows = stream.open_rows(folder)
+    assert (stream.pick(rows, np.array(indices)) == table[indices]).all()
+
+
+@given(bounds=st.tuples(st.integers(0, N), st.integers(0, N)))
+def test_consecutive_rows(folder, table, bounds):
+    low, high = min(bounds), max(bounds)
+    assert (stream.read(stream.open_rows(folder), low, high) == table[low:high]).all()
+
+
+def test_blocks_cover_all_rows_in_order(folder, table):
+    rows = stream.open_rows(folder)
+    for size in (1, 700, 3000, 3001, 5000):
+        if size > 1:
+            assert (np.concatenate(list(stream.blocks(rows, size))) == table).all()
+
+
+def test_a_diverging_run_is_marked_as_in_memory(folder, table):
+    rows = stream.open_rows(folder, target=-1, memory=1e-4)
+    arguments = dict(optimizer=10.0, sampling=distinct(8), steps=200, key=jax.random.key(1), record=4)
+    there = descend(LOSS, START, rows, **arguments)
+    here = descend(LOSS, START, Batch(table[:, :4], table[:, 4]), **arguments)
+    assert there.status == here.status
+    assert there.status.startswith("diverged at step")
+
+
+# --- bad files -------------------------------------------------------------------------------------------------
+
+
+def copied(folder, place):
+    for path in folder.iterdir():
+        (place / path.name).write_bytes(path.read_bytes())
+    return place
+
+
+def spoil_cut_off(place):
+    whole = (place / "part-02.npy").read_bytes()
+    (place / "part-02.npy").write_bytes(whole[:-8])
+
+
+def spoil_header(place):
+    (place / "part-02.npy").write_bytes(b"no numpy file")
+
+
+def spoil_missing(place):
+    (place / "part-01.npy").unlink()
+
+
+def spoil_columns(place):
+    np.save(place / "part-02.npy", np.ones((3, 4)))
+
+
+def spoil_dtype(place):
+    np.save(place / "part-02.npy", np.ones((3, 5), np.float32))
+
+
+def spoil_shape(place):
+    np.save(place / "part-02.npy", np.ones(3))
+
+
+def spoil_whole_numbers(place):
+    np.save(place / "part-02.npy", np.ones((3, 5), np.int64))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (spoil_cut_off, ValueError, "part-02.npy is cut off: .* bytes where 1,499 rows need"),
+        (spoil_header, ValueError, "part-02.npy is damaged or not an npy file"),
+        (spoil_missing, FileNotFoundError, "the shard part-01.npy is missing"),
+        (spoil_columns, ValueError, "part-02.npy has 4 columns of float64, but part-00.npy has 5"),
+        (spoil_dtype, ValueError, "part-02.npy has 5 columns of float32, but part-00.npy has 5 of float64"),
+        (spoil_shape, ValueError, r"part-02.npy has shape \(3,\)"),
+        (spoil_whole_numbers, ValueError, "part-02.npy has shape .* int64"),
+    ],
+)
+def test_a_bad_shard_is_named(folder, tmp_path, spoil, error, words):
+    spoil(copied(folder, tmp_path))
+    with pytest.raises(error, match=words):
+        stream.open_rows(tmp_path)
+
+
+def test_what_is_not_there(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        stream.open_rows(tmp_path / "nothing.npy")
+    with pytest.raises(FileNotFoundError, match=r"holds no .npy file"):
+        stream.open_rows(tmp_path)
+    with pytest.raises(ValueError, match="has 5 columns, so the target's number is from -5 to 4; got 5"):
+        stream.open_rows(folder, target=5)
+
+
+def test_an_entry_that_is_not_finite_is_named_by_its_row(folder, tmp_path, table):
+    part = np.load(folder / "part-02.npy")
+    part[99, 3] = np.inf
+    np.save(copied(folder, tmp_path) / "part-02.npy", part)
+    rows = stream.open_rows(tmp_path, target=-1)
+    with pytest.raises(ValueError, match=r"row 1,100, column 3 .*is inf"):
+        stream.value(stream.of_rows(LOSS, rows), START, rows)
+    with pytest.raises(ValueError, match=r"row 1,100, column 3 .*is inf"):
+        stream.pick(rows, np.array([5, 1100]))
+
+
+def test_rows_on_disk_serve_one_run(folder):
+    rows = stream.open_rows(folder, target=-1)
+    with pytest.raises(ValueError, match="one run on one device"):
+        descend(LOSS, START, rows, optimizer=0.1, sampling=distinct(2), steps=1,
+                key=jax.random.split(jax.random.key(0), 2))  # fmt: skip
+    with pytest.raises(ValueError, match="b = 4000"):
+        descend(LOSS, START, rows, optimizer=0.1, sampling=distinct(4000), steps=1, key=jax.random.key(0))

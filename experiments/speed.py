@@ -148,7 +148,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         numbers |= _profile(config)
         progress("imports and starts")
         with work.alone():
-            return numbers | _imports(config.import_rounds) | _starts(config, folder)
+            return numbers | _imports(config.import_rounds, folder) | _starts(config, folder)
 
 
 # --- the race ------------------------------------------------------------------------------------------------------
@@ -450,8 +450,11 @@ def _profile(config: Config) -> dict[str, Any]:
     return found | {"profile_n": n, "profiled": list(config.profiled)}
 
 
-def _imports(rounds: int) -> dict[str, Any]:
+def _imports(rounds: int, folder: Path) -> dict[str, Any]:
     """Seconds `[rounds]` of importing ours and of importing JAX and optax, each time in a fresh process."""
+    # Installed packages have their bytecode; a checkout of ours may be told not to write any.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    env |= {"PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
     wanted = {
         "import_ours": "from jaxgrad import Batch, descend, distinct, full_batch, reshuffled, with_replacement",
         "import_theirs": "import jax, optax",
@@ -461,11 +464,11 @@ def _imports(rounds: int) -> dict[str, Any]:
         for name in sorted(wanted, reverse=bool(k % 2)):
             code = f"import time; t = time.perf_counter(); {wanted[name]}; print(time.perf_counter() - t)"
             done = subprocess.run(
-                [sys.executable, "-c", code], cwd=Path(jaxgrad.__file__).parents[1], capture_output=True, text=True,
-                check=True,
+                [sys.executable, "-c", code], cwd=Path(jaxgrad.__file__).parents[1], env=env, capture_output=True,
+                text=True, check=True,
             )  # fmt: skip
             took[name].append(float(done.stdout))
-    return {name: np.array(seconds[1:]) for name, seconds in took.items()}  # the first one filled the disk's cache
+    return {name: np.array(seconds[1:]) for name, seconds in took.items()}  # the first one wrote the bytecode
 
 
 def _starts(config: Config, folder: Path) -> dict[str, Any]:

@@ -228,8 +228,8 @@ def read(rows: Rows, low: int, high: int) -> np.ndarray:
     return out
 
 
-def pick(rows: Rows, indices: np.ndarray) -> np.ndarray:
-    """The rows `indices`, in that order: fetched one part of the file after the other."""
+def pick(rows: Rows, indices: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+    """The rows `indices`, in that order: fetched one part of the file after the other (to the bytes `into`)."""
     wanted = np.asarray(indices).reshape(-1)
     step = _part_rows(rows, _PART)
     count = -(-rows.n // step)
@@ -241,7 +241,7 @@ def pick(rows: Rows, indices: np.ndarray) -> np.ndarray:
     # Where a page of the file has a row or more of ours, all of a part is needed, and the order within it is free.
     dense = len(wanted) * mmap.PAGESIZE > rows.nbytes
     # A row is moved as one item: several times as fast as an array of numbers.
-    out = _aligned(len(wanted) * rows.row_bytes).view(np.dtype((np.void, rows.row_bytes)))
+    out = (_aligned(len(wanted) * rows.row_bytes) if into is None else into).view(np.dtype((np.void, rows.row_bytes)))
     begin = 0
     for low, end in zip(range(0, rows.n, step), ends, strict=True):
         place = order[begin:end]
@@ -360,16 +360,22 @@ class Reader:
         self.steps = -(-max(1, last) // -(-max(1, last) // max(1, most // b)))
         self._rows, self._sampling, self._key, self._last = rows, sampling, key, last
         self._pool = ThreadPoolExecutor(1)
+        # Even blocks lie in one of these and odd ones in the other. New memory would cost more than to fill it.
+        self._buffers = [_aligned(self.steps * b * rows.row_bytes) for _ in range(2)]
         self._ready: dict[int, Future[np.ndarray]] = {}
         self._device: tuple[int, Any] = (-1, None)
 
     def block(self, number: int) -> Any:
-        """The rows of steps `number · steps` on, `[steps · b, columns]`, on the device."""
+        """The rows of steps `number · steps` on, `[steps · b, columns]`, on the device.
+
+        Steps that use the block before must be over: what comes after this one is fetched to its place.
+        """
         if self._device[0] != number:
             self._device = (-1, None)
             found = self._read(number).result()
             self._ready = {}
-            self._device = (number, jax.block_until_ready(jnp.asarray(found)))
+            # On a CPU this is no copy; `jnp.asarray` makes one.
+            self._device = (number, jax.block_until_ready(jax.device_put(found)))
         if (number + 1) * self.steps < self._last:
             self._read(number + 1)
         return self._device[1]
@@ -382,7 +388,7 @@ class Reader:
     def _fetch(self, number: int) -> np.ndarray:
         first = np.int32(number * self.steps)
         drawn = _indices(self._key, first, sampling=self._sampling, n=self._rows.n, count=self.steps)
-        return pick(self._rows, np.asarray(drawn))
+        return pick(self._rows, np.asarray(drawn), self._buffers[number % 2])
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -444,9 +450,9 @@ def programs(
         while True:
             number = now // reader.steps
             now = min(until, (number + 1) * reader.steps)
-            state = go(
-                state, key, reader.block(number), np.int32(now), loss=loss.loss, sampling=ordered, halt=halt, **how
-            )
+            block = reader.block(number)
+            state = go(state, key, block, np.int32(now), loss=loss.loss, sampling=ordered, halt=halt, **how)
+            jax.block_until_ready(state)
             if now >= until or (halt is not None and bool(state.halted)):
                 return state
 
@@ -517,7 +523,9 @@ def _part(params: Params, part: Any, *, function: Callable[[Loss], Any], loss: S
     """`function(loss)` of the rows of a part, and whether any entry is not finite (not 0)."""
 
     def of_block(params: Params, block: Any) -> Any:
-        return function(loss.loss)(params, _by_columns(loss, params, block)), jnp.mean(~jnp.isfinite(block))
+        return function(loss.loss)(params, _by_columns(loss, params, block)), jnp.any(~jnp.isfinite(block)).astype(
+            block.dtype
+        )
 
     count = part.shape[0]
     if jax.default_backend() == "cpu":

@@ -31,9 +31,9 @@ from jaxgrad.types import Batch, Key, Loss, Params, Sampling
 
 MEMORY = 0.5
 """GiB that the rows in flight may take, unless `open_rows` is told otherwise."""
-_PART = 2**25
+_PART = 2**26
 """Bytes of a file that are mapped at once: about what the last cache holds, as rows are taken from it in any order."""
-_BLOCK = 2**17
+_BLOCK = 2**18
 """Bytes of rows that a full pass evaluates at once on a CPU: with what is made of them they fit the cache of a core."""
 _LANES = max(2, min(8, os.cpu_count() or 2))
 """Threads of a full pass: one reads while another computes, and each computes on a core of its own."""
@@ -459,10 +459,9 @@ def programs(
     def gd(state: Any, key: Key, data: Any, until: Any, *, halt: Any, **how: Any) -> Any:
         del data
         if int(state.step) >= int(until):
-            value_and_gradient(loss, state.params, _few(rows))  # nothing to do but to compile
+            gradient(loss, state.params, _few(rows))  # nothing to do but to compile
         for now in range(int(state.step), int(until)):
-            _, gradient = value_and_gradient(loss, state.params, rows)
-            slope = jax.tree.map(lambda leaf: leaf[None], gradient)
+            slope = jax.tree.map(lambda leaf: leaf[None], gradient(loss, state.params, rows))
             # The gradient of ⟨g, w⟩ is g: the same compiled step, with a gradient that is known.
             state = go(state, key, slope, np.int32(now + 1), loss=_along, halt=halt, **how)
             if halt is not None and bool(state.halted):
@@ -476,8 +475,8 @@ def programs(
     def judged(params: Params, data: Any) -> Any:
         if judge.keywords["metric"] is not None:  # type: ignore[attr-defined]
             return judge(params, data)
-        gradient = jax.tree.leaves(value_and_gradient(loss, params, rows)[1])
-        return np.sqrt(sum(float(jnp.sum(leaf.astype(jnp.float32) ** 2)) for leaf in gradient))
+        slope = jax.tree.leaves(gradient(loss, params, rows))
+        return np.sqrt(sum(float(jnp.sum(leaf.astype(jnp.float32) ** 2)) for leaf in slope))
 
     return (gd if sampling.batch_size is None else sgd), recorded, judged
 
@@ -487,13 +486,13 @@ def _along(params: Params, gradient: Any) -> jax.Array:
     return sum(jax.tree.leaves(parts), start=jnp.zeros(()))
 
 
-def value_and_gradient(loss: Streamed, params: Params, rows: Rows) -> tuple[jax.Array, Params]:
-    """The full loss `Σ (m_j/n) L(w; part j)` and its gradient, in one pass over the rows."""
-    return _sum(partial(_part, function=jax.value_and_grad, loss=loss), params, rows)
+def gradient(loss: Streamed, params: Params, rows: Rows) -> Params:
+    """The full gradient `Σ (m_j/n) ∇L(w; part j)`, in one pass over the rows."""
+    return _sum(partial(_part, function=jax.grad, loss=loss), params, rows)
 
 
 def value(loss: Streamed, params: Params, rows: Rows) -> jax.Array:
-    """The full loss, in one pass over the rows."""
+    """The full loss `Σ (m_j/n) L(w; part j)`, in one pass over the rows."""
     return _sum(partial(_part, function=_itself, loss=loss), params, rows)
 
 

@@ -32,7 +32,7 @@ from jaxgrad.types import Batch, Key, Loss, Params, Sampling
 MEMORY = 0.5
 """GiB that the rows in flight may take, unless `open_rows` is told otherwise."""
 _PART = 2**26
-"""Bytes of a file that are mapped at once: about what the last cache holds, as rows are taken from it in any order."""
+"""Bytes of a file that are mapped at once: not far from what the last cache holds, for rows are taken in any order."""
 _BLOCK = 2**18
 """Bytes of rows that a full pass evaluates at once on a CPU: with what is made of them they fit the cache of a core."""
 _LANES = max(2, min(8, os.cpu_count() or 2))

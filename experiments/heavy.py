@@ -4,7 +4,9 @@
             memory and beside reading the file
 
 Each contender is a process of its own, so that its peak of resident memory is its own. The file lies in a temporary
-folder and is read once beforehand, so that both find it in the page cache. Written to `results/scaling/recorded/`.
+folder and is read once beforehand, so that all find it in the page cache: what a disk adds is not seen. They run in
+turns, twice, and the faster of the two counts: the memory of a shared machine is now fast, now slow. Written to
+`results/scaling/recorded/`.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import numpy as np
 
 RECORDED = Path(__file__).resolve().parent.parent / "results" / "scaling" / "recorded"
 COLUMNS, B, CHUNK = 8, 256, 2**20
+ROUNDS, PASSES = 2, 5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,13 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         if not file.exists():
             _generate(file, arguments.rows)
         _read_all(file)
-        found = {name: _in_a_process(name, file, arguments.steps) for name in CONTENDERS}
+        rounds = [{name: _in_a_process(name, file, arguments.steps) for name in CONTENDERS} for _ in range(ROUNDS)]
     from experiments import results
 
+    found = {name: max((turn[name] for turn in rounds), key=_speed) for name in CONTENDERS}
     disk, memory, gradient, reading = (found[name] for name in ("disk", "memory", "gradient", "reading"))
     record = {
         "command": "python -m experiments.heavy rows", "rows": arguments.rows, "columns": COLUMNS, "b": B,
-        "steps": arguments.steps, "gigabytes": arguments.rows * COLUMNS * 4 / 1e9, **found,
+        "steps": arguments.steps, "gigabytes": arguments.rows * COLUMNS * 4 / 1e9, **found, "page_cache": "warm",
+        "speeds_in_turns": {name: [_speed(turn[name]) for turn in rounds] for name in CONTENDERS},
         "steps_per_second_disk_over_memory": disk["steps_per_second"] / memory["steps_per_second"],
         "gradient_over_reading": gradient["gigabytes_per_second"] / reading["gigabytes_per_second"],
         "same_parameters": disk["w"] == memory["w"], **results.surroundings(),
@@ -87,6 +92,10 @@ def _in_a_process(name: str, file: Path, steps: int) -> dict[str, Any]:
         [*command, "--file", str(file), "--steps", str(steps)], stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _speed(found: dict[str, Any]) -> float:
+    return found["steps_per_second"] if "steps_per_second" in found else found["gigabytes_per_second"]
 
 
 def _peak() -> float:
@@ -129,16 +138,16 @@ def _gradient(file: Path, steps: int) -> dict[str, Any]:
     rows = stream.open_rows(file, target=-1)
     loss = stream.of_rows(losses.mean_loss(models.linear, losses.squared), rows)
     start, seconds = models.init_linear(COLUMNS - 1), []
-    for _ in range(3):  # the first compiles
+    for _ in range(1 + PASSES):  # the first compiles
         began = time.perf_counter()
-        jax.block_until_ready(stream.value_and_gradient(loss, start, rows))
+        jax.block_until_ready(stream.gradient(loss, start, rows))
         seconds.append(time.perf_counter() - began)
     return {"seconds": seconds[1:], "gigabytes_per_second": rows.nbytes / min(seconds[1:]) / 1e9}
 
 
 def _reading(file: Path, steps: int) -> dict[str, Any]:
     del steps
-    seconds = [_read_all(file) for _ in range(3)]
+    seconds = [_read_all(file) for _ in range(PASSES)]
     return {"seconds": seconds, "gigabytes_per_second": file.stat().st_size / min(seconds) / 1e9}
 
 

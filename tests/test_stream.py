@@ -46,7 +46,8 @@ def test_sgd_from_disk_gives_the_bits_of_sgd_in_memory(folder, table, sampling):
 
 
 def test_full_batch_from_disk(folder, table, monkeypatch):
-    monkeypatch.setattr(stream, "_PASS_BLOCK", 700 * 40)  # 5 blocks, of which the last is smaller
+    monkeypatch.setattr(stream, "_PART", 704 * 40)  # 5 parts, of which one crosses shards and the last is smaller
+    monkeypatch.setattr(stream, "_BLOCK", 300 * 40)
     rows = stream.open_rows(folder, target=0).scaled(table.mean(axis=0), table.std(axis=0))
     z = (table - table.mean(axis=0)) / table.std(axis=0)
     arguments = dict(optimizer=0.1, sampling=full_batch(), steps=20, key=jax.random.key(1), record=5)
@@ -60,7 +61,7 @@ def test_full_batch_from_disk(folder, table, monkeypatch):
 
 
 def test_moments_in_one_pass(folder, table, monkeypatch):
-    monkeypatch.setattr(stream, "_PASS_BLOCK", 700 * 40)
+    monkeypatch.setattr(stream, "_PART", 704 * 40 * 8)
     found = stream.moments(stream.open_rows(folder))
     np.testing.assert_allclose(found.mean, table.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(table.T, bias=True), rtol=1e-11, atol=1e-14)
@@ -78,11 +79,33 @@ def test_consecutive_rows(folder, table, bounds):
     assert (stream.read(stream.open_rows(folder), low, high) == table[low:high]).all()
 
 
-def test_blocks_cover_all_rows_in_order(folder, table):
-    rows = stream.open_rows(folder)
-    for size in (1, 700, 3000, 3001, 5000):
-        if size > 1:
-            assert (np.concatenate(list(stream.blocks(rows, size))) == table).all()
+@pytest.mark.parametrize("count", [3, 20_000])  # few rows, sorted for the disk, and many, in any order
+@pytest.mark.parametrize("part", [64 * 40, 704 * 40, 2**25])
+def test_rows_of_many_parts_and_shards(folder, table, tmp_path, monkeypatch, count, part):
+    monkeypatch.setattr(stream, "_PART", part)
+    np.save(tmp_path / "one.npy", table)
+    indices = np.random.default_rng(count).integers(0, N, count).astype(np.int32)
+    for place in (folder, tmp_path / "one.npy"):
+        assert (stream.pick(stream.open_rows(place), indices) == table[indices]).all()
+
+
+@pytest.mark.parametrize("model", ["multiplies", "sums"])
+@pytest.mark.parametrize("part", [64 * 40, 704 * 40, 2**25])
+def test_the_full_gradient_whatever_the_model_does_with_x(folder, table, monkeypatch, model, part):
+    def sums(params, x):
+        return jnp.sum(params.w * jnp.tanh(x)) + params.b
+
+    monkeypatch.setattr(stream, "_PART", part)
+    loss = LOSS if model == "multiplies" else mean_loss(sums, squared)
+    rows = stream.open_rows(folder, target=2)
+    params = Linear(jnp.array([0.5, -1.0, 2.0, 0.1]), jnp.array(0.3))
+    streamed = stream.of_rows(loss, rows)
+    value, gradient = stream.value(streamed, params, rows), stream.gradient(streamed, params, rows)
+    batch = Batch(np.delete(table, 2, axis=1), table[:, 2])
+    expected = jax.value_and_grad(loss)(params, batch)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-12)
+    np.testing.assert_allclose(gradient.w, expected[1].w, rtol=1e-11)
+    np.testing.assert_allclose(gradient.b, expected[1].b, rtol=1e-11)
 
 
 def test_a_diverging_run_is_marked_as_in_memory(folder, table):

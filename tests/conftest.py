@@ -1,5 +1,7 @@
 """Strict numerics for every test: float64, no silent rank or dtype promotion, the same examples each time."""
 
+import gc
+
 import jax
 import pytest
 from hypothesis import settings
@@ -21,3 +23,18 @@ def key():
 def pytest_collection_modifyitems(items):
     """The longest test first, so that no worker waits for it at the end."""
     items.sort(key=lambda item: "quick_study" not in item.name)
+
+
+def pytest_collection_finish():
+    """Two things that cost a quarter of the tests' time and check nothing."""
+    # What was imported stays: the collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
+    # A check of a gradient calls these small steps by the ten thousand. Those that call them have their types checked.
+    from jaxgrad.check import agreement, diagnosis, faults, problem
+
+    for step in (
+        agreement._norm, agreement.Tolerance.allowed, diagnosis._allowed, faults._sigmoid, faults._slope,
+        faults.change, faults.extra_factor, problem._convert,
+    ):  # fmt: skip
+        step.__no_type_check__ = True

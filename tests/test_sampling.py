@@ -82,7 +82,7 @@ def test_all_orders_of_few_examples_are_exactly_as_likely(n):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 64, 65, 66, 97, 100, 1000, 1009, 53_917, 3 * 2**12])
 def test_a_random_order_is_a_bijection(n):
-    order = jax.jit(lambda positions: permuted(_stream(jax.random.key(n), 0), positions, n))(jnp.arange(n, dtype="int32"))
+    order = jax.jit(lambda i: permuted(_stream(jax.random.key(n), 0), i, n))(np.arange(n, dtype=np.int32))
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
 
 

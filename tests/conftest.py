@@ -31,11 +31,14 @@ def pytest_collection_finish():
     # What was imported stays: the collector need not look through it again and again.
     gc.freeze()
     gc.enable()
-    # A check of a gradient calls these small steps by the ten thousand. Those that call them have their types checked.
+    # Called by the ten thousand, with numbers or cells of a file. Those that call them have their types checked.
     from jaxgrad.check import agreement, diagnosis, faults, problem
+    from jaxgrad.data import delimited
+    from jaxgrad.theory import escape
 
     for step in (
         agreement._norm, agreement.Tolerance.allowed, diagnosis._allowed, faults._sigmoid, faults._slope,
-        faults.change, faults.extra_factor, problem._convert,
+        faults.change, faults.extra_factor, problem._convert, delimited._number, delimited._blank,
+        escape._compositions,
     ):  # fmt: skip
         step.__no_type_check__ = True

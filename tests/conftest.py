@@ -22,8 +22,9 @@ def key():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest test first, so that no worker waits for it at the end."""
-    items.sort(key=lambda item: "quick_study" not in item.name)
+    """The longest tests first, so that no worker waits for one at the end."""
+    long = ("quick_study", "few_kills", "every_planted_fault", "missing_or_stale", "end_at_the_same_loss", "ctrl_c")
+    items.sort(key=lambda item: not any(words in item.name for words in long))
 
 
 def pytest_collection_finish():

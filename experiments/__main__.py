@@ -320,6 +320,8 @@ def run(plan: Plan) -> int:
         from experiments import report, results
 
         chapters = load(plan.out)
+        if not chapters:
+            return outcome.status  # each has failed, and said so: there is nothing to report on
         # Whoever stopped the study may have done so between the numbers and their figures.
         report.draw(plan.out, [chapter for chapter in chapters if chapter.name in {entry.name for entry in there}])
         publish(plan.out, chapters)

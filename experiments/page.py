@@ -68,7 +68,7 @@ def document(folder: Path, chapters: Sequence[Chapter]) -> str:
         "rows_table": _rows_table(folder, rows, claims, chapters),
         "contents": "".join(f"<li>{_link(f'#{c.name}', c.name)}: {inline_markdown(c.headline)}</li>" for c in chapters),
         "sections": "\n".join(_section(folder, chapter, figures.figures.get(chapter.name)) for chapter in chapters),
-        "origin": _origin(chapters),
+        "origin": _origin(folder, chapters),
         "explorer_data": _json(shown),
         "explorer_js": _own("explorer.js"),
         "page_js": _own("page.js"),
@@ -190,8 +190,10 @@ def _files(folder: Path, chapter: Chapter, result: Result) -> str:
     return f'<p class="small">{made}. <span class="evidence">{" ".join(links)}</span></p>'
 
 
-def _origin(chapters: Sequence[Chapter]) -> str:
-    """Machines and versions, each with the experiments that ran on it, and the digests of all arrays."""
+def _origin(folder: Path, chapters: Sequence[Chapter]) -> str:
+    """Machines and versions, each with the experiments that ran on it; digests of arrays and code; what verify says."""
+    from experiments import verify  # it loads SciPy's distributions, which nothing else here needs
+
     groups: dict[str, list[str]] = {}
     for chapter in chapters:
         for result in chapter.results:
@@ -207,7 +209,8 @@ def _origin(chapters: Sequence[Chapter]) -> str:
         which = "All experiments" if len(groups) == 1 else ", ".join(names)
         out.append(f"<p>{escape(which)}:</p><dl class='made'>{''.join(terms)}</dl>")
     rows = "".join(
-        f"<tr><td>{_link(file, file)}</td><td><code>{result.provenance['sha256']}</code></td></tr>"
+        f"<tr><td>{_link(file, file)}</td><td><code>{result.provenance['sha256']}</code></td>"
+        f"<td><code>{results.code_digest(result)}</code></td></tr>"
         for chapter in chapters
         for result in chapter.results
         if (file := f"{chapter.name}/{result.device}.npz")
@@ -215,10 +218,14 @@ def _origin(chapters: Sequence[Chapter]) -> str:
     out.append(
         "<p>Each figure says in its margin which arrays it was drawn from: the first digits of the sha256 of the file, "
         "which <code>sha256sum</code> prints.</p>"
-        f"<details><summary>sha256 of every file of arrays</summary>{_frame('Digests')}<table><thead><tr><th>file</th>"
-        f"<th>sha256</th></tr></thead><tbody>{rows}</tbody></table></div></details>"
+        f"<details><summary>sha256 of every file of arrays, and of the code that made it</summary>{_frame('Digests')}"
+        "<table><thead><tr><th>file</th><th>sha256</th><th>of the code</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div><p>The last column is one sha256 over those of all modules that ran, "
+        "which the experiment's JSON lists.</p></details>"
         "<p><code>python -m experiments</code> runs everything again; <code>python -m experiments report</code> draws "
-        "this page from the saved data.</p>"
+        "this page from the saved data; <code>python -m experiments verify</code> runs it again elsewhere and says of "
+        "every number whether it came out the same. What it found, so far:</p>"
+        f"{markdown(verify.noted_table(folder))}"
     )
     return "\n".join(out)
 

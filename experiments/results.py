@@ -193,6 +193,12 @@ def code(name: str) -> dict[str, str]:
     return found
 
 
+def code_digest(result: Result) -> str:
+    """One number for all of `code` at the time of a run, 16 digits: two runs that share it ran the same source."""
+    lines = (f"{digest} {module}\n" for module, digest in sorted(result.provenance["code"].items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
 @functools.cache
 def _imported(content: bytes, package: str) -> tuple[str, ...]:
     """The modules of `jaxgrad` and `experiments` that a source imports, anywhere in it."""

@@ -1,9 +1,12 @@
 """Strict numerics for every test: float64, no silent rank or dtype promotion, the same examples each time."""
 
+import gc
+
 import jax
 import pytest
 from hypothesis import settings
 
+gc.disable()  # until all is imported: see pytest_collection_finish
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -19,5 +22,24 @@ def key():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest test first, so that no worker waits for it at the end."""
-    items.sort(key=lambda item: "quick_study" not in item.name)
+    """The longest tests first, so that no worker waits for one at the end."""
+    long = ("quick_study", "few_kills", "every_planted_fault", "missing_or_stale", "end_at_the_same_loss", "ctrl_c")
+    items.sort(key=lambda item: not any(words in item.name for words in long))
+
+
+def pytest_collection_finish():
+    """Two things that cost a third of the tests' time and check nothing."""
+    # What was imported stays: the collector need not look through it again and again.
+    gc.freeze()
+    gc.enable()
+    # Called by the ten thousand, with numbers or cells of a file. Those that call them have their types checked.
+    from jaxgrad.check import agreement, diagnosis, faults, problem
+    from jaxgrad.data import delimited
+    from jaxgrad.theory import escape
+
+    for step in (
+        agreement._norm, agreement.Tolerance.allowed, diagnosis._allowed, faults._sigmoid, faults._slope,
+        faults.change, faults.extra_factor, problem._convert, delimited._number, delimited._blank,
+        escape._compositions,
+    ):  # fmt: skip
+        step.__no_type_check__ = True

@@ -453,6 +453,16 @@ class TestCommand:
         assert "Traceback" not in err
         assert results.saved(study / "results") == [("line", "cpu")]
 
+    @pytest.mark.parametrize("names", [["bare"], ["bare", "line"]])
+    def test_where_each_fails_there_is_no_report_and_no_traceback(self, study, capsys, names):
+        file = study / "package" / "line.py"
+        file.write_text(FAKE.replace('progress("drawing a line")', 'raise TypeError("no line")'))
+        assert command.main([*names, "--out", str(study / "fresh")]) == 1
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1] == f"failed: {', '.join(names)}"
+        assert "Traceback" not in err
+        assert not contents(study / "fresh")
+
     def test_an_experiment_that_cannot_be_drawn_leaves_the_old_result(self, study, capsys):
         assert command.main(["line"]) == 0
         before = contents(study / "results" / "line")

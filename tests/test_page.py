@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import experiments
-from experiments import page, plots, report, results
+from experiments import page, plots, report, results, verify
 from experiments.inline import inline, small_path
 from experiments.report import Chapter
 from experiments.results import Claim
@@ -97,6 +97,21 @@ class TestDocument:
         chapters = made_up(tmp_path / "results")
         first = page.write(tmp_path / "results", chapters).read_bytes()
         assert page.write(tmp_path / "results", made_up(tmp_path / "results")).read_bytes() == first
+
+    def test_it_says_which_code_ran_and_what_verify_found(self, tmp_path):
+        chapters = made_up(tmp_path)
+        text = page.document(tmp_path, chapters)
+        assert "Nothing has been verified" in text
+        (one,) = chapters[0].results
+        digest = results.code_digest(one)
+        assert re.fullmatch("[0-9a-f]{16}", digest)
+        assert f"<code>{one.provenance['sha256']}</code></td><td><code>{digest}</code>" in text
+        changed = one._replace(provenance=one.provenance | {"code": {"experiments.one": "0" * 16}})
+        assert results.code_digest(changed) != digest
+        verify.note(tmp_path, tmp_path, "cpu", [verify.study(tmp_path, tmp_path, "one", "cpu", {"*": "exact"})])
+        text = page.document(tmp_path, chapters)
+        assert "Nothing has been verified" not in text
+        assert re.search(r"<td>Python [^<]*</td>\n<td>1</td>", text)
 
     def test_every_text_is_escaped_and_every_figure_has_its_own_ids(self, tmp_path):
         outline = Outline(page.document(tmp_path, made_up(tmp_path)))

@@ -42,7 +42,7 @@ OK, FAILED, UNUSABLE, AGAIN, INTERRUPTED = 0, 1, 2, 75, 130
 MOST_TOGETHER = 4
 """Experiments that run side by side at most, since memory is not without end."""
 IN_PARALLEL = ("gd_vs_sgd",)
-"""Experiments that spread their rows over all processes and devices."""
+"""Experiments that spread their rows over all processes and devices, and can save themselves as they go."""
 
 EXAMPLES = """\
 examples:
@@ -558,7 +558,7 @@ def outcomes(
     def here() -> Iterator[tuple[str, work.Product | work.Failure]]:
         for task in timed + others:
             running[:] = [task.entry.name]
-            if several() or "data" in plan.overrides:
+            if task.entry.name in IN_PARALLEL and (several() or "data" in plan.overrides):
                 task = task._replace(unfinished=unfinished(plan.out, task.entry.name), resume=plan.resume)
             outcome = work.perform(task, status)
             running.clear()

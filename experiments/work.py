@@ -121,11 +121,13 @@ def configure(entry: Entry, overrides: dict[str, Any], quick: bool) -> Any:
 # --- what is unfinished ----------------------------------------------------------------------------------------
 
 _unfinished: Path | None = None
+_whose = b""
+_making = threading.Lock()
 
 
 def _go_on(task: Task, config: Any) -> None:
-    """Keep what the experiment finds in its folder, if it has one; what lies there of another run is dropped."""
-    global _unfinished
+    """Let the experiment keep what it finds in its folder, if it has one; what lies there of another run is dropped."""
+    global _unfinished, _whose
     from experiments import results
     from jaxgrad import parallel
 
@@ -138,15 +140,32 @@ def _go_on(task: Task, config: Any) -> None:
         "config": dataclasses.asdict(config), "code": results.code(task.entry.name),
         "data": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
     }  # fmt: skip
-    stamp, told = place / "of.json", json.dumps(own, default=str).encode()
+    _whose = json.dumps(own, default=str).encode()
 
-    def prepare() -> None:
-        if not (task.resume and stamp.is_file() and stamp.read_bytes() == told):
+    def drop() -> None:
+        stamp = place / "of.json"
+        if not (task.resume and stamp.is_file() and stamp.read_bytes() == _whose):
             shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True, exist_ok=True)
-        results.replace(stamp, told)
 
-    parallel.together(lambda: prepare() if parallel.is_main() else None)
+    parallel.together(lambda: drop() if parallel.is_main() else None)
+
+
+def _keeping(name: str) -> Path:
+    """A file of the folder, which is there with the first of them."""
+    from experiments import results
+    from jaxgrad import parallel
+
+    assert _unfinished is not None
+    place = _unfinished
+
+    def make() -> None:
+        with _making:
+            if not (place / "of.json").exists():
+                place.mkdir(parents=True, exist_ok=True)
+                results.replace(place / "of.json", _whose)
+
+    parallel.together(lambda: make() if parallel.is_main() else None)
+    return place / name
 
 
 def stoppable() -> Any:
@@ -165,7 +184,7 @@ def checkpoint(name: str, steps: int) -> "Checkpoint | None":
 
     if _unfinished is None:
         return None
-    return Checkpoint(_unfinished / f"{name}.npz", every=max(1, steps // 20), resume=True)
+    return Checkpoint(_keeping(f"{name}.npz"), every=max(1, steps // 20), resume=True)
 
 
 def kept(name: str, compute: Callable[[], Any]) -> Any:
@@ -177,7 +196,7 @@ def kept(name: str, compute: Callable[[], Any]) -> Any:
 
     if _unfinished is None:
         return compute()
-    path = _unfinished / f"{name}.npy"
+    path = _keeping(f"{name}.npy")
     if found := parallel.from_main(lambda: path.read_bytes() if path.is_file() else b""):
         return np.load(io.BytesIO(found), allow_pickle=False)
     values, content = np.asarray(compute()), io.BytesIO()

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from parallel_worker import LOSS, problem, resumable, runs, saved, start
 
+from experiments import results
 from jaxgrad import launch, noise, parallel
 from jaxgrad.sampling import distinct
 from jaxgrad.types import Batch, Sampling
@@ -153,6 +154,50 @@ def test_a_run_goes_on_from_its_checkpoint_on_as_many_processes_or_fewer_or_more
         f"stopped at step 50 as asked; {tmp_path / 'stopped.npz'} holds it: run the same with resume"
     ]
     assert near(saved(resumable(tmp_path, file="stopped.npz")))
+
+
+def test_the_study_in_two_processes_stops_when_asked_and_goes_on_in_one(tmp_path):
+    x, y = problem(120, np.float64)
+    np.savetxt(tmp_path / "own.csv", np.column_stack([x, y]), delimiter=",", header="a,b,c,d,e,f,y", comments="")
+    study = [
+        "-m",
+        "experiments",
+        "gd_vs_sgd",
+        "--quick",
+        "--bare",
+        "--data",
+        "own.csv",
+        "--target",
+        "y",
+        "--out",
+        "out",
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(WORKER.parent.parent), "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXGRAD_HEARTBEAT": "80"
+    }  # fmt: skip
+    kept = tmp_path / "out" / "gd_vs_sgd" / "unfinished"
+    launched = subprocess.Popen([sys.executable, "-m", "jaxgrad.launch", "-n", "2", *study], cwd=tmp_path,
+                                env=environment, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    with launched:
+        assert launched.stderr is not None
+        for line in launched.stderr:
+            if "full batch: 1 fresh runs" in line:
+                launched.send_signal(signal.SIGTERM)
+                break
+        said = launched.stderr.read()
+        assert launched.wait(TIMEOUT) == parallel.AGAIN, said
+    assert "stopped during gd_vs_sgd, whose earlier results are untouched; --resume goes on from there" in said
+    tuning = np.load(kept / "own full batch tuning.npy")
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["unfinished"]
+    # A tuning that nobody would find shows that it is not done again.
+    np.save(kept / "own full batch tuning.npy", 1.5 * tuning)
+    done = subprocess.run([sys.executable, *study, "--resume"], cwd=tmp_path, env=environment, timeout=TIMEOUT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = results.read(tmp_path / "out", "gd_vs_sgd", "cpu").numbers
+    assert np.array_equal(found["own/full batch/tuning"], 1.5 * tuning)
+    assert np.isfinite(found["own/b = 8/excess"]).all()
+    assert not kept.exists()
 
 
 # --- failures --------------------------------------------------------------------------------------------------

@@ -94,8 +94,10 @@ def side_by_side(work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
 
     from experiments import results
 
-    # Processes that compute together must do everything in one order.
-    pool = ThreadPoolExecutor(1 if jax.process_count() > 1 else min(2, results.cores()))
+    if jax.process_count() > 1:
+        # Processes that compute together must do everything in one order.
+        return [work(job) for job in jobs]
+    pool = ThreadPoolExecutor(min(2, results.cores()))
     try:
         return list(pool.map(work, jobs))
     finally:

@@ -9,6 +9,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,11 +38,11 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 """The study's own results, which the front page shows."""
-OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, UNUSABLE, AGAIN, INTERRUPTED = 0, 1, 2, 75, 130
 MOST_TOGETHER = 4
 """Experiments that run side by side at most, since memory is not without end."""
 IN_PARALLEL = ("gd_vs_sgd",)
-"""Experiments that spread their rows over all processes and devices."""
+"""Experiments that spread their rows over all processes and devices, and can save themselves as they go."""
 
 EXAMPLES = """\
 examples:
@@ -68,7 +69,12 @@ An experiment's files are replaced when it is done, each whole or not at all, wh
 gives the same bits as if nothing had happened, but for what is measured in seconds. One study at a time writes to a
 folder; another says so and ends.
 
-exit status: 0 done, 1 an experiment failed or a number differs, 2 unusable arguments or data, 130 interrupted
+On your own data, or in several processes (srun, mpirun, python -m jaxgrad.launch), gd_vs_sgd alone also saves itself
+as it goes. SIGTERM and Ctrl-C then end it at the next checkpoint with status 75, run me again: --resume goes on from
+there, and also after a kill. Without --resume it begins anew.
+
+exit status: 0 done, 1 an experiment failed or a number differs, 2 unusable arguments or data, 75 stopped when asked:
+run again with --resume, 130 interrupted
 """
 
 
@@ -111,7 +117,8 @@ class Arguments:
     """What to compute on. By default JAX picks."""
 
     resume: Annotated[bool, conf.arg(**QUIET)] = False
-    """Only what is not there yet, or was made by other code, settings, versions or another machine."""
+    """Only what is not there yet, or was made by other code, settings, versions or another machine; what was
+    interrupted goes on where it can."""
 
     bare: Annotated[bool, conf.arg(**QUIET)] = False
     """Numbers only: no figures, no report."""
@@ -315,7 +322,7 @@ def run(plan: Plan) -> int:
             say(f"finished before, by this very code: {', '.join(entry.name for entry in there)}")
         rest = plan._replace(entries=tuple(entry for entry in plan.entries if entry not in there))
         outcome = carry_out(rest, device)
-        if outcome.status == INTERRUPTED or plan.bare or rank() > 0:
+        if outcome.status in (AGAIN, INTERRUPTED) or plan.bare or rank() > 0:
             return outcome.status
         from experiments import report, results
 
@@ -377,8 +384,14 @@ def carry_out(plan: Plan, device: str) -> Outcome:
                     with undisturbed():
                         if rank() == 0:
                             store(plan.out, name, device, outcome)
+                            shutil.rmtree(unfinished(plan.out, name), ignore_errors=True)
                         done.append(name)
                     line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(name, **outcome.times))
+        except SystemExit as end:
+            if end.code != AGAIN:
+                raise
+            line(f"stopped during {running[0]}, whose earlier results are untouched; --resume goes on from there")
+            return Outcome(AGAIN, tuple(done), tuple(failed))
         except KeyboardInterrupt:
             cut = " and ".join(running)
             begun = done or failed or running
@@ -547,6 +560,8 @@ def outcomes(
     def here() -> Iterator[tuple[str, work.Product | work.Failure]]:
         for task in timed + others:
             running[:] = [task.entry.name]
+            if task.entry.name in IN_PARALLEL and (several() or "data" in plan.overrides):
+                task = task._replace(unfinished=unfinished(plan.out, task.entry.name), resume=plan.resume)
             outcome = work.perform(task, status)
             running.clear()
             yield task.entry.name, outcome
@@ -596,6 +611,11 @@ def outcomes(
         for process in multiprocessing.active_children():
             process.kill()  # one that stands still would not hear anything else
         pool.shutdown(cancel_futures=True)
+
+
+def unfinished(out: Path, name: str) -> Path:
+    """Where an experiment keeps what it has until it is done."""
+    return out / name / "unfinished"
 
 
 def store(out: Path, name: str, device: str, product: work.Product) -> None:
@@ -725,7 +745,7 @@ if __name__ == "__main__":
         from jaxgrad import parallel
 
         parallel.run(lambda: exit_status)
-    if exit_status in (INTERRUPTED, UNUSABLE):
+    if exit_status in (AGAIN, INTERRUPTED, UNUSABLE):
         # Without this, Python would wait for what other threads or the device still run. Locks of the workers that
         # are not collected before are reported as leaks.
         gc.collect()

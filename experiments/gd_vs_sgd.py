@@ -103,8 +103,13 @@ class Problem(NamedTuple):
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    if config.data is not None and on_disk.stays(config.data, config.memory):
-        return on_disk.run(config, progress)
+    with work.stoppable():
+        if config.data is not None and on_disk.stays(config.data, config.memory):
+            return on_disk.run(config, progress)
+        return _run(config, progress)
+
+
+def _run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     names = THREE if config.data is None else (config.data,)
     numbers: dict[str, Any] = {"problems": []}
     jobs: list[tuple[Problem, int | None]] = []
@@ -178,14 +183,19 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
     etas = problem.largest * 0.5 ** np.arange(config.halvings)
     # Without sampling there is nothing random: one run stands for all.
     tuning, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
-    final = _final_losses(problem, sampling_of(b), steps, random_keys(2021, tuning), etas)
-    score = np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
+
+    def tuned() -> np.ndarray:
+        final = _final_losses(problem, sampling_of(b), steps, random_keys(2021, tuning), etas)
+        return np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
+
+    score = work.kept(f"{problem.name} {label_of(b)} tuning", tuned)
     eta = float(etas[np.argmin(score)])
     progress(f"{problem.name}, {label_of(b)}: {runs} fresh runs with step size {eta:.3g}")
     many = descend(
         problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling_of(b),
         steps=steps, key=random_keys(2022, runs), record=log_spaced(steps, config.points),
         observe=(lambda params: params) if problem.minimum else problem.accuracy,
+        checkpoint=work.checkpoint(f"{problem.name} {label_of(b)}", steps),
     )  # fmt: skip
     numbers = {
         "eta": eta, "etas": etas, "tuning": score, "steps": many.steps, "examples": many.examples,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import work
 from jaxgrad import losses, models, stream
 from jaxgrad.descent import descend, log_spaced, trajectory
 from jaxgrad.sampling import distinct, full_batch
@@ -99,16 +100,22 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
         tuned, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
         progress(f"{name}, {label[b]}: tuning the step size on {len(sample):,} rows under {steps:,} updates")
         etas = 1 / top * 0.5 ** np.arange(config.halvings)
-        final = _final(loss, start, batch, sampling, steps, jax.random.split(key_tune, tuned), etas)
-        score = np.median(np.nan_to_num(gap(final), nan=np.inf, posinf=np.inf), axis=1)
+
+        def scores(sampling: Any = sampling, steps: int = steps, tuned: int = tuned, etas: Any = etas) -> np.ndarray:
+            final = _final(loss, start, batch, sampling, steps, jax.random.split(key_tune, tuned), etas)
+            return np.median(np.nan_to_num(gap(final), nan=np.inf, posinf=np.inf), axis=1)
+
+        score = work.kept(f"{name} {label[b]} tuning", scores)
         eta = float(etas[np.argmin(score)])
         traces = []
         for i, key in enumerate(jax.random.split(key_order, runs)):
             progress(f"{name}, {label[b]}: run {i + 1} of {runs} with step size {eta:.3g}")
             record = log_spaced(steps, config.points)
-            traces.append(
-                descend(loss, start, rows, optimizer=eta, sampling=sampling, steps=steps, key=key, record=record)
-            )
+            trace = descend(
+                loss, start, rows, optimizer=eta, sampling=sampling, steps=steps, key=key, record=record,
+                checkpoint=work.checkpoint(f"{name} {label[b]} run {i}", steps),
+            )  # fmt: skip
+            traces.append(trace)
         per_update = np.array([trace.seconds[-1] / steps for trace in traces])
         own = {
             "eta": eta, "etas": etas, "tuning": score, "steps": traces[0].steps, "examples": traces[0].examples,

@@ -6,19 +6,25 @@ study writes it. So nobody else writes, whatever becomes of the workers.
 
 import dataclasses
 import importlib
+import io
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import experiments
 from experiments import Entry
+
+if TYPE_CHECKING:
+    from jaxgrad.checkpoint import Checkpoint
 
 
 class Task(NamedTuple):
@@ -32,6 +38,10 @@ class Task(NamedTuple):
     """`cpu` or `gpu`: it names the files."""
     bare: bool = False
     """Numbers only, no figure."""
+    unfinished: Path | None = None
+    """A folder for what it has so far, so that it can go on from there; None: it keeps nothing."""
+    resume: bool = False
+    """Go on from what is in that folder, if these settings and this code left it there."""
 
 
 class Product(NamedTuple):
@@ -78,6 +88,7 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
     if declared is None:
         raise TypeError(published.undeclared(name))
     config = configure(task.entry, task.overrides, task.quick)
+    _go_on(task, config)
     clock = compile_clock()
     if task.entry.timed:
         # It pays for its own compilation, whichever ran before, and what they compile does not pile up.
@@ -105,6 +116,93 @@ def configure(entry: Entry, overrides: dict[str, Any], quick: bool) -> Any:
     module = importlib.import_module(f"experiments.{entry.name}")
     settings = {key: value for key, value in overrides.items() if key in entry.fields}
     return dataclasses.replace(module.QUICK if quick else module.Config(), **settings)
+
+
+# --- what is unfinished ----------------------------------------------------------------------------------------
+
+_unfinished: Path | None = None
+_whose = b""
+_making = threading.Lock()
+
+
+def _go_on(task: Task, config: Any) -> None:
+    """Let the experiment keep what it finds in its folder, if it has one; what lies there of another run is dropped."""
+    global _unfinished, _whose
+    from experiments import results
+    from jaxgrad import parallel
+
+    _unfinished = place = task.unfinished
+    if place is None:
+        return
+    data = Path(task.overrides.get("data", ""))
+    files = sorted(data.iterdir()) if data.is_dir() else [data] if data.is_file() else []
+    own = {
+        "config": dataclasses.asdict(config), "code": results.code(task.entry.name),
+        "data": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+    }  # fmt: skip
+    _whose = json.dumps(own, default=str).encode()
+
+    def drop() -> None:
+        stamp = place / "of.json"
+        if not (task.resume and stamp.is_file() and stamp.read_bytes() == _whose):
+            shutil.rmtree(place, ignore_errors=True)
+
+    parallel.together(lambda: drop() if parallel.is_main() else None)
+
+
+def _keeping(name: str) -> Path:
+    """A file of the folder, which is there with the first of them."""
+    from experiments import results
+    from jaxgrad import parallel
+
+    assert _unfinished is not None
+    place = _unfinished
+
+    def make() -> None:
+        with _making:
+            if not (place / "of.json").exists():
+                place.mkdir(parents=True, exist_ok=True)
+                results.replace(place / "of.json", _whose)
+
+    parallel.together(lambda: make() if parallel.is_main() else None)
+    return place / name
+
+
+def stoppable() -> Any:
+    """`with stoppable(): ...`: SIGTERM and Ctrl-C wait for the next descent that has a `checkpoint`, which ends there.
+
+    Where nothing is kept they do what they always do.
+    """
+    from jaxgrad import parallel
+
+    return nullcontext() if _unfinished is None else parallel.Interruption()
+
+
+def checkpoint(name: str, steps: int) -> "Checkpoint | None":
+    """For a descent of so many steps: where it saves itself (20 times), or goes on from; None where nothing is kept."""
+    from jaxgrad.checkpoint import Checkpoint
+
+    if _unfinished is None:
+        return None
+    return Checkpoint(_keeping(f"{name}.npz"), every=max(1, steps // 20), resume=True)
+
+
+def kept(name: str, compute: Callable[[], Any]) -> Any:
+    """The array `compute()`, or what it was before the experiment was interrupted."""
+    import numpy as np
+
+    from experiments import results
+    from jaxgrad import parallel
+
+    if _unfinished is None:
+        return compute()
+    path = _keeping(f"{name}.npy")
+    if found := parallel.from_main(lambda: path.read_bytes() if path.is_file() else b""):
+        return np.load(io.BytesIO(found), allow_pickle=False)
+    values, content = np.asarray(compute()), io.BytesIO()
+    np.save(content, values)
+    parallel.together(lambda: results.replace(path, content.getvalue()) if parallel.is_main() else None)
+    return values
 
 
 # --- in a process of its own -----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -131,6 +132,11 @@ def _detected(waits: dict[str, Any]) -> Place:
     slurm, mpi = int(os.environ.get("SLURM_NTASKS", 1)), int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
     try:
         jax.distributed.initialize(**waits)
+    except RuntimeError:
+        # JAX runs already, which does not matter to one that is alone.
+        if max(slurm, mpi) > 1 or "KUBERNETES_SERVICE_HOST" in os.environ:
+            raise
+        return Place(0, 1, "single")
     except ValueError as error:
         if mpi > 1:
             raise ValueError(
@@ -342,11 +348,18 @@ class Interruption:
     """Whether SIGTERM or Ctrl-C came, to any process: `with Interruption() as asked: ... if asked(): stop`.
 
     `asked()` is called by all processes at the same place, and gives all the same answer. A second signal of the same
-    kind does what it always does. Outside the main thread, which alone gets signals, nobody ever asks.
+    kind does what it always does. Only the main thread gets signals; what runs in others hears of them where the main
+    thread is in such a block too.
     """
+
+    _around: "Interruption | None" = None
+    """The innermost of the main thread."""
 
     def __enter__(self) -> "Interruption":
         self._came = False
+        self._outer = Interruption._around
+        if threading.current_thread() is threading.main_thread():
+            Interruption._around = self
         self._before: dict[int, Any] = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             # JAX swallows SIGTERM for a service of its own; with several processes this replaces it.
@@ -356,12 +369,19 @@ class Interruption:
 
     def _note(self, number: int, frame: Any) -> None:
         self._came = True
+        if is_main():
+            print("asked to stop: at the next record point or checkpoint; once more stops at once", file=sys.stderr)
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
     def __call__(self) -> bool:
-        return bool(_from_all(np.array([self._came])).any())
+        return bool(_from_all(np.array([self._heard()])).any())
+
+    def _heard(self) -> bool:
+        return self._came or (self._outer is not None and self._outer._heard())
 
     def __exit__(self, *_: Any) -> None:
+        if Interruption._around is self:
+            Interruption._around = self._outer
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 

@@ -1,5 +1,6 @@
-"""What the processes of `test_parallel.py` run: `parallel_worker.py TASK FOLDER [ARGUMENT]`."""
+"""What the processes of `test_parallel.py` run: `parallel_worker.py TASK FOLDER`."""
 
+import json
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from jaxgrad.types import Batch
 
 STEPS = 200
 LOSS = mean_loss(linear, squared)
+MOMENTUM = optax.sgd(0.1, momentum=0.9)  # one object, so that runs of it compile once
 
 
 def problem(n, dtype):
@@ -31,11 +33,16 @@ def start(dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype), init_linear(6))
 
 
-def runs(mesh):
-    """Final parameters by name: 203 rows, which no number of devices here divides, and 200, which all do."""
+def runs(mesh, of=""):
+    """Final parameters by name: 203 rows, which no number of devices here divides, and 200, which all do.
+
+    With `of`, only the runs whose names have it.
+    """
     found, keys = {}, jax.random.split(jax.random.key(5), 3)
 
     def run(name, loss, params, batch, sampling, key=keys[0]):
+        if of not in name:
+            return
         trace = descend(
             loss, params, batch, optimizer=0.1, sampling=sampling, steps=STEPS, key=key, mesh=mesh, record=3
         )
@@ -56,16 +63,20 @@ def runs(mesh):
     return found
 
 
-def resumable(folder, *, mesh=None, resume=True, until=120, progress=False, **changes):
+def resumable(folder, *, mesh=None, resume=True, until=120, progress=False, file="run.npz", **changes):
     """A run that leaves a checkpoint each 20 steps, and is recorded each 10."""
     arguments = dict(
-        params=start(np.float64), data=problem(203, np.float64), optimizer=optax.sgd(0.1, momentum=0.9),
-        sampling=distinct(16), key=jax.random.key(5), observe=lambda params: params.w,
+        params=start(np.float64), data=problem(203, np.float64), optimizer=MOMENTUM,
+        sampling=distinct(16), key=jax.random.key(5), observe=weights,
     )  # fmt: skip
     return descend(
         **{"loss": LOSS} | arguments | changes, steps=until, mesh=mesh, record=range(0, until + 1, 10),
-        progress=progress, checkpoint=Checkpoint(folder / "run.npz", every=20, resume=resume),
+        progress=progress, checkpoint=Checkpoint(folder / file, every=20, resume=resume),
     )  # fmt: skip
+
+
+def weights(params):
+    return params.w
 
 
 def saved(trace):
@@ -73,18 +84,13 @@ def saved(trace):
     return {"w": trace.params.w, "b": trace.params.b, "loss": trace.loss, "observed": trace.observed, "at": trace.steps}
 
 
-HOW = ("raise", "exit", "SIGKILL", "SIGSTOP", "SIGTERM", "SIGINT")
-
-
 def misbehave(how, rank):
-    """At step 50 rank 1 raises, exits, is stopped, is killed or gets a signal; called after every record point."""
+    """At step 50 rank 1 raises, is stopped, is killed or gets a signal; called after every record point."""
 
     def progress(step, steps):
-        if step == 50 and rank == 1 and how in HOW:
+        if step == 50 and rank == 1:
             if how == "raise":
                 raise RuntimeError("planted")
-            if how == "exit":
-                sys.exit(3)
             os.kill(os.getpid(), getattr(signal, how))
             time.sleep(0.2)
 
@@ -92,31 +98,55 @@ def misbehave(how, rank):
 
 
 def main():
-    task, folder, argument = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""
+    task, folder = sys.argv[1], Path(sys.argv[2])
     rank = int(os.environ.get(parallel.RANK, "0"))
     parallel.start()
     jax.config.update("jax_enable_x64", True)
-    mesh, (x, y) = parallel.mesh(), problem(203, np.float64)
-    if task == "runs":
-        np.savez(folder / f"{argument}{rank}.npz", **runs(mesh))
+    mesh = parallel.mesh()
+    if task == "virtual":
+        np.savez(folder / "virtual.npz", **runs(mesh))
+    elif task == "two":
+        np.savez(folder / f"two{rank}.npz", **runs(mesh))
         local(folder, rank, mesh)
-    elif task == "run":
-        trace = resumable(folder, mesh=mesh, progress=misbehave(argument, rank))
-        np.savez(folder / f"{argument}{rank}.npz", **saved(trace))
-    elif task == "data":
-        x[7, 3] += rank
-        parallel.shard(Batch(x, y), mesh)
-    elif task == "nan":
-        if rank == 1:
-            x[150, 2] = np.nan
-        parallel.shard(Batch(x, y), mesh)
-    elif task == "config":
-        resumable(folder, mesh=mesh, sampling=distinct(16 + rank))
-    elif task == "few":
-        parallel.shard(Batch(x[:1], y[:1]), mesh)
-    elif task == "unlike":
-        parallel.shard_local(Batch(x[:, : 6 - rank], y), mesh)
+        (folder / f"refused{rank}.json").write_text(json.dumps(refused(folder, rank, mesh)))
+    elif task == "four":
+        np.savez(folder / f"four{rank}.npz", **runs(mesh, of=" 203 "))
+        resumable(folder, mesh=mesh, progress=misbehave("raise", rank))
+    elif task == "goes on":
+        for file in ("one.npz", "two.npz", "never.npz"):  # the first two are there: they go on
+            trace = resumable(folder, mesh=mesh, file=file)
+            np.savez(folder / f"{file.removesuffix('.npz')} in the end {rank}.npz", **saved(trace))
+        resumable(folder, mesh=mesh, file="stopped.npz", progress=misbehave("SIGINT", rank))
+    else:
+        resumable(folder, mesh=mesh, file="two.npz", progress=misbehave(task, rank))
     return 0
+
+
+def refused(folder, rank, mesh):
+    """What two processes are told who were started with what does not fit together."""
+    x, y = problem(203, np.float64)
+    changed, spoiled = x.copy(), x.copy()
+    changed[7, 3] += rank
+    if rank == 1:
+        spoiled[150, 2] = np.nan
+    tasks = {
+        "data": lambda: parallel.shard(Batch(changed, y), mesh),
+        "nan": lambda: parallel.shard(Batch(spoiled, y), mesh),
+        "few": lambda: parallel.shard(Batch(x[:1], y[:1]), mesh),
+        "unlike": lambda: parallel.shard_local(Batch(x[:, : 6 - rank], y), mesh),
+        "none of its own": lambda: parallel.shard_local(Batch(x[: 3 - 3 * rank], y[: 3 - 3 * rank]), mesh),
+        "settings": lambda: resumable(folder, mesh=mesh, sampling=distinct(16 + rank)),
+        "start": lambda: resumable(folder, mesh=mesh, params=start(np.float64)._replace(b=np.float64(rank))),
+        "folder": lambda: resumable(folder / "nowhere", mesh=mesh),
+    }  # fmt: skip
+    said = {}
+    for name, task in tasks.items():
+        try:
+            task()
+            said[name] = "nothing"
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
 
 
 def local(folder, rank, mesh):

@@ -20,29 +20,29 @@ import numpy as np
 import pytest
 from parallel_worker import LOSS, problem, resumable, runs, saved, start
 
-from jaxgrad import noise, parallel
+from experiments import results
+from jaxgrad import launch, noise, parallel
 from jaxgrad.sampling import distinct
 from jaxgrad.types import Batch, Sampling
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
-TIMEOUT = 100
+TIMEOUT = 240
 BOUND = {"float32": 1e-5, "float64": 1e-13}
 
 
-def worker(folder, task, argument="", *, processes=1, devices=None, expect=0, **environment):
-    """What the processes said, after they ended with the expected status."""
-    command = [sys.executable, str(WORKER), task, str(folder), argument]
+def worker(folder, task, *, processes=1, devices=None, expect=0, **environment):
+    """What the processes said, after they ended with the expected status; and what the launcher said."""
+    command = [sys.executable, str(WORKER), task, str(folder)]
     if processes > 1:
-        count = ["-n", str(processes), *(["--devices", str(devices)] if devices else [])]
-        command[1:1] = ["-m", "jaxgrad.launch", *count, "--logs", str(folder / "logs")]
+        command[1:1] = ["-m", "jaxgrad.launch", "-n", str(processes), "--logs", str(folder / "logs")]
     elif devices:
         environment["JAXGRAD_DEVICES"] = str(devices)
     root = {"PYTHONPATH": os.pathsep.join([str(WORKER.parent.parent), os.environ.get("PYTHONPATH", "")])}
     # A machine that is busy, or suspended, is no failure; deadlocks of collectives (jax 0.10) show as timeouts.
     # One that is killed while it writes to a shared cache of compiled programs would spoil it for the other tests.
-    if task != "runs":
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    environment = {"JAXGRAD_HEARTBEAT": "80", "JAXGRAD_START_TIMEOUT": "80", "NPROC": "16"} | environment
+    environment = {
+        "JAXGRAD_HEARTBEAT": "80", "JAXGRAD_START_TIMEOUT": "80", "NPROC": "16", "JAX_ENABLE_COMPILATION_CACHE": "false"
+    } | environment  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | root | environment
     )  # fmt: skip
@@ -59,22 +59,37 @@ def alone():
 
 def same(found, alone):
     """The names of runs whose parameters or losses are further from those of one device than they may be."""
-    assert set(found) == set(alone)
-    bound = {name: BOUND[name.split()[0]] for name in alone}
-    return {name: error for name in alone if (error := np.abs(found[name] - alone[name]).max()) > bound[name]}
+    assert found
+    bound = {name: BOUND[name.split()[0]] for name in found}
+    return {name: error for name in found if (error := np.abs(found[name] - alone[name]).max()) > bound[name]}
 
 
 # --- the same numbers ------------------------------------------------------------------------------------------
 
 
 def test_four_virtual_devices_give_the_numbers_of_one(tmp_path, alone):
-    worker(tmp_path, "runs", "virtual", devices=4)
-    assert same(dict(np.load(tmp_path / "virtual0.npz")), alone) == {}
+    worker(tmp_path, "virtual", devices=4)
+    found = dict(np.load(tmp_path / "virtual.npz"))
+    assert set(found) == set(alone)
+    assert same(found, alone) == {}
 
 
-def test_two_processes_give_the_numbers_of_one_and_of_each_other(tmp_path, alone):
-    worker(tmp_path, "runs", "two", processes=2)
+REFUSED = {
+    "data": "ValueError: rank 1 was given other data than rank 0",
+    "nan": "in rows 102 to 202, numbered from the first of them: x[48, 2] is nan",
+    "few": "ValueError: 1 rows cannot be spread over 2 devices",
+    "unlike": "ValueError: rank 1 was given other columns or dtypes than rank 0",
+    "none of its own": "there are no examples",
+    "settings": "ValueError: rank 1 was given other settings than rank 0",
+    "start": "ValueError: rank 1 was given other start than rank 0",
+    "folder": "nowhere does not exist",
+}
+
+
+def test_two_processes_give_the_numbers_of_one_and_of_each_other_and_refuse_what_does_not_fit(tmp_path, alone):
+    worker(tmp_path, "two", processes=2)
     first, second = (dict(np.load(tmp_path / f"two{rank}.npz")) for rank in (0, 1))
+    assert set(first) == set(alone)
     assert same(first, alone) == {}
     assert all((first[name] == second[name]).all() for name in alone)
     # Rows that each process brought itself, 150 and 53 of them, are the rows of all in the order of the ranks.
@@ -83,6 +98,22 @@ def test_two_processes_give_the_numbers_of_one_and_of_each_other(tmp_path, alone
     assert (own["x"] == x).all()
     assert (own["y"] == y).all()
     assert np.abs(own["w"] - alone["float64 203 distinct/0"]).max() < 1e-13
+    # Where something is wrong on one, all are told, and none is left to wait.
+    for rank in (0, 1):
+        said = json.loads((tmp_path / f"refused{rank}.json").read_text())
+        assert {name: words for name, words in said.items() if REFUSED[name] not in words} == {}
+
+
+def test_four_processes_give_the_numbers_of_one_and_end_when_one_of_them_fails(tmp_path, alone):
+    said, summary = worker(tmp_path, "four", processes=4, expect=1)
+    found = [dict(np.load(tmp_path / f"four{rank}.npz")) for rank in range(4)]
+    assert {name.split("/")[0] for name in found[0]} == {
+        f"{dtype} 203 {sampling}" for dtype in BOUND for sampling in ("full batch", "distinct")
+    }
+    assert same(found[0], alone) == {}
+    assert all((other[name] == found[0][name]).all() for other in found for name in other)
+    assert "RuntimeError: planted" in said
+    assert "rank 1 ended with status 1; all others were ended" in summary
 
 
 def test_the_comparison_would_see_a_difference(alone):
@@ -93,67 +124,104 @@ def test_the_comparison_would_see_a_difference(alone):
 # --- stop, resume ----------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_on_as_many_processes_or_fewer_or_more(tmp_path):
-    whole = saved(resumable(tmp_path, resume=False))
-    (tmp_path / "run.npz").unlink()
-    _, summary = worker(tmp_path, "run", "SIGKILL", processes=2, expect=128 + signal.SIGKILL)
+def test_a_run_goes_on_from_its_checkpoint_on_as_many_processes_or_fewer_or_more(tmp_path):
+    whole = saved(resumable(tmp_path, resume=False, file="whole.npz"))
+
+    def near(found):
+        return all(np.abs(found[name] - whole[name]).max() < 1e-13 for name in whole)
+
+    # Two processes, of which one is killed at step 50; the checkpoint is of step 40.
+    _, summary = worker(tmp_path, "SIGKILL", processes=2, expect=128 + signal.SIGKILL)
     assert "rank 1 was killed by SIGKILL" in summary
     assert "resume" in summary
-    halfway = (tmp_path / "run.npz").read_bytes()
-    alone = saved(resumable(tmp_path))
-    assert all(np.abs(alone[name] - whole[name]).max() < 1e-13 for name in whole)
-    (tmp_path / "run.npz").write_bytes(halfway)
-    worker(tmp_path, "run", "resumed", processes=2)
-    (tmp_path / "run.npz").unlink()
-    worker(tmp_path, "run", "whole", processes=2)
-    resumed, never = (dict(np.load(tmp_path / f"{name}0.npz")) for name in ("resumed", "whole"))
-    assert all((resumed[name] == never[name]).all() for name in whole)
-    assert all(np.abs(resumed[name] - whole[name]).max() < 1e-13 for name in whole)
+    (tmp_path / "copy.npz").write_bytes((tmp_path / "two.npz").read_bytes())
+    assert near(saved(resumable(tmp_path, file="copy.npz")))  # 2 -> 1
 
+    def stop(step, steps):
+        if step == 50:
+            signal.raise_signal(signal.SIGTERM)
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_to_one_process_ends_all_at_one_step_with_status_75(tmp_path, name):
-    said, summary = worker(tmp_path, "run", name, processes=2, expect=parallel.AGAIN)
+    with pytest.raises(parallel.Preempted):
+        resumable(tmp_path, file="one.npz", progress=stop)
+    said, summary = worker(tmp_path, "goes on", processes=2, expect=parallel.AGAIN)
+    one, two, never = (dict(np.load(tmp_path / f"{name} in the end 0.npz")) for name in ("one", "two", "never"))
+    assert near(one)  # 1 -> 2
+    assert near(two)  # 2 -> 2
+    assert all((two[name] == never[name]).all() for name in whole)
+    # In the end, a Ctrl-C to one of them.
     assert "stopped as asked" in summary
     assert [line for line in said.splitlines() if line.startswith("stopped at step")] == [
-        f"stopped at step 50 as asked; {tmp_path / 'run.npz'} holds it: run the same with resume"
+        f"stopped at step 50 as asked; {tmp_path / 'stopped.npz'} holds it: run the same with resume"
     ]
-    whole = saved(resumable(tmp_path / ".", resume=True))
-    assert whole["at"].tolist() == list(range(0, 121, 10))
+    assert near(saved(resumable(tmp_path, file="stopped.npz")))
+
+
+def test_the_study_in_two_processes_stops_when_asked_and_goes_on_in_one(tmp_path):
+    x, y = problem(120, np.float64)
+    np.savetxt(tmp_path / "own.csv", np.column_stack([x, y]), delimiter=",", header="a,b,c,d,e,f,y", comments="")
+    study = [
+        "-m",
+        "experiments",
+        "gd_vs_sgd",
+        "--quick",
+        "--bare",
+        "--data",
+        "own.csv",
+        "--target",
+        "y",
+        "--out",
+        "out",
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(WORKER.parent.parent), "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXGRAD_HEARTBEAT": "80"
+    }  # fmt: skip
+    kept = tmp_path / "out" / "gd_vs_sgd" / "unfinished"
+    launched = subprocess.Popen([sys.executable, "-m", "jaxgrad.launch", "-n", "2", *study], cwd=tmp_path,
+                                env=environment, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    with launched:
+        assert launched.stderr is not None
+        for line in launched.stderr:
+            if "full batch: 1 fresh runs" in line:
+                launched.send_signal(signal.SIGTERM)
+                break
+        said = launched.stderr.read()
+        assert launched.wait(TIMEOUT) == parallel.AGAIN, said
+    assert "stopped during gd_vs_sgd, whose earlier results are untouched; --resume goes on from there" in said
+    tuning = np.load(kept / "own full batch tuning.npy")
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["unfinished"]
+    # A tuning that nobody would find shows that it is not done again.
+    np.save(kept / "own full batch tuning.npy", 1.5 * tuning)
+    done = subprocess.run([sys.executable, *study, "--resume"], cwd=tmp_path, env=environment, timeout=TIMEOUT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = results.read(tmp_path / "out", "gd_vs_sgd", "cpu").numbers
+    assert np.array_equal(found["own/full batch/tuning"], 1.5 * tuning)
+    assert np.isfinite(found["own/b = 8/excess"]).all()
+    assert not kept.exists()
 
 
 # --- failures --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("how", "status", "words"),
-    [
-        ("raise", 1, "rank 1 ended with status 1"),
-        ("exit", 3, "rank 1 ended with status 3"),
-        ("SIGSTOP", 1, "rank 1 was frozen"),
-    ],
-)
-def test_one_that_fails_ends_all_and_is_named(tmp_path, how, status, words):
-    quick = {"JAXGRAD_HEARTBEAT": "4"} if how == "SIGSTOP" else {}
-    said, summary = worker(tmp_path, "run", how, processes=2, expect=status, **quick)
-    assert words in summary
-    if how == "raise":
-        assert "RuntimeError: planted" in said
+def test_one_that_is_frozen_ends_all_and_is_named(tmp_path):
+    _, summary = worker(tmp_path, "SIGSTOP", processes=2, expect=1, JAXGRAD_HEARTBEAT="4")
+    assert "rank 1 was frozen and gave no sign of life; all others were ended" in summary
 
 
 @pytest.mark.parametrize(
-    ("task", "words"),
+    ("statuses", "frozen", "absent", "rank"),
     [
-        ("data", "rank 1 was given other data than rank 0"),
-        ("config", "rank 1 was given other settings than rank 0"),
-        ("few", "1 rows cannot be spread over 2 devices"),
-        ("nan", "in rows 102 to 202, numbered from the first of them: x[48, 2] is nan"),
-        ("unlike", "rank 1 was given other columns or dtypes than rank 0"),
+        ([69, 3, 69], [], [], 1),  # ended by itself
+        ([-signal.SIGABRT, -signal.SIGKILL], [], [], 1),  # killed; the other was ended by JAX
+        ([69, None], [1], [], 1),
+        ([1, None], [1], [], 0),  # failed before that one froze
+        ([None, 69, None], [], [2], 2),  # never joined
+        ([69, -signal.SIGABRT], [], [], 1),
+        ([0, 69], [], [], 1),
     ],
 )
-def test_what_processes_cannot_work_on_is_refused_at_the_start(tmp_path, task, words):
-    said, _ = worker(tmp_path, task, processes=2, expect=1)
-    assert words in said
+def test_the_rank_at_which_it_began(statuses, frozen, absent, rank):
+    assert launch._culprit(statuses, frozen, absent) == rank
 
 
 def free_port():
@@ -225,6 +293,7 @@ def test_numbers_that_cannot_be_are_refused(monkeypatch, arguments, environment,
 
 
 def test_alone_is_a_single_process():
+    jnp.zeros(())  # JAX runs already, and may
     assert parallel.start() == (0, 1, "single")
     assert parallel.is_main()
 

@@ -90,9 +90,10 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         return optax.tree.norm(jax.grad(loss)(params, batch))
 
     keys = random_keys(2021, lanes)
-    drawn = jax.vmap(lambda key: models.init_two_layer(key, x.shape[1], config.hidden, 1))(keys)
-    # The last start is zero.
-    starts = jax.tree.map(lambda leaf: (config.scale * leaf).at[-1].set(0), drawn)
+    drawn = jax.jit(jax.vmap(lambda key: models.init_two_layer(key, x.shape[1], config.hidden, 1)))(keys)
+    starts = jax.tree.map(lambda leaf: config.scale * np.asarray(leaf), drawn)
+    for leaf in jax.tree.leaves(starts):
+        leaf[-1] = 0
     early = np.unique(np.round(np.geomspace(1, config.steps - LAST, 50)).astype(int))
     record = np.concatenate([[0], early, np.arange(config.steps - LAST + 1, config.steps + 1)])
 
@@ -109,15 +110,15 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
 
     gd, sgd = program(full_batch()), program(distinct(config.b))
 
-    def at(eta: float) -> jax.Array:
-        return jnp.full(lanes, eta, jnp.float32)
+    def at(eta: float) -> np.ndarray:
+        return np.full(lanes, eta, np.float32)
 
     progress(f"GD from {config.seeds} random starts and from zero, {config.steps:,} steps")
-    ends, paths = gd(starts, at(config.eta), keys)
+    ends, paths = jax.tree.map(np.asarray, gd(starts, at(config.eta), keys))
     levels, belongs, curvature = _minima(loss, ends, batch, paths[:-1, :, 0])
 
     progress(f"SGD (b = {config.b}) from the same starts, then GD from where it ended")
-    noisy, sgd_paths = sgd(starts, at(config.sgd_eta), keys)
+    noisy, sgd_paths = jax.tree.map(np.asarray, sgd(starts, at(config.sgd_eta), keys))
     _, rolled = gd(noisy, at(config.eta), keys)
 
     progress(f"GD with {len(config.sweep)} step sizes from {config.sweep_starts} starts each")
@@ -134,7 +135,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     def by_eta(values: np.ndarray) -> np.ndarray:
         return values.reshape(len(config.sweep), config.sweep_starts)
 
-    moved = max(float(jnp.abs(leaf[-1]).max()) for end in (ends, noisy) for leaf in (end.W1, end.W2, end.b1))
+    moved = max(float(np.abs(leaf[-1]).max()) for end in (ends, noisy) for leaf in (end.W1, end.W2, end.b1))
     saddle = jax.tree.map(lambda leaf: leaf[-1:], ends)
     return {
         "n": len(batch.y), "hidden": config.hidden, "l2": config.l2, "eta": config.eta, "b": config.b,
@@ -156,7 +157,7 @@ def _in_lots(program: Callable[..., Any], starts: Params, which: np.ndarray, eta
     for at in range(0, len(etas), lanes):
         lot = np.resize(np.arange(at, min(at + lanes, len(etas))), lanes)
         lot_starts = jax.tree.map(lambda leaf, rows=which[lot]: leaf[rows], starts)
-        out.append(np.asarray(program(lot_starts, jnp.asarray(etas[lot], jnp.float32), keys)[1]))
+        out.append(np.asarray(program(lot_starts, np.asarray(etas[lot], np.float32), keys)[1]))
     return np.concatenate(out)[: len(etas)]
 
 
@@ -176,11 +177,15 @@ def _minima(loss: Any, ends: Params, batch: Batch, paths: Any) -> tuple[np.ndarr
 def _spectrum(loss: Any, points: Params, batch: Batch) -> np.ndarray:
     """Eigenvalues of the Hessian at each point, ascending, in float64."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (points, batch))
-        _, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], wide[0]))
-        flat = jax.vmap(lambda params: ravel_pytree(params)[0])(wide[0])
-        hessian = jax.jit(jax.vmap(jax.hessian(lambda w, batch: loss(unravel(w), batch)), (0, None)))
-        return np.linalg.eigvalsh(np.asarray(hessian(flat, wide[1])))
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (points, batch))
+
+        @jax.jit
+        def hessian(points: Params, batch: Batch) -> Any:
+            _, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], points))
+            flat = jax.vmap(lambda params: ravel_pytree(params)[0])(points)
+            return jax.vmap(jax.hessian(lambda w: loss(unravel(w), batch)))(flat)
+
+        return np.linalg.eigvalsh(np.asarray(hessian(*wide)))
 
 
 # --- what the numbers say --------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def _rows(folder: Path, name: str) -> Batch:
 def _time(case: Case, data: parallel.Sharded, job: Job) -> dict[str, Any]:
     """What was measured of a case.
 
-    `whole[rounds]`: seconds of a step. `messages`, `bytes`: what a step sends, as compiled. Of a case taken apart,
+    `whole[rounds]`: seconds of a step. `arrays`, `bytes`: what a step sends, as compiled. Of a case taken apart,
     `apart[rounds, steps, 3]`, and `differ`: the largest difference of a parameter after `steps` steps to the whole.
     """
     loss, start = problem(case.problem, data.batch.x, job.hidden)
@@ -120,8 +120,8 @@ def _time(case: Case, data: parallel.Sharded, job: Job) -> dict[str, Any]:
         return jax.block_until_ready(program(state, key, rows, np.int32(steps)))
 
     steps, apart = _enough(whole, job.seconds), None
-    messages, size = sent(program.as_text() or "")
-    found: dict[str, Any] = {"whole": np.zeros(job.rounds), "messages": messages, "bytes": size}
+    arrays, size = sent(program.as_text() or "")
+    found: dict[str, Any] = {"whole": np.zeros(job.rounds), "arrays": arrays, "bytes": size}
     if case.apart:
         apart = _apart(loss, sampling, data, key)
         ended = apart(state.params, job.steps)[0], whole(job.steps).params

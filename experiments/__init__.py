@@ -3,22 +3,41 @@
 Each experiment is a module beside this one that defines
 
     Config, QUICK          a frozen dataclass, whose defaults are the full size, and a small instance of it
+    PUBLISHED              what kind of number each of its numbers is: a dict of kinds by name (see below)
     run(config, progress)  measure: a flat dict of arrays and plain values, the *numbers*
     claims(numbers)        what they confirm or refute: a list of `results.Claim`
     draw(numbers)          the figure
     report(numbers)        optional: Markdown for under the figure, with tables and numbers
     headline(numbers)      optional: one Markdown bullet for the front page
-    TIMED = True           where seconds are measured: then it has the machine to itself
+    TIMED = True           where seconds are measured, in `work.alone()`: no two such experiments run together
 
 `claims`, `draw`, `report` and `headline` get the numbers as they were saved, so that nothing which is
 published can disagree with the saved data. A new experiment is a new file: nothing else lists it.
+
+`PUBLISHED` tells `python -m experiments verify` what a re-run may change. Its keys are names of numbers, with `*` for
+anything, and `name[1]` for a column (along the last axis); the first that fits decides, and one must fit. Its values:
+
+    "exact"                                 the same to the last bit: settings, counts, words
+    "exact, same jax"                       the same where JAX is: what its compiler counts
+    "machine"                               what a machine is and has installed, and who won a race on it
+    "rounding"                              computed in floating point without drawing anything, or the same each time
+    "rounding, chosen by SCORES of OPTIONS" the option with the lowest score, which rounding may decide at a tie
+    "statistical, axis K"                   one entry along axis K for each seed
+    "statistical, error KEY"                a mean whose standard error is the number KEY
+    "statistical, deviation KEY"            a mean over the seeds, which scatter by KEY
+    "statistical, count of KEY"             how many of KEY runs
+    "statistical"                           of random numbers, with no interval of its own: a path, an error bar
+    "timing"                                seconds
+    "timing, ratio"                         seconds over seconds of the same run
+
+A `*` in KEY, SCORES and OPTIONS stands for what it stood for in the name.
 
 Nothing heavy is imported here: a command line is read, and refused, before JAX is loaded.
 """
 
 import ast
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +45,7 @@ from typing import Any, NamedTuple
 ORDER = (
     "formulas", "descent_paths", "gd_vs_sgd", "learning_rate", "step_cost", "gradient_noise", "expected_path",
     "speed_of_convergence", "samplings", "escape", "no_guarantee", "conditioning", "stopping", "losses",
-    "backprop_cost", "detection",
+    "backprop_cost", "speed", "detection",
 )  # fmt: skip
 """The order in which the study is told; experiments that are not named here follow by name."""
 
@@ -40,7 +59,7 @@ class Entry(NamedTuple):
     fields: tuple[str, ...]
     """The names of its settings, the fields of its `Config`."""
     timed: bool
-    """Whether it measures seconds, and so must run alone."""
+    """Whether it measures seconds: such ones do not run together."""
 
 
 def catalogue() -> dict[str, Entry]:
@@ -81,3 +100,12 @@ def side_by_side(work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
         return list(pool.map(work, jobs))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def random_keys(seed: int | Sequence[int], count: int) -> Any:
+    """`count` independent JAX keys, one for each run. NumPy spreads the seed: JAX would compile a program for it."""
+    import jax
+    import numpy as np
+
+    words: Any = np.random.SeedSequence(seed).generate_state(2 * count)
+    return jax.random.wrap_key_data(words.reshape(count, 2))

@@ -1,25 +1,27 @@
-"""`python -m experiments`: run the study, list it, or draw it again from saved data.
+"""`python -m experiments`: run the study, list it, draw it again from saved data, or verify that a re-run agrees.
 
 The command line is read and refused before JAX is imported: help and errors come at once.
 """
 
 import dataclasses
 import difflib
+import gc
 import importlib
+import multiprocessing
 import os
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from functools import partial
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import experiments
-from experiments import Entry, catalogue
+from experiments import Entry, catalogue, work
 
 INSTALL = 'run: python -m pip install -e ".[study]"'
 
@@ -31,6 +33,7 @@ except ModuleNotFoundError:
 
 if TYPE_CHECKING:
     from experiments.report import Chapter
+    from experiments.results import Result
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 """The study's own results, which the front page shows."""
@@ -39,8 +42,6 @@ MOST_TOGETHER = 4
 """Experiments that run side by side at most, since memory is not without end."""
 IN_PARALLEL = ("gd_vs_sgd",)
 """Experiments that spread their rows over all processes and devices."""
-DRAWING = threading.Lock()
-"""Matplotlib's parser of formulas serves one thread at a time."""
 
 EXAMPLES = """\
 examples:
@@ -48,11 +49,26 @@ examples:
   python -m experiments --quick                    all of it at small sizes, into results-quick/
   python -m experiments gd_vs_sgd step_cost        two experiments
   python -m experiments list                       what there is, and what each shows
+  python -m experiments --resume                   the rest of a study that was interrupted or killed
   python -m experiments report                     draw everything again from saved data; runs nothing
+  python -m experiments verify                     run everything again, elsewhere: are these the published numbers?
+  python -m experiments verify --quick             the same at small sizes, against results/quick
   python -m experiments gd_vs_sgd --data prices.csv --target price
                                                    the same experiment on your own file
 
-exit status: 0 done, 1 an experiment failed, 2 unusable arguments or data, 130 interrupted
+verify runs again into a temporary folder, touches nothing that is committed, and gives a verdict on every number
+and curve: identical; agrees (within what rounding, or its own seeds, may change); differs (with both values, the
+tolerance, and what kind of change does that); not comparable (and what would make it so). For whoever changes the
+study: `spread` runs it three times more, on data nudged by a unit in the last place and with other vector
+instructions, and records by how much rounding moves each number, on which verify's tolerances rest; `spread --quick`
+renews results/quick first.
+
+An experiment's files are replaced when it is done, each whole or not at all, whenever the study is stopped.
+--resume leaves out what was finished by this very code with these settings, versions and machine. The rest
+gives the same bits as if nothing had happened, but for what is measured in seconds. One study at a time writes to a
+folder; another says so and ends.
+
+exit status: 0 done, 1 an experiment failed or a number differs, 2 unusable arguments or data, 130 interrupted
 """
 
 
@@ -69,7 +85,7 @@ class Arguments:
     """Gradient descent against SGD: the lecture's formulas and claims, run, measured and drawn."""
 
     names: Annotated[tuple[str, ...], conf.Positional, conf.arg(metavar="[NAME ...]", **QUIET)] = ()
-    """Experiments to run (none: all of them), or `list`, or `report`."""
+    """Experiments to run (none: all of them), or `list`, or `report`; or `verify` or `spread` and experiments."""
 
     quick: Annotated[bool, conf.arg(**QUIET)] = False
     """Small sizes: seconds instead of minutes."""
@@ -94,6 +110,21 @@ class Arguments:
     device: Annotated[str | None, conf.arg(metavar="{cpu,gpu}", **QUIET)] = None
     """What to compute on. By default JAX picks."""
 
+    resume: Annotated[bool, conf.arg(**QUIET)] = False
+    """Only what is not there yet, or was made by other code, settings, versions or another machine."""
+
+    bare: Annotated[bool, conf.arg(**QUIET)] = False
+    """Numbers only: no figures, no report."""
+
+    rerun: Annotated[Path | None, conf.arg(metavar="DIR", **QUIET)] = None
+    """For verify: results of a re-run that you have already; nothing is run."""
+
+    every: Annotated[bool, conf.arg(**QUIET)] = False
+    """For verify: list every number with its verdict, not only those that differ."""
+
+    note: Annotated[bool, conf.arg(**QUIET)] = False
+    """For verify: keep what was found in verified.json, for the table on the front page."""
+
 
 class Plan(NamedTuple):
     """What a run will do, settled before JAX is imported."""
@@ -104,6 +135,11 @@ class Plan(NamedTuple):
     quick: bool
     out: Path
     device: str | None
+    resume: bool = False
+    bare: bool = False
+
+
+COMMANDS = ("list", "report", "verify", "spread")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,14 +148,20 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         if arguments.names[:1] == ("list",):
             status = show_list(arguments)
+        elif several() and arguments.names[:1] in [(name,) for name in COMMANDS]:
+            raise Unusable(f"{arguments.names[0]!r} is for one process, not several")
         elif arguments.names[:1] == ("report",):
             status = redraw(arguments)
+        elif arguments.names[:1] == ("verify",):
+            status = verify_study(arguments)
+        elif arguments.names[:1] == ("spread",):
+            status = record_spread(arguments)
         else:
             status = run(plan(arguments))
         sys.stdout.flush()
         return status
     except Unusable as error:
-        say(f"error: {error}")
+        complain(f"error: {error}")
         return UNUSABLE
     except KeyboardInterrupt:
         say("interrupted")
@@ -148,8 +190,9 @@ def plan(arguments: Arguments) -> Plan:
     """Everything that can be wrong with the arguments, found before anything is imported or written."""
     known = catalogue()
     for name in arguments.names:
-        if name in ("list", "report"):
-            raise Unusable(f"{name!r} stands alone: python -m experiments {name}")
+        if name in COMMANDS:
+            alone = "comes first" if name in ("verify", "spread") else "stands alone"
+            raise Unusable(f"{name!r} {alone}: python -m experiments {name}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             raise Unusable(
@@ -162,6 +205,9 @@ def plan(arguments: Arguments) -> Plan:
         raise Unusable(f"--device must be cpu or gpu, got {arguments.device!r}")
     if arguments.target is not None and arguments.data is None:
         raise Unusable("--target names a column of --data, and there is no --data")
+    for option in ("rerun", "every", "note"):
+        if getattr(arguments, option):
+            raise Unusable(f"--{option} is for verify: python -m experiments verify --{option} ...")
     given = {
         "seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target,
         "memory": gibibytes(arguments.memory),
@@ -183,7 +229,7 @@ def plan(arguments: Arguments) -> Plan:
     suffix = "-custom" if overrides else "-quick" if arguments.quick else ""
     out = Path(arguments.out or RESULTS.with_name(RESULTS.name + suffix))
     check_folder(out)
-    return Plan(entries, overrides, arguments.quick, out, arguments.device)
+    return Plan(entries, overrides, arguments.quick, out, arguments.device, arguments.resume, arguments.bare)
 
 
 def whole(seeds: str | None) -> int | None:
@@ -235,10 +281,11 @@ def redraw(arguments: Arguments) -> int:
 
     if not results.saved(out):
         raise Unusable(f"there are no results in {out}; run `python -m experiments` first")
-    chapters = load(out)
-    for path in report.draw(out, chapters):
-        print(path)
-    publish(out, chapters)
+    with writing(out):
+        chapters = load(out)
+        for path in report.draw(out, chapters):
+            print(path)
+        publish(out, chapters)
     return OK
 
 
@@ -255,129 +302,322 @@ def only(arguments: Arguments, command: str, allowed: tuple[str, ...]) -> None:
 def run(plan: Plan) -> int:
     """Run every experiment of the plan, the next ones too where one fails; then write the report.
 
-    Started in several processes (srun, mpirun, `jaxgrad.launch`), each experiment that can spreads its rows over
-    them; rank 0 alone writes and talks.
+    Started in several processes (srun, mpirun, `jaxgrad.launch`), each experiment spreads its rows over them; rank 0
+    alone writes and talks.
     """
-    device, alone = start_jax(plan.device)
+    device = start_jax(plan.device, join=True)
+    if several():
+        check_processes(plan)
+    with writing(plan.out):
+        say(f"results go to {plan.out}")
+        there = finished_before(plan, device) if plan.resume else ()
+        if there:
+            say(f"finished before, by this very code: {', '.join(entry.name for entry in there)}")
+        rest = plan._replace(entries=tuple(entry for entry in plan.entries if entry not in there))
+        outcome = carry_out(rest, device)
+        if outcome.status == INTERRUPTED or plan.bare or rank() > 0:
+            return outcome.status
+        from experiments import report, results
+
+        chapters = load(plan.out)
+        # Whoever stopped the study may have done so between the numbers and their figures.
+        report.draw(plan.out, [chapter for chapter in chapters if chapter.name in {entry.name for entry in there}])
+        publish(plan.out, chapters)
+        if plan.out.resolve() == RESULTS and device == "cpu":
+            results.environment(RESULTS)
+    show_verdicts([chapter for chapter in chapters if chapter.name in outcome.done])
+    return outcome.status
+
+
+def check_processes(plan: Plan) -> None:
+    """Refuse, in all processes, what several of them cannot do together."""
     from jaxgrad import parallel
 
-    parallel.agree(arguments=repr((plan.entries, plan.overrides, plan.quick)))
-    if not alone and (unable := [entry.name for entry in plan.entries if entry.name not in IN_PARALLEL]):
-        raise Unusable(f"{', '.join(unable)}: in several processes only {', '.join(IN_PARALLEL)} can run")
-    say(f"results go to {plan.out}")
-    compile_seconds = compile_clock()
-    begun: list[str] = []
+    try:
+        parallel.agree(arguments=repr(plan._replace(out=None)))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise Unusable(str(error)) from None
+    if unable := [entry.name for entry in plan.entries if entry.name not in IN_PARALLEL]:
+        raise Unusable(f"in several processes only {', '.join(IN_PARALLEL)} can run, not {', '.join(unable)}")
+
+
+def finished_before(plan: Plan, device: str) -> tuple[Entry, ...]:
+    """What need not run again; rank 0 looks for all."""
+    own = [entry.name for entry in plan.entries if is_current(entry, plan, device)] if rank() == 0 else []
+    if several():
+        from jaxgrad import parallel
+
+        own = parallel.from_main(lambda: " ".join(own).encode()).decode().split()
+    return tuple(entry for entry in plan.entries if entry.name in own)
+
+
+class Outcome(NamedTuple):
+    status: int
+    done: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+def carry_out(plan: Plan, device: str) -> Outcome:
+    """Run the experiments of a plan and write their results."""
     done: list[str] = []
     failed: list[str] = []
-
-    def work(entry: Entry) -> dict[str, float]:
-        begun.append(entry.name)
-        return run_one(entry, plan, device, compile_seconds, status)
-
+    running: list[str] = []
     with screen(len(plan.entries)) as (status, line):
         try:
-            for entry, times in outcomes(plan, work):
-                try:
-                    spent = times()
-                    done.append(entry.name)
-                    line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(entry.name, **spent))
-                except Exception as error:
-                    if is_the_persons(error, plan):
-                        missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
-                        hint = f"; {INSTALL}" if missing else ""
-                        raise Unusable(f"{entry.name}: {error}{hint}") from error
-                    failed.append(entry.name)
-                    line(f"{entry.name} failed: {short_traceback(error)}")
+            with outcomes(plan, device, status, running) as each:
+                for name, outcome in each:
+                    if isinstance(outcome, work.Failure):
+                        if outcome.persons:
+                            raise Unusable(f"{name}: {outcome.words}{f'; {INSTALL}' if outcome.missing else ''}")
+                        failed.append(name)
+                        (complain if rank() > 0 else line)(f"{name} failed: {outcome.words}")
+                        continue
+                    with undisturbed():
+                        if rank() == 0:
+                            store(plan.out, name, device, outcome)
+                        done.append(name)
+                    line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(name, **outcome.times))
         except KeyboardInterrupt:
-            broken_off = " and ".join(name for name in begun if name not in done + failed)
+            cut = " and ".join(running)
+            begun = done or failed or running
+            when = f"during {cut}, whose earlier results are untouched" if cut else "between two experiments"
             so_far = f"; {', '.join(done)} finished" if done else ""
-            line(f"interrupted during {broken_off}, whose earlier results are untouched{so_far}")
-            return INTERRUPTED
-    if not parallel.is_main():
-        return FAILED if failed else OK
-    from experiments import results
-
-    chapters = load(plan.out)
-    publish(plan.out, chapters)
-    if plan.out.resolve() == RESULTS and device == "cpu":
-        results.environment(RESULTS)
-    show_verdicts([chapter for chapter in chapters if chapter.name in done])
+            rest = "" if plan.bare else "; --resume does the rest"
+            line(f"interrupted {when if begun else 'before any experiment began'}{so_far}{rest}")
+            return Outcome(INTERRUPTED, tuple(done), tuple(failed))
     if failed:
         say(f"failed: {', '.join(failed)}")
-    return FAILED if failed else OK
+    return Outcome(FAILED if failed else OK, tuple(done), tuple(failed))
 
 
-def outcomes(plan: Plan, work: Callable[[Entry], Any]) -> Iterator[tuple[Entry, Callable[[], Any]]]:
-    """Each experiment of the plan with a function that returns what `work` returned for it, or raises.
-
-    Those that measure seconds go first, one at a time. The others share the cores: most of their time is
-    compiling, which uses one.
-    """
-    import jax
-
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Be the only one that writes to a folder."""
     from experiments import results
 
-    together = [entry for entry in plan.entries if not entry.timed]
-    for entry in plan.entries:
-        if entry.timed or len(together) == 1:
-            # Each pays for its own compilation, whichever ran before, and what they compiled does not pile up.
-            jax.clear_caches()
-            yield entry, partial(work, entry)
-    if len(together) > 1:
-        jax.clear_caches()
-        for name in ("plots", "report", *(entry.name for entry in together)):
-            # Threads that import at once may see each other's modules half made. An error comes again in its thread.
-            with suppress(Exception):
-                importlib.import_module(f"experiments.{name}")
-        pool = ThreadPoolExecutor(min(MOST_TOGETHER, results.cores()))
-        running = {pool.submit(work, entry): entry for entry in together}
+    with ExitStack() as held:
+
+        def hold() -> None:
+            if rank() == 0:
+                held.enter_context(results.lock(out))
+
         try:
-            # A wait without end could not be interrupted everywhere.
-            while running:
-                for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if several():
+                from jaxgrad import parallel
+
+                parallel.together(hold)
+            else:
+                hold()
+        except BlockingIOError as error:
+            raise Unusable(f"{error}; wait for it to end, or write elsewhere with --out") from None
+        yield
 
 
-def run_one(
-    entry: Entry,
-    plan: Plan,
-    device: str,
-    compile_seconds: Callable[..., float],
-    status: Callable[[str], None],
-) -> dict[str, float]:
-    """Run one experiment, draw it, and write its results; returns what its time was spent on.
+def is_current(entry: Entry, plan: Plan, device: str) -> bool:
+    """Whether a run of this entry would give again what is saved: nothing that numbers depend on has changed."""
+    from experiments import results
 
-    The figure is drawn before anything is written, so that an experiment that cannot be drawn leaves the
-    results as they were.
+    if "data" in plan.overrides and Path(plan.overrides["data"]).exists():
+        return False  # what is in the file is not recorded
+    try:
+        saved = results.read(plan.out, entry.name, device)
+        edited = results.edited(plan.out, entry.name, device)
+    except (ValueError, OSError):
+        return False
+    config = results.as_saved(dataclasses.asdict(work.configure(entry, plan.overrides, plan.quick)))
+    now = {"code": results.code(entry.name), **results.surroundings()}
+    return not edited and saved.config == config and all(saved.provenance[key] == now[key] for key in now)
+
+
+def verify_study(arguments: Arguments) -> int:
+    """Run again, elsewhere, and say of every published number whether it is the same."""
+    folder, entries = committed(arguments, "verify")
+    from experiments import results, verify
+
+    device = start_jax(arguments.device)
+    with tempfile.TemporaryDirectory(prefix="jaxgrad-verify-") as temporary:
+        rerun, failed = arguments.rerun, ()
+        if rerun is None:
+            rerun = Path(temporary)
+            able = tuple(entry for entry in entries if (entry.name, device) in results.saved(folder))
+            outcome = carry_out(Plan(able, {}, arguments.quick, rerun, device, bare=True), device)
+            if outcome.status == INTERRUPTED:
+                return INTERRUPTED
+            failed = outcome.failed
+        elif not results.saved(rerun):
+            raise Unusable(f"--rerun {rerun}: there are no results in it")
+        ran = {name for name, _ in results.saved(rerun)}
+        found = []
+        for entry in entries:
+            known = (entry.name, device) in results.saved(folder)
+            if entry.name in failed or (known and entry.name not in ran):
+                continue
+            module = importlib.import_module(f"experiments.{entry.name}")
+            try:
+                found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED, not arguments.quick))
+            except (ValueError, OSError) as error:
+                raise Unusable(str(error)) from None
+        if arguments.note and ran:
+            say(f"noted: {verify.note(folder, rerun, device, found)}")
+    if not found and not failed:
+        raise Unusable(f"{rerun} and {folder} have no result on {device} in common: nothing was compared")
+    print(verify.text(found, arguments.every))
+    differs = [one.name for one in found if one.count("differs")]
+    if differs:
+        say(f"differs: {', '.join(differs)}")
+    return FAILED if failed or differs else OK
+
+
+def record_spread(arguments: Arguments) -> int:
+    """Run again as the machine would round otherwise, and record by how much each number moves."""
+    folder, entries = committed(arguments, "spread")
+    from experiments import results, spread
+
+    device = start_jax(arguments.device)
+    with writing(folder), tempfile.TemporaryDirectory(prefix="jaxgrad-spread-") as temporary:
+        plan = Plan(entries, {}, arguments.quick, folder, device, bare=True)
+        stale = tuple(entry for entry in entries if not is_current(entry, plan, device))
+        if stale and not arguments.quick:
+            names = " ".join(entry.name for entry in stale)
+            raise Unusable(f"these results are not of this code on this machine: run `python -m experiments {names}`")
+        if (status := carry_out(plan._replace(entries=stale), device).status) != OK:
+            return status
+        echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
+        for nudge, (label, variables) in enumerate(spread.ECHOES[device].items(), 1):
+            say(f"echo: {label}")
+            out = Path(temporary) / label
+            flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), variables.get("XLA_FLAGS"))))
+            options = ["--bare", "--device", device, "--out", str(out), *(["--quick"] if arguments.quick else [])]
+            done = subprocess.run(
+                [sys.executable, "-m", "experiments.spread", str(nudge), *echoes, *options], check=False,
+                cwd=Path(experiments.__path__[0]).parent, env={**os.environ, **variables, "XLA_FLAGS": flags},
+            )  # fmt: skip
+            if done.returncode:
+                say(f"echo {label} failed: nothing is recorded")
+                return done.returncode
+            for name, found in echoes.items():
+                found[label] = results.read(out, name, device)
+        for name, found in echoes.items():
+            module = importlib.import_module(f"experiments.{name}")
+            say(str(spread.write(folder, results.read(folder, name, device), found, module.PUBLISHED)))
+    return OK
+
+
+def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ...]]:
+    """The folder that verify and spread are about, and the experiments."""
+    for option in ("seeds", "data", "target", "resume", "bare"):
+        if getattr(arguments, option):
+            raise Unusable(f"{command!r} runs what is committed, as it is: --{option} has no meaning for it")
+    if command == "spread" and (arguments.rerun or arguments.every or arguments.note):
+        raise Unusable("--rerun, --every and --note are for verify")
+    folder = Path(arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS))
+    only_names = dataclasses.replace(
+        arguments, names=arguments.names[1:], out=folder, rerun=None, every=False, note=False
+    )
+    entries = plan(only_names).entries
+    from experiments import results
+
+    if command == "verify" and not results.saved(folder):
+        raise Unusable(f"there are no results in {folder} to verify")
+    if command == "spread" and not arguments.quick and not arguments.names[1:]:
+        entries = tuple(entry for entry in entries if any(entry.name == name for name, _ in results.saved(folder)))
+    return folder, entries
+
+
+@contextmanager
+def outcomes(
+    plan: Plan, device: str, status: Callable[[str], None], running: list[str]
+) -> Iterator[Iterator[tuple[str, work.Product | work.Failure]]]:
+    """What each experiment of the plan yields, as it becomes ready; `running` holds the names of those at work.
+
+    Several on the CPU run in worker processes, one on each core, since most of their time is compiling, which uses
+    one. Those that measure seconds come first, one at a time; while they measure, the others stand still
+    (`work.alone`). One experiment alone, on a GPU, which a process has to itself, or in one of several processes that
+    compute together, runs here. Whatever ends the block, an interrupt too, ends the workers.
     """
+    from experiments import results
+
+    bare = plan.bare or rank() > 0
+    tasks = [work.Task(entry, plan.overrides, plan.quick, device, bare) for entry in plan.entries]
+    timed = [task for task in tasks if task.entry.timed]
+    others = [task for task in tasks if not task.entry.timed]
+
+    def here() -> Iterator[tuple[str, work.Product | work.Failure]]:
+        for task in timed + others:
+            running[:] = [task.entry.name]
+            outcome = work.perform(task, status)
+            running.clear()
+            yield task.entry.name, outcome
+
+    if several() or device != "cpu" or len(tasks) == 1 or (cores := min(MOST_TOGETHER, results.cores())) == 1:
+        yield here()
+        return
+    new = multiprocessing.get_context("spawn")
+    messages, workers = new.SimpleQueue(), new.Array("i", cores)
+    ready = (list(experiments.__path__), device, messages, workers, work.nudge)
+    pool = ProcessPoolExecutor(cores, new, work.start, ready)
+
+    def together() -> Iterator[tuple[str, work.Product | work.Failure]]:
+        at_work: dict[Future[Any], work.Task] = {}
+
+        def next_task() -> work.Task | None:
+            measuring = any(task.entry.timed for task in at_work.values())
+            if timed and not measuring and (work.CAN_STOP or not at_work):
+                return timed.pop(0)
+            beside = work.CAN_STOP or not (measuring or timed)
+            return others.pop(0) if others and beside and len(at_work) < cores else None
+
+        while timed or others or at_work:
+            while task := next_task():
+                at_work[pool.submit(work.perform_here, task)] = task
+            running[:] = [task.entry.name for task in at_work.values()]
+            # A wait without end could not be interrupted everywhere.
+            finished = wait(at_work, timeout=0.1, return_when=FIRST_COMPLETED).done
+            while not messages.empty():
+                status(messages.get())
+            for future in finished:
+                task = at_work.pop(future)
+                running.remove(task.entry.name)
+                try:
+                    outcome = future.result()
+                except BrokenExecutor:
+                    raise Unusable(
+                        f"a worker process died in {task.entry.name}: is the memory used up? "
+                        f"python -m experiments {task.entry.name} runs it without one"
+                    ) from None
+                yield task.entry.name, outcome
+
+    try:
+        yield together()
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()  # one that stands still would not hear anything else
+        pool.shutdown(cancel_futures=True)
+
+
+def store(out: Path, name: str, device: str, product: work.Product) -> None:
+    """Write what an experiment yielded: numbers and figure, each file whole or not at all."""
     from experiments import plots, report, results
 
-    status(entry.name)
-    module = importlib.import_module(f"experiments.{entry.name}")
-    settings = {key: value for key, value in plan.overrides.items() if key in entry.fields}
-    config = dataclasses.replace(module.QUICK if plan.quick else module.Config(), **settings)
-    # What measures seconds runs alone, and may compile in several threads; the others are one thread each.
-    start, compiled_before = time.perf_counter(), compile_seconds(entry.timed)
-    numbers = module.run(config, lambda message: status(f"{entry.name}: {message}"))
-    times = {
-        "seconds": round(time.perf_counter() - start, 3),
-        "compile_seconds": round(compile_seconds(entry.timed) - compiled_before, 3),
-    }
-    numbers = results.as_saved(numbers)
-    if settings.get("data") is not None and Path(settings["data"]).exists():
-        # Published settings name the file, not where somebody keeps it.
-        config = dataclasses.replace(config, data=Path(config.data).name)
-    from jaxgrad import parallel
+    results.write(out, name, device, product.config, product.numbers, product.claims, product.times)
+    if product.figure:
+        plots.write(product.figure, out / name, report.figure_stem(device))
 
-    if not parallel.is_main():
-        return times
-    with DRAWING:
-        figure = module.draw(numbers)
-        results.write(plan.out, entry.name, device, config, numbers, module.claims(numbers), times)
-        plots.save(figure, plan.out / entry.name, report.figure_stem(device))
-    return times
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off Ctrl-C until the end of the block. It reaches the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def load(out: Path) -> list["Chapter"]:
@@ -391,10 +631,16 @@ def load(out: Path) -> list["Chapter"]:
 
 
 def publish(out: Path, chapters: list["Chapter"]) -> None:
-    """Write the report of a folder, and, for the study's own, the front page."""
+    """Write the report of a folder, as Markdown and as a page, and, for the study's own, the front page."""
     from experiments import report
 
     say(f"report: {report.write(out, chapters)}")
+    try:
+        from experiments import page
+
+        say(f"page: {page.write(out, chapters)}")
+    except ModuleNotFoundError as error:
+        raise Unusable(f"no page was written, for {error.name} is not installed; {INSTALL}") from None
     readme = RESULTS.parent / "README.md"
     if out.resolve() == RESULTS and readme.is_file() and report.front_page(readme, out, chapters):
         say(f"front page: {readme}")
@@ -409,51 +655,20 @@ def show_verdicts(chapters: list["Chapter"]) -> None:
         print(f"{claim.id:<4} {verdict:<13} {claim.text}: {claim.measured} (expected {claim.expected}) [{name}]")
 
 
-def start_jax(device: str | None) -> tuple[str, bool]:
-    """Import JAX for a device, name what it computes on, and say whether it is alone; no rounding of factors."""
-    import jax
-
-    from jaxgrad import parallel
-
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    # A GPU would otherwise round the factors of a product to fewer bits than the CPU does.
-    jax.config.update("jax_default_matmul_precision", "highest")
-    alone = parallel.start().processes == 1
-    backend = jax.default_backend()
+def start_jax(device: str | None, join: bool = False) -> str:
+    """Import JAX for a device, `join` the other processes if there are any, and name what it computes on."""
+    try:
+        backend = work.start_jax(device, join)
+    except (ValueError, ConnectionError) as error:
+        if not join:
+            raise
+        raise Unusable(str(error)) from None
     if device == "gpu" and backend != "gpu":
         raise Unusable(
             "--device gpu: JAX finds no GPU here; where there is one, install the extra cuda12 or cuda13 "
             '(python -m pip install -e ".[study,cuda12]"), else use --device cpu'
         )
-    return backend, alone
-
-
-def compile_clock() -> Callable[..., float]:
-    """A clock that runs while JAX traces, lowers or compiles: seconds since it was made, of every core at work on it.
-
-    That is, in all threads, or in the one that asks (`everybody=False`). JAX tells of each such span when it ends.
-    One that was spent within another (an operation on constants is compiled while a function is traced) counts once.
-    """
-    import jax
-
-    spans: dict[int, list[tuple[float, float]]] = {}
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            mine = spans.setdefault(threading.get_ident(), [])
-            end = time.perf_counter()
-            start = end - duration_secs
-            while mine and mine[-1][0] >= start:
-                mine.pop()
-            mine.append((start, end))
-
-    def clock(everybody: bool = True) -> float:
-        counted = list(spans.values()) if everybody else [spans.get(threading.get_ident(), [])]
-        return sum(end - start for own in counted for start, end in own)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return clock
+    return backend
 
 
 @contextmanager
@@ -462,7 +677,7 @@ def screen(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], 
 
     On a terminal the status is one line under a bar; elsewhere each status is a line.
     """
-    if not sys.stderr.isatty():
+    if rank() > 0 or not sys.stderr.isatty():
         yield say, say
         return
     from tqdm import tqdm
@@ -477,35 +692,28 @@ def screen(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], 
 
 
 def say(text: str) -> None:
-    if several() and sys.modules["jax"].process_index() > 0:
+    if rank() > 0:
         return
     # In one piece: experiments that run side by side speak too.
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
-def is_the_persons(error: Exception, plan: Plan) -> bool:
-    """Whether the person can mend it: a package or a file is missing, or their data or seeds do not do."""
-    return isinstance(error, ModuleNotFoundError | OSError) or (bool(plan.overrides) and isinstance(error, ValueError))
-
-
-def short_traceback(error: Exception) -> str:
-    """The error and where in the experiment and the library it came from, innermost last."""
-    import jaxgrad
-
-    ours = [Path(folder) for folder in (*experiments.__path__, *jaxgrad.__path__)]
-    frames = [
-        f"\n  {Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename != __file__ and any(Path(frame.filename).is_relative_to(folder) for folder in ours)
-    ]
-    return "".join([f"{type(error).__name__}: {error}", *frames[-4:]])
+def complain(text: str) -> None:
+    """What is wrong every process says: it may be wrong there only."""
+    sys.stderr.write(f"rank {rank()}: {text}\n" if rank() > 0 else f"{text}\n")
+    sys.stderr.flush()
 
 
 def several() -> bool:
     """Whether this is one of several processes, which end together."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
+
+
+def rank() -> int:
+    """Which of several processes this is; 0 writes and talks."""
+    return sys.modules["jax"].process_index() if several() else 0
 
 
 if __name__ == "__main__":
@@ -515,7 +723,9 @@ if __name__ == "__main__":
 
         parallel.run(lambda: exit_status)
     if exit_status in (INTERRUPTED, UNUSABLE):
-        # Without this, Python would wait for what other threads or the device still run.
+        # Without this, Python would wait for what other threads or the device still run. Locks of the workers that
+        # are not collected before are reported as leaks.
+        gc.collect()
         sys.stdout.flush()
         os._exit(exit_status)
     sys.exit(exit_status)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
-from experiments import plots, side_by_side
+from experiments import plots, work
 from experiments.results import Claim
 from jaxgrad import data, losses, models, timing
 from jaxgrad.theory import cost
@@ -45,7 +45,12 @@ class Config:
 
 TIMED = True
 QUICK = Config(chain=(1, 2, 4, 8, 16, 32), depths=(1, 4), rows=1024, deepest_slow=1, repeats=6, min_seconds=0.002)
-
+PUBLISHED = {
+    "chain": "exact", "depths": "exact", "n": "exact", "width": "exact", "data": "exact", "parameters": "exact",
+    "chain/*": "exact", "dense_ratio": "rounding", "agreement": "rounding", "traced/*": "exact, same jax",
+    "operations/*": "exact, same jax", "time/*": "timing, ratio",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 FORMULAS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "forward": ("2L + 2", lambda L: 2 * L + 2),
     "backprop": ("5L + 1", lambda L: 5 * L + 1),
@@ -86,8 +91,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         sizes = (batch.x.shape[1], *(config.width,) * (depth - 1), len(digits.labels))
         params = models.init_deep(jax.random.key(depth), sizes)
         contenders, operations = _ways(params, batch, slow=depth <= config.deepest_slow)
-        side_by_side(lambda contender: contender(), contenders.values())  # compiles them
-        took = timing.race(contenders, repeats=config.repeats, min_seconds=config.min_seconds)
+        took = work.race(contenders, repeats=config.repeats, min_seconds=config.min_seconds)
         predicted.append(cost.dense_ratio(sizes))
         parameters.append(sum(leaf.size for leaf in jax.tree.leaves(params)))
         for way in WAYS:

@@ -59,7 +59,14 @@ class Config:
 
 
 QUICK = Config(steps=100, kappas=(1.0, 10.0, 100.0), seeds=8, etas=16, most=1000, most_real=4000, rows=4000)
-
+PUBLISHED = {
+    "data": "exact", "n": "exact", "methods": "exact", "kappas": "exact", "most": "exact", "most_real": "exact",
+    "seeds": "exact", "share": "exact", "fraction": "exact", "record": "exact", "steps/*": "rounding",
+    "predicted/*": "exact", "real/*": "rounding", "real_exact": "exact", "deviation/*": "rounding", "eta": "rounding",
+    "eigenvalues": "rounding", "condition_number": "rounding", "kappa/*": "rounding", "left": "rounding",
+    "left_theory": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 METHODS = ("GD", "Jacobi", "Adagrad", "RMSProp", "Adam")
 ANGLES = (0.0, np.pi / 4)
 

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, FancyBboxPatch
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, lecture, losses, models, statistics
 from jaxgrad.descent import descend, trajectory
@@ -44,12 +44,21 @@ class Config:
     """The divergence, as a fraction of the edge."""
     start: tuple[float, float] = (4.5, 2.5)
     """Slope and intercept of the start."""
-    cloud: int = 64_000
+    cloud: int = 256_000
     """Iterates near the minimum that the measured spread is taken from."""
 
 
 QUICK = Config(batch_sizes=(8,), cloud=2000)
-
+PUBLISHED = {
+    "n": "exact", "batch_sizes": "exact", "fraction": "exact", "steps": "exact", "too_small": "exact",
+    "too_large": "exact", "start": "exact", "stable/*": "exact", "graph/names": "exact",
+    "graph/derivative_names": "exact", "graph/example": "exact", "graph/labels": "exact", "graph/*": "rounding",
+    "minimiser": "rounding", "minimum": "rounding", "edge": "rounding", "condition_number": "rounding",
+    "hessian": "rounding", "gd": "rounding", "crawl": "rounding", "divergence": "rounding", "spread/*": "rounding",
+    "sgd/*": "statistical", "spread_error/*": "statistical", "cloud/*": "statistical, axis 0",
+    "measured_spread/*": "statistical, error spread_error/*",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 
 
@@ -82,7 +91,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         return np.asarray(jax.jit(jax.vmap(one))(keys), float)
 
     def path(eta: float, sampling: Any) -> np.ndarray:
-        return paths(eta, sampling, np.arange(config.steps + 1), jax.random.split(jax.random.key(3), 1))[0]
+        return paths(eta, sampling, np.arange(config.steps + 1), random_keys(3, 1))[0]
 
     eta = config.fraction * edge
     numbers["gd"] = path(eta, full_batch())
@@ -102,7 +111,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         # Many short runs rather than one long: the spread then rests on independent iterates.
         record = 200 + 25 * np.arange(1, 9)
         runs = config.cloud // len(record)
-        late = paths(eta, sampling, record, jax.random.split(jax.random.key(b), runs), best)
+        late = paths(eta, sampling, record, random_keys(b, runs), best)
         away = late - geometry.minimiser
         numbers[f"measured_spread/{b}"] = np.einsum("ski,skj->ij", away, away) / (runs * len(record))
         of_a_run = (away**2).sum(axis=2).mean(axis=1)

@@ -25,7 +25,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.expected_path import few_features
 from experiments.results import Claim
 from jaxgrad import data, losses, models, noise, statistics
@@ -72,7 +72,17 @@ QUICK = Config(
     seeds=500, steps=200, well_with_replacement=(1,), well_distinct=(14,), well_etas=(0.1, 0.2),
     frequency_distinct=(2,), frequency_etas=(0.16,), grid=1024, fine=6, nets=("wide",), starts=40, noisy=300, calm=700,
 )  # fmt: skip
-
+PUBLISHED = {
+    "names": "exact", "nets": "exact", "seeds": "exact", "steps": "exact", "*/labels": "exact", "*/etas": "exact",
+    "*/n": "exact", "*/shown": "exact", "*/shown steps": "exact", "net/data": "exact", "net/b": "exact",
+    "net/starts": "exact", "net/*/l2": "exact", "net/*/what": "exact", "collapse_b": "exact", "*/gd crossed": "exact",
+    "collapse": "rounding", "*/w": "rounding", "*/loss": "rounding", "*/marks": "rounding", "*/fine": "rounding",
+    "*/lines": "rounding", "*/kramers": "rounding", "*/impossible_at": "rounding", "*/gd impossible_at": "rounding",
+    "*/gd run": "rounding", "*/rows[1]": "statistical, count of seeds", "*/rows[*]": "rounding",
+    "*/runs": "statistical, axis 0", "net/*/slope": "statistical", "net/*/gd": "statistical, axis 0",
+    "net/*/sgd": "statistical, axis 0",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LEVEL = 0.99
 NETS = {"wide": (10, 3, 1e-2), "narrow": (3, 2, 1e-3)}
 """Features, hidden units and l2 penalty of the two nets."""
@@ -125,7 +135,7 @@ def _landscape(
     ceiling = min(1.0 / land.smoothness, 1.3 * max(etas))
     fine = np.geomspace(0.6 * min(etas), ceiling, config.fine)
     numbers["fine"] = fine
-    keys = jax.random.split(jax.random.key(7), config.seeds)
+    keys = random_keys(7, config.seeds)
     here = jnp.full(config.seeds, land.bad, jnp.float32)
     rows, lines, guides, walls = [], [], [], []
     for sampling in samplings:
@@ -248,10 +258,8 @@ def _net(dataset: data.Dataset, features: int, hidden: int, l2: float, config: C
     batch = Batch(few.x[chosen], few.y[chosen][:, None])
     loss = losses.mean_loss(partial(models.two_layer, activation=jnp.tanh), losses.half_squared, l2=l2)
     d = batch.x.shape[1]
-    starts = jax.vmap(lambda key: models.init_two_layer(key, d, hidden, 1))(
-        jax.random.split(jax.random.key(1), config.starts)
-    )
-    keys = jax.random.split(jax.random.key(2), config.starts)
+    starts = jax.vmap(lambda key: models.init_two_layer(key, d, hidden, 1))(random_keys(1, config.starts))
+    keys = random_keys(2, config.starts)
 
     @partial(jax.jit, static_argnames=("sampling",))
     def go(starts: Any, steps: Any, sampling: Sampling) -> Any:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import log_spaced, trajectory
@@ -58,7 +58,18 @@ class Config:
 
 
 QUICK = Config(batch_sizes=(1, 16), steps=120, points=9, seeds=400, floor_fractions=(0.2, 0.4), shown=20)
-
+PUBLISHED = {
+    "data": "exact", "n": "exact", "features": "exact", "sizes": "exact", "steps": "exact", "every": "exact",
+    "seeds": "exact", "beyond/fraction": "exact", "gd/runs": "rounding", "*/runs": "exact",
+    "*/measured": "statistical, deviation */deviation", "*/square": "statistical, error */square_error",
+    "*/square_error": "statistical", "*/single": "statistical, axis 0", "*/inside": "statistical, count of seeds",
+    "floors[2]": "statistical, deviation floors[4]", "floors[*]": "rounding", "beyond/line": "rounding",
+    "beyond/eta": "rounding", "beyond/*": "statistical", "gd": "rounding", "*edge": "rounding", "eta": "rounding",
+    "value": "rounding", "start": "rounding", "*/deviation": "rounding", "*/fine": "rounding", "*/floor": "rounding",
+    "*/leading": "rounding", "*/line": "rounding", "*/line_deviation": "rounding", "*/mean": "rounding",
+    "*/tame": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 KINDS = {"with replacement": with_replacement, "distinct": distinct}
 LEVEL = 0.99
@@ -76,7 +87,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     eta = float(np.float32(config.eta * edge))
     record = log_spaced(config.steps, config.points + 1)[1:]
     every = np.unique(np.geomspace(1, config.steps, 60).astype(int))
-    keys = jax.random.split(jax.random.key(5), config.seeds)
+    keys = random_keys(5, config.seeds)
     numbers: dict[str, Any] = {
         "data": dataset.name, "n": len(batch.y), "features": list(names), "sizes": np.array(sizes), "eta": eta,
         "edge": edge, "gd_edge": theory.edge(problem), "steps": record, "every": every, "seeds": config.seeds,

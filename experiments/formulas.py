@@ -56,7 +56,12 @@ class Config:
 
 
 QUICK = Config(seeds=3, shapes=((5, 3, 4, 2),), training=50, steps=4, logits=40, curve=600)
-
+PUBLISHED = {
+    "seeds": "exact", "row/form": "exact", "row/id": "exact", "row/kind": "exact", "row/series": "exact",
+    "row/shape": "exact", "row/*": "rounding", "words/*": "exact", "shapes": "exact", "stopped": "exact",
+    "curve/*": "rounding", "nan/*": "rounding", "slopes": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 DEPTHS = 5
 """Nets of 1 to so many layers, in turn, over the shapes."""
 KINDS = ("random", "trained", "saturated")
@@ -827,7 +832,19 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         f"{np.max(algebra):.0%}",
         "NaN at some; finite", bool((~np.isfinite(printed)).any() and np.isfinite(algebra).all()),
     )  # fmt: skip
+    unit = np.finfo(float).eps
+    both = [[np.maximum(numbers[f"curve/{series}/y={y}"], unit) for series in ("printed", "algebra")] for y in (0, 1)]
+    ratios = np.concatenate([printed / algebra for printed, algebra in both])
+    ratios = ratios[np.isfinite(ratios)]
+    apart = (
+        f"errors, counted as a unit of rounding at least, ×{ratios.min():.2g} to ×{ratios.max():.2g} of those of p − y "
+        f"at {len(ratios):,} logits"
+    )
     for text, (measured, expected, same) in (
+        (
+            "As printed, where it is a number at all, the common factor is as accurate as p − y, for both labels",
+            (apart, "×0.25 to ×4", bool(ratios.min() >= 0.25 and ratios.max() <= 4)),
+        ),
         ("As printed: NaN for both labels from where p rounds to 1, h = 53 ln 2 or 24 ln 2", upper_logits(numbers)),
         (
             "As printed: NaN for both labels below where e⁻ʰ overflows (compiled), or p is subnormal and flushed "

@@ -28,7 +28,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import on_disk, plots, side_by_side
+from experiments import on_disk, plots, random_keys, side_by_side, work
 from experiments.report import brief
 from experiments.results import Claim
 from jaxgrad import data, losses, models, optimum, parallel, statistics
@@ -78,7 +78,14 @@ QUICK = Config(
     seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2, halvings=7, points=25,
     rows=4000, hidden=16, passes=5, updates_disk=200,
 )  # fmt: skip
-
+PUBLISHED = {
+    "problems": "exact", "*/what": "exact", "*/n": "exact", "*/labels": "exact", "*/kind": "exact", "*/steps": "exact",
+    "*/examples": "exact", "*/start": "rounding", "*/minimum": "rounding", "*/bound": "rounding", "*/etas": "rounding",
+    "*/eta": "rounding, chosen by */tuning of */etas", "*/tuning": "rounding", "*/diverged": "exact",
+    "*/excess": "statistical, axis 0", "*/test_accuracy": "statistical, axis 0", "*/seconds_per_update": "timing",
+    "*/seconds_per_update_runs": "timing, axis -1",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 THREE = ("diamonds", "shuttle", "mnist5k")
 
 
@@ -123,7 +130,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     found = side_by_side(lambda job: _tuned(job[0], job[1], config, progress), jobs)
     for (problem, b), run_numbers in zip(jobs, found, strict=True):
         progress(f"{problem.name}, {label_of(b)}: seconds per update")
-        per_update = _seconds_per_update(problem, sampling_of(b), run_numbers["eta"], jax.random.key(2022))
+        per_update = _seconds_per_update(problem, sampling_of(b), run_numbers["eta"], jax.random.key(2023))
         run_numbers |= {
             "seconds_per_update": float(np.median(per_update)), "seconds_per_update_runs": per_update,
         }  # fmt: skip
@@ -170,21 +177,18 @@ def _problem(name: str, config: Config) -> Problem:
 def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     """One problem and batch size: tune the step size, then run with fresh seeds."""
     n = problem.batch.x.shape[0]
-    key_tune, key_order = jax.random.split(jax.random.key(2021))
-    tune_keys = jax.random.split(key_tune, config.tuning_seeds)
-    run_keys = jax.random.split(key_order, config.seeds)
     steps = max(-(-config.epochs * n // (b or n)), problem.least_updates)
     progress(f"{problem.name}, {label_of(b)}: tuning the step size under {steps:,} updates")
     etas = problem.largest * 0.5 ** np.arange(config.halvings)
     # Without sampling there is nothing random: one run stands for all.
-    keys = tune_keys[:1] if b is None else tune_keys
-    final = _final_losses(problem, sampling_of(b), steps, keys, etas)
+    tuning, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
+    final = _final_losses(problem, sampling_of(b), steps, random_keys(2021, tuning), etas)
     score = np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
     eta = float(etas[np.argmin(score)])
-    progress(f"{problem.name}, {label_of(b)}: {config.seeds} fresh runs with step size {eta:.3g}")
+    progress(f"{problem.name}, {label_of(b)}: {runs} fresh runs with step size {eta:.3g}")
     many = descend(
         problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling_of(b),
-        steps=steps, key=run_keys[:1] if b is None else run_keys, record=log_spaced(steps, config.points),
+        steps=steps, key=random_keys(2022, runs), record=log_spaced(steps, config.points),
         observe=(lambda params: params) if problem.minimum else problem.accuracy,
     )  # fmt: skip
     numbers = {
@@ -202,13 +206,15 @@ def sampling_of(b: int | None) -> Sampling:
 
 def _final_losses(problem: Problem, sampling: Sampling, steps: int, keys: jax.Array, etas: np.ndarray) -> np.ndarray:
     """Full loss after `steps` updates for each step size and key: `[e, s]`, all in one program."""
-
-    loss, batch = problem.loss, problem.batch
+    loss, spread, mesh = problem.loss, None, None
     if problem.spread is not None:
-        loss, batch, sampling = parallel.on(problem.spread, loss, sampling)
+        mesh = problem.spread.mesh
+        loss, spread, sampling = parallel.on(problem.spread, loss, sampling)
 
     @jax.jit
-    def grid(etas: jax.Array, keys: jax.Array, batch: Any) -> jax.Array:
+    def grid(etas: jax.Array, keys: jax.Array, spread: Any) -> jax.Array:
+        batch = problem.batch if spread is None else spread
+
         def final(eta: Any, key: Any) -> jax.Array:
             _, curve = trajectory(
                 loss, problem.start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=[steps]
@@ -217,10 +223,8 @@ def _final_losses(problem: Problem, sampling: Sampling, steps: int, keys: jax.Ar
 
         return jax.vmap(jax.vmap(final, (None, 0)), (0, None))(etas, keys)
 
-    inputs = jnp.asarray(etas, jnp.float32), keys
-    if problem.spread is not None:
-        inputs = parallel.replicate(inputs, problem.spread.mesh)
-    return np.asarray(grid(*inputs, batch))
+    each = jnp.asarray(etas, jnp.float32), keys
+    return np.asarray(grid(*(each if mesh is None else parallel.replicate(each, mesh)), spread))
 
 
 def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: jax.Array) -> np.ndarray:
@@ -229,15 +233,15 @@ def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: j
     def chunks(steps: int, points: int) -> np.ndarray:
         trace = descend(
             problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling, steps=steps,
-            key=key,
-            record=points,
+            key=key, record=points,
         )  # fmt: skip
         return np.diff(trace.seconds) / np.diff(trace.steps)
 
+    own = float(np.median(chunks(40, 5)))  # compiles, too
     # One clock decides for all processes, else they would run different numbers of steps.
-    own = float(np.median(chunks(40, 5)))
     probe = float(np.frombuffer(parallel.from_main(lambda: np.float64(own).tobytes()))[0])
-    return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
+    with work.alone():
+        return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
 
 
 def _excess(problem: Problem, params: Params) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import trajectory
@@ -56,7 +56,15 @@ QUICK = Config(
     steps=400, fractions=(0.05, 0.2, 0.5, 0.9, 0.99, 1.01), shares=(0.1, 0.03), sgd_steps=300,
     sgd_fractions=(0.01, 0.1, 0.5, 0.9), seeds=5, rows=4000,
 )  # fmt: skip
-
+PUBLISHED = {
+    "data": "exact", "n": "exact", "d": "exact", "b": "exact", "steps": "exact", "sgd_steps": "exact",
+    "shares": "exact", "fractions": "exact", "sgd_fractions": "exact", "shown": "exact", "shown_steps": "exact",
+    "measured": "exact", "predicted": "exact", "grows": "exact", "predicted_growth": "exact",
+    "sgd_gaps": "statistical, axis 1", "edge": "rounding", "sgd_edge": "rounding", "condition_number": "rounding",
+    "start": "rounding", "etas": "rounding", "sgd_etas": "rounding", "sgd_fine_etas": "rounding", "final": "rounding",
+    "sgd_floor": "rounding", "sgd_expected*": "rounding", "shown_gaps": "rounding", "shown_theory": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 
 
@@ -97,7 +105,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     # The step size that the float32 run takes is the one that theory is asked about.
     etas = np.float32(np.array(config.fractions) * edge).astype(float)
     every = np.arange(config.steps + 1)
-    one_key = jax.random.split(jax.random.key(0), 1)
+    one_key = random_keys(0, 1)
     paths = gaps(etas, one_key, full_batch(), every)[:, 0]
     numbers["etas"] = etas
     numbers["measured"] = np.array([[_first(path, share * gap_start) for share in config.shares] for path in paths])
@@ -120,7 +128,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     sampling = distinct(config.b)
     sgd_edge = theory.sgd_edge(geometry, sampling)
     sgd_etas = np.float32(np.array(config.sgd_fractions) * sgd_edge).astype(float)
-    keys = jax.random.split(jax.random.key(1), config.seeds)
+    keys = random_keys(1, config.seeds)
     numbers["sgd_edge"], numbers["sgd_etas"] = sgd_edge, sgd_etas
     numbers["sgd_gaps"] = gaps(sgd_etas, keys, sampling, np.array([config.sgd_steps]))[:, :, 0]
     fine = np.geomspace(sgd_etas[0], 0.995 * sgd_edge, 30)
@@ -201,6 +209,39 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
             f"median gap at {numbers['sgd_fractions'][sgd_best]:.3g} of the edge",
             "0.5 to 2 (a mean of skewed runs)",
             bool(ratio.min() > 0.5 and ratio.max() < 2),
+        ),
+        *_folklore(numbers),
+    ]
+
+
+def _folklore(numbers: dict[str, Any]) -> list[Claim]:
+    """Two things often said of the step size, against the measured counts."""
+    fractions, measured = numbers["fractions"], numbers["measured"]
+    first_growing = float(fractions[numbers["grows"]].min())
+    # In units of the edge 2/λmax: 1/λmax, and the largest η of the grid that is not beyond 2/(λmin + λmax).
+    worst_case = numbers["condition_number"] / (numbers["condition_number"] + 1)
+    half, near = int(np.argmin(np.abs(fractions - 0.5))), int(np.flatnonzero(fractions <= worst_case)[-1])
+    counts = [
+        f"{a:,.0f} steps against {b:,.0f}".replace("inf", "too many")
+        for a, b in zip(measured[near], measured[half], strict=True)
+    ]
+    targets = [f"to {share:.2g}: {count}" for share, count in zip(numbers["shares"], counts, strict=True)]
+    return [
+        Claim(
+            "C6",
+            "for the mean of (y − ŷ)², H = (2/n) XᵀX: the edge is 1/λmax(XᵀX/n), half of 2/λmax(XᵀX/n), which belongs "
+            "to ½(y − ŷ)²",
+            f"the gap grows from {first_growing / 2:.4g} of 2/λmax(XᵀX/n) on",
+            "from 0.5 on, to 2 %",
+            abs(first_growing / 2 - 0.5) <= 0.01,
+        ),
+        Claim(
+            "C6",
+            f"η = 2/(λmin + λmax), the best one in the worst case ({worst_case:.4f} of the edge), is not best to "
+            "coarse targets: 1/λmax gets there sooner",
+            f"at {fractions[near]:.4g} of the edge against {fractions[half]:.3g}, {'; '.join(targets)}",
+            "more steps, to some target",
+            bool(np.any(measured[near] > measured[half])),
         ),
     ]
 

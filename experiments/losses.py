@@ -57,7 +57,13 @@ class Config:
 
 
 QUICK = Config(steps=10_000, points=7)
-
+PUBLISHED = {
+    "factor": "exact", "steps": "exact", "record": "exact", "rows": "exact", "start": "exact", "eta/MAE": "exact",
+    "eta/*": "rounding", "bound/*": "rounding", "distance": "rounding", "gap/*": "rounding", "theory/*": "rounding",
+    "path/*": "rounding", "minimum/*": "rounding", "influence/*": "rounding", "influence_theory/*": "rounding",
+    "x": "rounding", "y/*": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSSES = {"MSE": squared, "MAE": absolute, "logloss": logloss}
 START = (-0.5, 1.0)
 

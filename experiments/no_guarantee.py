@@ -24,7 +24,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import trajectory
@@ -57,7 +57,15 @@ class Config:
 
 
 QUICK = Config(seeds=23, steps=600, sweep=(1.0, 2.0, 3.0, 5.0), sweep_starts=6)
-
+PUBLISHED = {
+    "n": "exact", "hidden": "exact", "l2": "exact", "eta": "exact", "b": "exact", "sgd_eta": "exact", "steps": "exact",
+    "record": "exact", "sweep": "exact", "fan": "exact", "zero_moved": "exact", "zero_path": "rounding",
+    "zero_curvature": "rounding", "levels": "rounding", "curvatures": "rounding", "least_curvatures": "rounding",
+    "fan_steps": "rounding", "paths": "statistical, axis 0", "gradient_norms": "statistical, axis 0",
+    "belongs": "statistical, axis 0", "sgd_level": "statistical, axis 0", "sweep_final": "statistical, axis 1",
+    "sweep_step": "statistical, axis 1",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 COLUMNS = ("mean radius", "mean texture")
 LAST = 32
 """The last steps of a run, all recorded: does it still bounce?"""
@@ -81,7 +89,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     def slope(params: Params, batch: Batch) -> Any:
         return optax.tree.norm(jax.grad(loss)(params, batch))
 
-    keys = jax.random.split(jax.random.key(2021), lanes)
+    keys = random_keys(2021, lanes)
     drawn = jax.vmap(lambda key: models.init_two_layer(key, x.shape[1], config.hidden, 1))(keys)
     # The last start is zero.
     starts = jax.tree.map(lambda leaf: (config.scale * leaf).at[-1].set(0), drawn)

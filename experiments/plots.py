@@ -1,8 +1,8 @@
 """The house style: one look, colours that colour-blind readers can tell apart, and files that do not change.
 
 A figure is drawn without a display, from defaults that no local configuration can alter, and saved without
-dates or versions, so that the same numbers give the same bytes. Its background is white: it reads the same
-on a dark page. Each figure leaves a strip at its lower edge for a caption.
+dates, so that the same numbers give the same bytes. Its background is white: it reads the same on a dark page.
+Each figure leaves a strip at its lower edge, where `save` writes what it was drawn from.
 
     figure, (left, right) = plots.figure(2)
     left.plot(steps, gap, color=plots.batch_colour(8), label="b = 8")
@@ -39,7 +39,7 @@ CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 WIDTH = 9.0
 """Inches: a README shows the figure about 800 pixels wide, where 10 points are 12 pixels."""
 CAPTION = 0.22
-"""Inches kept free at the lower edge."""
+"""Inches kept free at the lower edge, for the margin's line."""
 DPI = 120
 
 STYLE: dict[Any, Any] = {
@@ -222,13 +222,17 @@ def _top(group: list[float], gap: float) -> float:
     return _bottom(group, gap) + gap * (len(group) - 1)
 
 
-def save(drawing: Figure, folder: str | Path, stem: str = "figure") -> tuple[Path, Path]:
-    """Write `<stem>.svg` and `<stem>.png` into `folder`, each whole or not at all; returns their paths.
+def save(drawing: Figure, folder: str | Path, stem: str = "figure", *, margin: str = "") -> tuple[Path, ...]:
+    """Write `<stem>.svg` and `<stem>.png` into `folder`, each whole or not at all; returns their paths."""
+    return write(render(drawing, margin=margin), folder, stem)
 
-    The same figure gives the same bytes: no date, no version, fixed ids.
+
+def render(drawing: Figure, *, margin: str = "") -> dict[str, bytes]:
+    """The figure as the content of a file, by the file's kind: `svg` and `png`. Nothing is written.
+
+    `margin` is written small at the lower right, in the strip that `figure` keeps free: what the figure was drawn
+    from. The same figure gives the same bytes: no date, no version of what draws it, fixed ids.
     """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
     svg, png = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         # The layout is solved once: each further draw would move things by another fraction of a point.
@@ -237,8 +241,19 @@ def save(drawing: Figure, folder: str | Path, stem: str = "figure") -> tuple[Pat
         for axis in drawing.axes:
             # The solver's last bits depend on where objects lie in memory, and they reach the ids of the SVG.
             axis.set_position(np.round(axis.get_position().bounds, 6))  # type: ignore[arg-type]
+        width, height = drawing.get_size_inches()
+        note = drawing.text(1 - 0.06 / width, 0.06 / height, margin, fontsize=6.5, color=GREY, ha="right", va="bottom")
         drawing.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        drawing.savefig(png, format="png", metadata={"Software": None})
-    results.replace(place / f"{stem}.svg", svg.getvalue())
-    results.replace(place / f"{stem}.png", png.getvalue())
-    return place / f"{stem}.svg", place / f"{stem}.png"
+        drawing.savefig(png, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+        note.remove()
+    return {"svg": svg.getvalue(), "png": png.getvalue()}
+
+
+def write(rendered: dict[str, bytes], folder: str | Path, stem: str = "figure") -> tuple[Path, ...]:
+    """Write what `render` gave as `<stem>.<kind>` into `folder`, each file whole or not at all; their paths."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    paths = {place / f"{stem}.{kind}": content for kind, content in rendered.items()}
+    for path, content in paths.items():
+        results.replace(path, content)
+    return tuple(paths)

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import catalogue, plots, results
 from experiments.results import Claim, Result
@@ -57,10 +58,22 @@ def draw(folder: str | Path, chapters: Iterable[Chapter]) -> list[Path]:
         path
         for chapter in chapters
         for result in chapter.results
-        for path in plots.save(
-            chapter.module.draw(result.numbers), Path(folder) / chapter.name, figure_stem(result.device)
-        )
+        for path in save_figure(folder, result, chapter.module.draw(result.numbers))
     ]
+
+
+def save_figure(folder: str | Path, result: Result, drawing: Figure) -> tuple[Path, ...]:
+    """Write the figure of a result, which says in its margin what it was drawn from."""
+    margin = origin(result.name, result.device, result.provenance)
+    return plots.save(drawing, Path(folder) / result.name, figure_stem(result.device), margin=margin)
+
+
+def origin(name: str, device: str, provenance: dict[str, Any]) -> str:
+    """What a figure was drawn from, in one line: the arrays by their sha256, which `sha256sum` shows, and what ran."""
+    versions, machine = provenance["versions"], provenance["machine"]
+    arrays = f"{name}/{device}.npz sha256 {provenance['sha256'][:12]}"
+    made = (f"jax {versions['jax']}", f"Python {versions['python']}", ", ".join(machine["device_kind"]))
+    return " · ".join((arrays, *made))
 
 
 def write(folder: str | Path, chapters: list[Chapter]) -> Path:
@@ -86,15 +99,19 @@ def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) ->
     """Fill the generated sections of the README at `path` from the chapters; whether anything changed.
 
     A section is what stands between `<!-- generated:NAME -->` and `<!-- end -->`. Its name is one of `claims`
-    (the verdict on each row of the lecture), `found` (one bullet per experiment that has a `headline`) and
-    `experiments` (what each measures, with its figure and its time). Links in them are relative to the README.
+    (the verdict on each row of the lecture), `found` (one bullet per experiment that has a `headline`),
+    `experiments` (what each measures, with its figure and its time) and `verified` (what re-runs found, and where).
+    Links in them are relative to the README.
     """
+    from experiments import verify  # it loads SciPy's distributions, which a worker that draws has no need of
+
     readme = Path(path)
     prefix = f"{Path(folder).name}/"
     makers: dict[str, Callable[[], str]] = {
         "claims": lambda: verdicts_table(chapters, prefix),
-        "found": lambda: "\n".join(_bullet(chapter) for chapter in chapters if _headline(chapter)),
+        "found": lambda: "\n".join(_bullet(chapter) for chapter in chapters if headline(chapter)),
         "experiments": lambda: _experiments_table(chapters, prefix),
+        "verified": lambda: verify.noted_table(folder),
     }
     old = readme.read_text(encoding="utf-8")
     new = fill(old, makers, str(path))
@@ -214,19 +231,25 @@ def _chapter(chapter: Chapter) -> str:
 
 
 def _provenance(chapter: Chapter, result: Result) -> str:
+    files = (
+        f"[settings, claims and versions]({chapter.name}/{result.device}.json), "
+        f"[arrays]({chapter.name}/{result.device}.npz)"
+    )
+    return f"<sub>{circumstances(chapter, result)}. {files}.</sub>"
+
+
+def circumstances(chapter: Chapter, result: Result) -> str:
+    """The size, times, machine and versions of a run, in one sentence without its full stop."""
     machine, versions = result.provenance["machine"], result.provenance["versions"]
     precision = result.provenance["precision"]
-    kind = ", ".join(machine["device_kind"])
-    sentences = [
+    return (
         f"{_size(chapter, result)}; took {duration(result.times['seconds'])}, "
-        f"{duration(result.times['compile_seconds'])} of compiling on all cores together, on {kind} "
+        f"{duration(result.times['compile_seconds'])} of compiling on all cores together, on "
+        f"{', '.join(machine['device_kind'])} "
         f"({machine['system']} {machine['architecture']}, {machine['cores']} cores), "
         f"Python {versions['python']}, jax {versions['jax']}, "
-        f"matmul precision {precision['default_matmul_precision'] or 'default'}",
-        f"[settings, claims and versions]({chapter.name}/{result.device}.json), "
-        f"[arrays]({chapter.name}/{result.device}.npz)",
-    ]
-    return f"<sub>{'. '.join(sentences)}.</sub>"
+        f"matmul precision {precision['default_matmul_precision'] or 'default'}"
+    )
 
 
 def _size(chapter: Chapter, result: Result) -> str:
@@ -246,13 +269,13 @@ def _experiments_table(chapters: list[Chapter], prefix: str) -> str:
     return "\n".join(lines)
 
 
-def _headline(chapter: Chapter) -> str:
+def headline(chapter: Chapter) -> str:
     """The front page's bullet, from the CPU's numbers where there are some."""
     return chapter.module.headline(chapter.results[0].numbers) if hasattr(chapter.module, "headline") else ""
 
 
 def _bullet(chapter: Chapter) -> str:
-    return "- " + _headline(chapter).strip().removeprefix("- ").strip()
+    return "- " + headline(chapter).strip().removeprefix("- ").strip()
 
 
 def _cpu_first(device: str) -> tuple[bool, str]:

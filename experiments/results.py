@@ -9,11 +9,17 @@ stored without compression, no dates. NaN and infinities, which JSON does not ha
 are first written under temporary names, then renamed, the npz first: a writer that is stopped before the
 renames leaves the old pair, and one that is stopped between them leaves the new npz beside the new JSON under
 its temporary name, which the next `read` renames.
+
+The JSON also holds what a later reader needs to trust it: the hash of every source file that made the numbers
+(`code`), and the hash of its own contents (`sha256`), so that stale and edited files can be told from sound ones.
 """
 
+import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -29,6 +35,11 @@ import numpy as np
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
 """Packages whose versions every result records, beside Python's."""
+
+MACHINERY = (
+    "__main__", "inline", "page", "plots", "published", "report", "results", "spread", "verdicts", "verify", "work",
+)  # fmt: skip
+"""Modules of `experiments` that show, store or compare numbers and make none: no part of the `code` of a result."""
 
 
 class Claim(NamedTuple):
@@ -54,7 +65,7 @@ class Result(NamedTuple):
     claims: tuple[Claim, ...]
     times: dict[str, Any]
     provenance: dict[str, Any]
-    """`versions`, `machine`, `precision`, `seeds`, and the `sha256` of the npz."""
+    """`versions`, `machine`, `precision`, `seeds`, `code`, and the `sha256` of the npz."""
 
 
 def write(
@@ -73,7 +84,7 @@ def write(
     neither, before anything is written.
     """
     plain, arrays = _split(numbers)
-    archive = _npz(arrays)
+    archive = npz(arrays)
     settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
     document = {
         "experiment": name,
@@ -84,9 +95,10 @@ def write(
         "claims": _plain_claims(claims),
         "seeds": settings.get("seeds"),
         "times": times,
+        "code": code(name),
         **surroundings(),
     }
-    text = _json(_encode(document, "result"))
+    text = _json(_sealed(_encode(document, "result")))
     place = Path(folder) / name
     place.mkdir(parents=True, exist_ok=True)
     json_path, npz_path = place / f"{device}.json", place / f"{device}.npz"
@@ -115,6 +127,7 @@ def read(folder: str | Path, name: str, device: str) -> Result:
     arrays = _arrays(npz_path, archive, again)
     if document["arrays"]["sha256"] != digest:
         raise ValueError(f"{json_path} and {npz_path.name} are not of one run (sha256 differs); {again}")
+    kept = ("versions", "machine", "precision", "seeds", "code")
     return Result(
         name=document["experiment"],
         device=document["device"],
@@ -122,8 +135,13 @@ def read(folder: str | Path, name: str, device: str) -> Result:
         numbers={**document["numbers"], **arrays},
         claims=tuple(Claim(**claim) for claim in document["claims"]),
         times=document["times"],
-        provenance={key: document[key] for key in ("versions", "machine", "precision", "seeds")} | {"sha256": digest},
+        provenance={key: document.get(key) for key in kept} | {"sha256": digest},
     )
+
+
+def digest(numbers: dict[str, Any]) -> str:
+    """The sha256 of the npz that `write` would write."""
+    return hashlib.sha256(npz(_split(numbers)[1])).hexdigest()
 
 
 def as_saved(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -136,13 +154,101 @@ def reclaim(folder: str | Path, result: Result, claims: Sequence[Claim]) -> Resu
     """Put today's claims about the same numbers into a saved JSON; everything else in it stays."""
     path = Path(folder) / result.name / f"{result.device}.json"
     document = json.loads(path.read_text(encoding="utf-8"))
-    replace(path, _json(document | {"claims": _plain_claims(claims)}))
+    replace(path, _json(_sealed(document | {"claims": _plain_claims(claims)}, only="claims")))
     return result._replace(claims=tuple(claims))
+
+
+def edited(folder: str | Path, name: str, device: str) -> list[str]:
+    """Which parts of a saved JSON (`results`, `claims`) are not what was written: somebody changed them since.
+
+    A JSON from before parts were hashed says nothing, and gives an empty list.
+    """
+    document = json.loads((Path(folder) / name / f"{device}.json").read_text(encoding="utf-8"))
+    recorded = document.get("sha256", {})
+    return [part for part, digest in _digests(document).items() if recorded.get(part, digest) != digest]
+
+
+def seal(folder: str | Path, name: str, device: str) -> str:
+    """The hash of a saved result: of all but its claims."""
+    document = json.loads((Path(folder) / name / f"{device}.json").read_text(encoding="utf-8"))
+    return _digests(document)["results"]
+
+
+def code(name: str) -> dict[str, str]:
+    """The first 16 digits of the sha256 of every source file that makes the numbers of an experiment, by its name.
+
+    The experiment, and what it imports of `jaxgrad` and of other experiments, and so on. Not what only shows or
+    stores numbers (`MACHINERY`). Empty where there is no such experiment.
+    """
+    found: dict[str, str] = {}
+    todo = [f"experiments.{name}"]
+    while todo:
+        module = todo.pop()
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None or module in found:
+            continue
+        content = Path(spec.origin).read_bytes()
+        found[module] = hashlib.sha256(content).hexdigest()[:16]
+        todo += _imported(content, module if spec.submodule_search_locations else module.rpartition(".")[0])
+    return found
+
+
+@functools.cache
+def _imported(content: bytes, package: str) -> tuple[str, ...]:
+    """The modules of `jaxgrad` and `experiments` that a source imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                ours = base.split(".")[0] in ("jaxgrad", "experiments")
+                names.add(inner if ours and _is_module(inner) else base)
+    shown = {f"experiments.{module}" for module in MACHINERY} | {"experiments"}
+    return tuple(sorted(n for n in names - shown if n.split(".")[0] in ("jaxgrad", "experiments")))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is a module, not a package
+        return False
+
+
+@contextlib.contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Keep other writers out of a folder for as long as the block; BlockingIOError where one is in it already.
+
+    The lock is on the folder itself and the kernel lets it go when the process ends, however it ends: nothing is
+    left behind by a kill or a reboot. Where the system or the file system has no such locks there is none.
+    """
+    place = Path(folder)
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        yield
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another study is writing to {place}") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def saved(folder: str | Path) -> list[tuple[str, str]]:
     """`(experiment, device)` of every result in `folder`, sorted."""
-    return sorted((path.parent.name, path.stem) for path in Path(folder).glob("*/*.json"))
+    paths = Path(folder).glob("*/*.json")
+    # What verify noted of the quick baseline lies one folder down, too.
+    return sorted((path.parent.name, path.stem) for path in paths if path.name != "verified.json")
 
 
 def surroundings() -> dict[str, Any]:
@@ -275,13 +381,34 @@ def _plain_claims(claims: Sequence[Claim]) -> list[dict[str, Any]]:
     return [{**claim._asdict(), "holds": bool(claim.holds)} for claim in claims]
 
 
+def _sealed(document: dict[str, Any], only: str | None = None) -> dict[str, Any]:
+    """The plain document with the hashes of its parts; `only` one of them renewed."""
+    fresh, old = _digests(document), document.get("sha256")
+    if only is not None:
+        # What was not hashed when it was written is not vouched for now.
+        return document if old is None else document | {"sha256": {**old, only: fresh[only]}}
+    return document | {"sha256": fresh}
+
+
+def _digests(document: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of the claims, which follow the code, and of everything else, which a run made."""
+    results = {key: value for key, value in document.items() if key not in ("claims", "sha256")}
+    return {
+        part: hashlib.sha256(_json(content)).hexdigest()
+        for part, content in (("claims", document["claims"]), ("results", results))
+    }
+
+
 def _json(document: Any) -> bytes:
     text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
 
 
-def _npz(arrays: dict[str, np.ndarray]) -> bytes:
-    """The bytes of an npz: members sorted, stored, dated 1980, so that equal arrays give equal bytes."""
+def npz(arrays: dict[str, np.ndarray], compressed: bool = False) -> bytes:
+    """The bytes of an npz: members sorted, stored, dated 1980, so that equal arrays give equal bytes.
+
+    Compressed, they depend on the version of zlib too.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for key in sorted(arrays):
@@ -290,6 +417,7 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
             info = zipfile.ZipInfo(f"{key}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             info.create_system = 3
             info.external_attr = 0o644 << 16
+            info.compress_type = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
             archive.writestr(info, member.getvalue())
     return buffer.getvalue()
 

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.expected_path import few_features, runs_of
 from experiments.results import Claim
 from jaxgrad import data, models, statistics
@@ -52,7 +51,17 @@ class Config:
 
 
 QUICK = Config(examples=10, batch_sizes=(5,), fractions=(0.1, 0.4, 0.8), seeds=1000, large_eta=0.05, passes=4)
-
+PUBLISHED = {
+    "data": "exact", "features": "exact", "n": "exact", "sizes": "exact", "seeds": "exact", "large/n": "exact",
+    "large/b": "exact", "large/passes": "rounding", "* */measured": "statistical, error * */error",
+    "*/bias error": "rounding", "* */error": "statistical", "* */bias": "statistical, error * */bias error",
+    "large/distinct error": "statistical", "large/reshuffled error": "statistical",
+    "large/distinct": "statistical, error large/distinct error",
+    "large/reshuffled": "statistical, error large/reshuffled error", "large/*": "rounding", "*edge*": "rounding",
+    "*/etas": "rounding", "*/fine": "rounding", "*/bias": "rounding", "*/bias leading": "rounding",
+    "*/exact": "rounding", "*/exact bias": "rounding", "*/floor": "rounding", "whole_with_replacement": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 KINDS: dict[str, Callable[[int], Sampling]] = {
     "with replacement": with_replacement,
     "distinct": distinct,
@@ -70,7 +79,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     batch = Batch(everything.x[chosen], everything.y[chosen])
     problem, start = theory.problem(batch), models.init_linear(batch.x.shape[1])
     n, edge = len(batch.y), theory.edge(problem)
-    keys = jax.random.split(jax.random.key(6), config.seeds)
+    keys = random_keys(6, config.seeds)
     numbers: dict[str, Any] = {
         "data": dataset.name, "features": list(names), "n": n, "edge": edge, "sizes": np.array(config.batch_sizes),
         "seeds": config.seeds, "whole_with_replacement": theory.sgd_edge(problem, with_replacement(n)) / edge,

@@ -27,11 +27,11 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots
+from experiments import plots, random_keys, work
 from experiments.gd_vs_sgd import first_at_most, label_of, sampling_of
 from experiments.report import brief
 from experiments.results import Claim
-from jaxgrad import data, losses, models, noise, optimum, statistics, timing
+from jaxgrad import data, losses, models, noise, optimum, statistics
 from jaxgrad.descent import advance, init, trajectory
 from jaxgrad.sampling import full_batch, with_replacement
 from jaxgrad.theory import least_squares as theory
@@ -69,7 +69,15 @@ QUICK = Config(
     batch_sizes=(1, 64), shares=(0.01,), exact_shares=(0.1, 0.01), most=20_000, seeds=20, path_points=3,
     repeats=6, min_seconds=0.001, rows=4000,
 )  # fmt: skip
-
+PUBLISHED = {
+    "data": "exact", "n": "exact", "labels": "exact", "sizes": "exact", "shares": "exact", "exact_shares": "exact",
+    "most": "exact", "seeds": "exact", "*/steps": "exact", "exact_steps": "exact", "*/record": "exact",
+    "seconds": "timing", "*/first": "statistical, axis 0", "*/mean": "statistical", "*/z": "statistical",
+    "*/eta": "rounding", "*/expected": "rounding", "exact_etas": "rounding", "bound": "rounding",
+    "minimum": "rounding", "start": "rounding", "condition_number": "rounding", "gamma": "rounding",
+    "floor_scale": "rounding", "noise_scale": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 POINTS = 150
 
@@ -105,7 +113,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         numbers |= _runs(config, geometry, batch, {share: (share * gap, best[share][k]) for share in config.shares}, b)
 
     progress("seconds of a step")
-    took = timing.race(
+    took = work.race(
         {label_of(b): _loop(batch, b) for b in sizes}, repeats=config.repeats, min_seconds=config.min_seconds
     )
     numbers["seconds"] = np.array(
@@ -136,7 +144,7 @@ def _runs(
     """Runs with the best step size for each target: gaps at record points to one and a half times the exact steps."""
     label, start = label_of(b), models.init_linear(batch.x.shape[1])
     # One run of GD stands for all.
-    keys = jax.random.split(jax.random.key(11), 1 if b is None else config.seeds)
+    keys = random_keys(11, 1 if b is None else config.seeds)
 
     @jax.jit
     def paths(eta: Any, record: Any) -> Any:
@@ -182,7 +190,7 @@ def _timed_steps(b: int | None) -> int:
 def _loop(batch: Batch, b: int | None) -> Callable[[], Any]:
     """One run alone, so many steps that starting it costs nothing beside them."""
     state, optimizer = init(models.init_linear(batch.x.shape[1]), optax.sgd(1e-3)), optax.sgd(1e-3)
-    go = jax.jit(partial(advance, loss=LOSS, optimizer=optimizer, sampling=sampling_of(b)))
+    go = jax.jit(partial(advance, loss=LOSS, optimizer=optimizer, sampling=sampling_of(b), single=True))
     key, until = jax.random.key(0), jnp.int32(_timed_steps(b))
     return lambda: go(state, key, batch, until)
 

@@ -22,7 +22,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots, side_by_side
+from experiments import plots, work
 from experiments.results import Claim
 from jaxgrad import losses, models, timing
 from jaxgrad.descent import advance, init
@@ -63,7 +63,13 @@ QUICK = Config(
     repeats=7,
     min_seconds=0.002,
 )
-
+PUBLISHED = {
+    "b": "exact", "d": "exact", "rows": "exact", "rows_for_b": "exact", "batch_sizes": "exact", "index_rows": "exact",
+    "shuffle_rows": "exact", "loop_rows": "exact", "loop_columns": "exact", "python_over_loop": "timing, ratio",
+    "batch/*": "timing", "index/*": "timing", "step/*": "timing", "called from Python": "timing",
+    "compiled loop": "timing",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 OPTIMIZER = optax.sgd(1e-3)
 KINDS: dict[str, Callable[[int], Sampling]] = {
@@ -72,12 +78,13 @@ KINDS: dict[str, Callable[[int], Sampling]] = {
     "reshuffled": reshuffled,
 }
 INDEX_STEPS = 1024
+ONE_CORE = 1024
+"""The largest batch whose step one core takes by itself, with so few columns."""
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     def race(contenders: dict[str, Callable[[], Any]], longer: int = 1) -> dict[str, timing.Timing]:
-        side_by_side(lambda contender: contender(), contenders.values())  # compiles them
-        return timing.race(contenders, repeats=config.repeats, min_seconds=longer * config.min_seconds)
+        return work.race(contenders, repeats=config.repeats, min_seconds=longer * config.min_seconds)
 
     numbers: dict[str, Any] = {
         "b": config.b, "d": config.d, "rows": np.array(config.rows), "batch_sizes": np.array(config.batch_sizes),
@@ -150,10 +157,10 @@ def _loop(sampling: Sampling, data: Batch, steps: int) -> Callable[[], Any]:
     """`steps` steps of the compiled loop."""
     state = init(models.init_linear(data.x.shape[1]), OPTIMIZER)
     key = jax.random.key(1)
-    return lambda: _advance(state, key, data, steps, loss=LOSS, optimizer=OPTIMIZER, sampling=sampling)
+    return lambda: _advance(state, key, data, steps, loss=LOSS, optimizer=OPTIMIZER, sampling=sampling, single=True)
 
 
-_advance = jax.jit(advance, static_argnames=("loss", "optimizer", "sampling"))
+_advance = jax.jit(advance, static_argnames=("loss", "optimizer", "sampling", "single"))
 
 
 def _draw(sampling: Sampling, n: int) -> Callable[[], Any]:
@@ -161,7 +168,7 @@ def _draw(sampling: Sampling, n: int) -> Callable[[], Any]:
 
     @jax.jit
     def program(key: Key) -> jax.Array:
-        return jax.vmap(lambda t: sampling.indices(key, t, n))(jnp.arange(INDEX_STEPS))
+        return sampling.ahead(key, 0, INDEX_STEPS, n)
 
     return lambda: program(jax.random.key(1))
 
@@ -265,11 +272,13 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
         )
     )
     sizes, median = numbers["batch_sizes"], numbers["batch/distinct"][0]
-    slope = float((median[-1] - median[-2]) / (sizes[-1] - sizes[-2]) * sizes[-1] / median[-1])
+    # Beyond, a second core takes its part.
+    last = int(np.flatnonzero(sizes <= ONE_CORE)[-1])
+    slope = float((median[last] - median[last - 1]) / (sizes[last] - sizes[last - 1]) * sizes[last] / median[last])
     out.append(
         Claim(
             "C4",
-            f"an SGD step costs O(b): elasticity of its time between b = {sizes[-2]:,} and {sizes[-1]:,}",
+            f"an SGD step costs O(b): elasticity of its time between b = {sizes[last - 1]:,} and {sizes[last]:,}",
             f"{slope:.3g}",
             "0.8 to 1.2",
             0.8 <= slope <= 1.2,

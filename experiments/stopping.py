@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import plots
+from experiments import plots, random_keys
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import State, advance, descend, init, no_improvement, small_gradient, small_step, trajectory
@@ -58,7 +58,18 @@ QUICK = Config(
     fractions=(0.001, 0.01, 0.1, 0.5, 0.9), thresholds=(1e-2, 1e-3), most=4000, batch_sizes=(1, 2), seeds=100,
     watched=200, budget=500,
 )  # fmt: skip
-
+PUBLISHED = {
+    "n": "exact", "p": "exact", "p_few": "exact", "seeds": "exact", "budget": "exact", "watched": "exact",
+    "most": "exact", "sgd_fraction": "exact", "fractions": "exact", "shares": "exact", "thresholds": "exact",
+    "batch_sizes": "exact", "diverging": "exact", "diverging_predicted": "exact", "gd_steps": "exact",
+    "GD/*/steps": "exact", "*/fired": "exact", "false/steps": "exact", "fine_time": "exact", "gd_predicted": "exact",
+    "false/stopped": "statistical, count of seeds", "fired/*": "statistical, axis 0", "rms/*[1]": "statistical",
+    "SGD/*": "statistical, axis 0", "GD/*": "rounding", "gd_excess": "rounding", "edge": "rounding",
+    "start": "rounding", "compared_start": "rounding", "condition_number": "rounding", "diverging_excess": "rounding",
+    "at_once": "rounding", "certified": "rounding", "false/predicted": "rounding", "fine": "rounding",
+    "fine_gap": "rounding", "rms/*": "rounding",
+}  # fmt: skip
+"""What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)
 FEW = ("bmi", "s5")
 """Columns of the small problem of the false stops: with the bias, p = 3."""
@@ -131,7 +142,7 @@ def _gd(config: Config, batch: Batch) -> dict[str, Any]:
 def _false_stops(config: Config, batch: Batch) -> dict[str, Any]:
     """Share of steps at SGD's floor that are shorter than each threshold, per batch size."""
     geometry = theory.problem(batch)
-    keys = jax.random.split(jax.random.key(7), config.seeds)
+    keys = random_keys(7, config.seeds)
     best = Linear(jnp.asarray(geometry.minimiser[:-1]), jnp.asarray(geometry.minimiser[-1]))
     settle = 200
     numbers: dict[str, Any] = {
@@ -183,7 +194,7 @@ def _compared(config: Config, diabetes: Any) -> dict[str, Any]:
         "small gradient": small_gradient(1e-2, every=10),
         "validation": no_improvement(validation, patience=10, every=10),
     }
-    keys = jax.random.split(jax.random.key(3), statistics.MINIMUM_SEEDS)
+    keys = random_keys(3, statistics.MINIMUM_SEEDS)
     numbers: dict[str, Any] = {"budget": config.budget, "compared_start": float(theory.excess_loss(geometry, start))}
     b = 8
     for name, sampling in (("GD", full_batch()), ("SGD", distinct(b))):

@@ -8,6 +8,8 @@ A parameter whose bias is `None` has no bias: the field is an empty pytree and n
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -63,11 +65,16 @@ def init_deep(key: Key, sizes: Sequence[int], *, bias: bool = True, dtype: Any =
     """
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes must name at least an input and an output width, each >= 1; got {tuple(sizes)}")
-    keys = jax.random.split(key, len(sizes) - 1)
+    return _random_layers(key, tuple(sizes), bias, dtype)
+
+
+# One program with one draw: compiling a draw takes longer than anything else a small net needs at its start.
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _random_layers(key: Key, sizes: tuple[int, ...], bias: bool, dtype: Any) -> Deep:
+    shapes = list(pairwise(sizes))
+    ends = list(accumulate(m * n for m, n in shapes))
+    draws = jnp.split(jax.random.normal(key, (ends[-1],), dtype), ends[:-1])
     return tuple(
-        Layer(
-            jax.random.normal(k, (m, n), dtype) / jnp.sqrt(jnp.asarray(m, dtype)),
-            jnp.zeros(n, dtype) if bias else None,
-        )
-        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
+        Layer(draw.reshape(m, n) / jnp.sqrt(jnp.asarray(m, dtype)), jnp.zeros(n, dtype) if bias else None)
+        for draw, (m, n) in zip(draws, shapes, strict=True)
     )

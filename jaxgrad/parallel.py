@@ -658,17 +658,18 @@ class Weighting:
 
 
 class _Placed(NamedTuple):
-    """The indices of one machine, as places among rows that are filled up device by device."""
+    """The indices of one machine, of one step or of many, as places among rows that are filled up device by device."""
 
-    draw: Callable[[Key, Any, int, int], jax.Array]
+    draw: Callable[..., jax.Array]
     counts: tuple[int, ...]
 
-    def __call__(self, key: Key, step: Any, n: int, b: int) -> jax.Array:
+    def __call__(self, *which: Any) -> jax.Array:
         counts = np.array(self.counts)
         ends = np.cumsum(counts)
         # Row i is on the device d with ends[d-1] <= i < ends[d], so far behind where it would be without filling.
         behind = (np.arange(len(counts)) * counts.max() - (ends - counts)).astype(np.int32)
-        indices = self.draw(key, step, int(ends[-1]), b)
+        *key_and_step, _, b = which  # n would count what fills up
+        indices = self.draw(*key_and_step, int(ends[-1]), b)
         device = jnp.searchsorted(jnp.asarray(ends[:-1], jnp.int32), indices, side="right")
         return indices + jnp.asarray(behind)[device]
 
@@ -683,7 +684,8 @@ def on(sharded: Sharded, loss: Loss, sampling: Sampling) -> tuple[Loss, Any, Sam
     if sharded.weight is None:
         return loss, sharded.batch, sampling
     if sampling.batch_size is not None and sampling.name != STRATIFIED:
-        sampling = sampling._replace(draw=_Placed(sampling.draw, sharded.counts))
+        many = sampling.draw_many and _Placed(sampling.draw_many, sharded.counts)
+        sampling = sampling._replace(draw=_Placed(sampling.draw, sharded.counts), draw_many=many)
     return Weighting(loss), Weighted(sharded.batch, sharded.weight), sampling
 
 
@@ -711,7 +713,7 @@ def stratified(b: int, counts: Sequence[int]) -> Sampling:
             f"cannot draw {b // len(counts)} different examples from a share of {min(counts)}: "
             f"use b <= {min(counts) * len(counts)}"
         )
-    return Sampling(STRATIFIED, b, _FromShares(counts), _TakeShares(counts))
+    return Sampling(STRATIFIED, b, _FromShares(counts), take=_TakeShares(counts))
 
 
 class _FromShares(NamedTuple):

@@ -30,9 +30,14 @@ _NETWORKS = 5
 _MAX_EXAMPLES = 2**31 - 1
 
 
-def full_batch() -> Sampling:
-    """Every example, in order, every step: the gradient is exact and the descent is GD (F3)."""
-    return Sampling("full batch", None, _every)
+def full_batch(rows: int | None = None) -> Sampling:
+    """Every example, in order, every step: the gradient is exact and the descent is GD (F3).
+
+    With `rows`, that gradient is evaluated over blocks of so many rows and added up: the same to rounding, for a loss
+    that is a mean over examples, in one pass over the data and in bounded memory (`jaxgrad.blocks`). `descend`
+    chooses it by itself where it pays.
+    """
+    return Sampling("full batch", None, _every, None if rows is None else _positive("rows", rows))
 
 
 def with_replacement(b: int) -> Sampling:
@@ -62,15 +67,19 @@ def reshuffled(b: int) -> Sampling:
 
     Raises ValueError if `b < 1`, and on drawing if `b > n`.
     """
-    return Sampling("reshuffled", _batch_size(b), _pass_order)
+    return Sampling("reshuffled", _batch_size(b), _pass_order, draw_many=_pass_orders)
 
 
 def _batch_size(b: int) -> int:
-    if isinstance(b, bool) or not isinstance(b, int):
-        raise TypeError(f"the batch size b must be an int, got {b!r} ({type(b).__name__})")
-    if b < 1:
-        raise ValueError(f"the batch size b must be at least 1, got {b}")
-    return b
+    return _positive("the batch size b", b)
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def check_sizes(sampling: Sampling, n: int) -> None:
@@ -102,6 +111,8 @@ def _independent(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
 
 def _fresh_order(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
     check_sizes(distinct(b), n)
+    if b == 1:
+        return _independent(key, step, n, b)  # one example is different from no other
     return permuted(_stream(key, step), jnp.arange(b, dtype=jnp.int32), n)
 
 
@@ -111,6 +122,21 @@ def _pass_order(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
     step = jnp.asarray(step, jnp.int32)
     positions = (step % steps_per_pass) * b + jnp.arange(b, dtype=jnp.int32)
     return permuted(_stream(key, step // steps_per_pass), positions, n)
+
+
+def _pass_orders(key: Key, first: Any, steps: int, n: int, b: int) -> Int[Array, "steps b"]:
+    """`_pass_order` of many steps: what a pass has of random words is computed once a pass, not once a step."""
+    check_sizes(reshuffled(b), n)
+    steps_per_pass = n // b
+    step = jnp.asarray(first, jnp.int32) + jnp.arange(steps, dtype=jnp.int32)
+    place, start = step // steps_per_pass, jnp.asarray(first, jnp.int32) // steps_per_pass
+    passes = (steps + steps_per_pass - 2) // steps_per_pass + 1  # as many as so many steps can touch
+    of_pass = lambda k: _order_words(_stream(key, start + k), n)  # noqa: E731
+    words = jax.vmap(of_pass, out_axes=-1)(jnp.arange(passes, dtype=jnp.int32))
+    # A choice of two is faster than a look into a table.
+    words = jnp.where(place > start, words[..., 1:], words[..., :1]) if passes == 2 else words[..., place - start]
+    positions = (step % steps_per_pass)[:, None] * b + jnp.arange(b, dtype=jnp.int32)[None, :]
+    return _ordered(words[..., None], positions, n)
 
 
 Stream = tuple[UInt[Array, ""], UInt[Array, ""]]
@@ -127,18 +153,28 @@ def permuted(stream: Stream, positions: Int[Array, " b"], n: int) -> Int[Array, 
     allows; they sit a network out, and the rotation takes them into the next. Nothing is rejected: all n cost the
     same.
     """
+    return _ordered(_order_words(stream, n)[..., None], positions, n)
+
+
+def _order_words(stream: Stream, n: int) -> UInt[Array, "..."]:
+    """The random words that determine a random order of n: one each, or three for each network."""
+    return _words(stream, n) if n <= EXACT_UP_TO else _words(stream, 3 * _NETWORKS).reshape(_NETWORKS, 3)
+
+
+def _ordered(words: UInt[Array, "..."], positions: Int[Array, "..."], n: int) -> Int[Array, "..."]:
+    """The order at `positions`, for words that are one or as many as there are positions, behind their first axes."""
     if n <= EXACT_UP_TO:
         # The rank of a random word among n of them, which are all different.
-        words = _words(stream, n)
-        return jnp.sum(words[None, :] < words[positions][:, None], axis=1, dtype=jnp.int32)
+        words = jnp.broadcast_to(words, (n, *positions.shape))
+        mine = jnp.take_along_axis(words, positions[None], axis=0)
+        return jnp.sum(words < mine, axis=0, dtype=jnp.int32)
     p, q = _grid(n)
-    keys = _words(stream, 3 * _NETWORKS).reshape(_NETWORKS, 3)
 
-    def network(i: Any, x: UInt[Array, " b"]) -> UInt[Array, " b"]:
+    def network(i: Any, x: UInt[Array, "..."]) -> UInt[Array, "..."]:
         l, r = x // q, x % q
-        l = _added(l, _scaled(_hash(r, keys[i, 0]), p), p)
-        r = _added(r, _scaled(_hash(l, keys[i, 1]), q), q)
-        return _added(jnp.where(x < p * q, l * q + r, x), _scaled(keys[i, 2], n), n)
+        l = _added(l, _scaled(_hash(r, words[i, 0]), p), p)
+        r = _added(r, _scaled(_hash(l, words[i, 1]), q), q)
+        return _added(jnp.where(x < p * q, l * q + r, x), _scaled(words[i, 2], n), n)
 
     # A loop, not unrolled: it compiles faster, and a draw of many steps runs as fast.
     return jax.lax.fori_loop(0, _NETWORKS, network, positions.astype(jnp.uint32)).astype(jnp.int32)
@@ -151,7 +187,7 @@ def _grid(n: int) -> tuple[int, int]:
     return p, n // p
 
 
-def _added(x: UInt[Array, " b"], shift: UInt[Array, "..."], m: int) -> UInt[Array, " b"]:
+def _added(x: UInt[Array, "..."], shift: UInt[Array, "..."], m: int) -> UInt[Array, "..."]:
     """`x + shift` mod m, for both below m."""
     moved = x + shift
     return jnp.where(moved >= m, moved - jnp.uint32(m), moved)
@@ -173,7 +209,7 @@ def _words(stream: Stream, count: int) -> UInt[Array, " count"]:
     return _hash(_hash(jnp.arange(count, dtype=jnp.uint32), stream[0]), stream[1])
 
 
-def _hash(x: UInt[Array, "..."], round_key: UInt[Array, ""]) -> UInt[Array, "..."]:
+def _hash(x: UInt[Array, "..."], round_key: UInt[Array, "..."]) -> UInt[Array, "..."]:
     """A 32-bit mix of value and key, every input bit on every output bit, one-to-one in x (MurmurHash3)."""
     x = (x ^ round_key) * jnp.uint32(0x9E3779B1) + round_key
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

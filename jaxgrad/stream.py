@@ -178,7 +178,11 @@ class Streamed:
     scale: tuple[float, ...] | None
 
     def __call__(self, params: Params, rows: Any) -> jax.Array:
-        return self.loss(params, _as_batch(rows, self.target, self.shift, self.scale))
+        return self.loss(params, self.batch(rows))
+
+    def batch(self, rows: Any) -> Any:
+        """Rows as the loss sees them."""
+        return _as_batch(rows, self.target, self.shift, self.scale)
 
 
 def of_rows(loss: Loss, rows: Rows) -> Streamed:
@@ -369,9 +373,18 @@ class _InOrder(NamedTuple):
         return (jnp.asarray(step, jnp.int32) % self.steps) * b + jnp.arange(b, dtype=jnp.int32)
 
 
-def in_order(b: int, steps: int) -> Sampling:
+class _Take(NamedTuple):
+    """Rows of a block as the loss sees them: not for the loss to do, whose step then is the one of rows in memory."""
+
+    loss: Streamed
+
+    def __call__(self, rows: Any, indices: Any) -> Any:
+        return self.loss.batch(rows.at[indices].get(mode="promise_in_bounds"))
+
+
+def in_order(b: int, steps: int, loss: Streamed) -> Sampling:
     """Rows as they come: what the step sees when a block of steps was fetched for it."""
-    return Sampling("in order", b, _InOrder(steps))
+    return Sampling("in order", b, _InOrder(steps), take=_Take(loss))
 
 
 # --- steps and full passes -------------------------------------------------------------------------------------
@@ -383,29 +396,31 @@ def programs(
     judge: Callable[..., Any],
     rows: Rows,
     sampling: Sampling,
-    loss: Loss,
+    loss: Streamed,
     reader: Reader | None,
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """The three programs of `descend` (steps, record, stopping rule), for rows on disk; `loss` takes raw rows."""
 
-    def sgd(state: Any, key: Key, data: Any, until: Any, *, halt: Any) -> Any:
+    def sgd(state: Any, key: Key, data: Any, until: Any, *, halt: Any, **how: Any) -> Any:
         del data
         assert reader is not None
         assert sampling.batch_size is not None
         now, until = int(state.step), int(until)
-        ordered = in_order(sampling.batch_size, reader.steps)
+        ordered = in_order(sampling.batch_size, reader.steps, loss)
         if now >= until:
             # Nothing to do but to compile. To fetch a block here would take it off the clock.
             nothing = jnp.zeros((reader.steps * sampling.batch_size, rows.columns), rows.dtype)
-            return go(state, key, nothing, np.int32(until), sampling=ordered, halt=halt)
+            return go(state, key, nothing, np.int32(until), loss=loss.loss, sampling=ordered, halt=halt, **how)
         while True:
             number = now // reader.steps
             now = min(until, (number + 1) * reader.steps)
-            state = go(state, key, reader.block(number), np.int32(now), sampling=ordered, halt=halt)
+            state = go(
+                state, key, reader.block(number), np.int32(now), loss=loss.loss, sampling=ordered, halt=halt, **how
+            )
             if now >= until or (halt is not None and bool(state.halted)):
                 return state
 
-    def gd(state: Any, key: Key, data: Any, until: Any, *, halt: Any) -> Any:
+    def gd(state: Any, key: Key, data: Any, until: Any, *, halt: Any, **how: Any) -> Any:
         del data
         if int(state.step) >= int(until):
             value_and_gradient(loss, state.params, _few(rows))  # nothing to do but to compile
@@ -413,7 +428,7 @@ def programs(
             _, gradient = value_and_gradient(loss, state.params, rows)
             slope = jax.tree.map(lambda leaf: leaf[None], gradient)
             # The gradient of ⟨g, w⟩ is g: the same compiled step, with a gradient that is known.
-            state = go(state, key, slope, np.int32(now + 1), loss=_along, halt=halt)
+            state = go(state, key, slope, np.int32(now + 1), loss=_along, halt=halt, **how)
             if halt is not None and bool(state.halted):
                 break
         return state

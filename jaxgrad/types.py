@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Params: TypeAlias = Any
@@ -70,6 +71,10 @@ class Sampling(NamedTuple):
     """b, or None for the full batch."""
     draw: Callable[[Key, Any, int, int], Int[Array, " b"]]
     """`draw(key, step, n, b) -> int32[b]`, pure."""
+    rows: int | None = None
+    """Of the full batch: evaluate its gradient over blocks of so many rows (`jaxgrad.blocks`)."""
+    draw_many: Callable[[Key, Any, int, int, int], Int[Array, "steps b"]] | None = None
+    """`draw_many(key, first, steps, n, b) -> int32[steps, b]`: the same, for many steps in less time."""
     take: Callable[[Any, Any], Any] | None = None
     """`take(data, indices) -> batch`, pure; None: those rows of every array."""
 
@@ -82,3 +87,9 @@ class Sampling(NamedTuple):
         if self.take is not None:
             return self.take(data, indices)
         return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="promise_in_bounds"), data)
+
+    def ahead(self, key: Key, first: Any, steps: int, n: int) -> Int[Array, "steps b"]:
+        """The examples of `steps` steps from step `first` on: the same as `indices` for each of them."""
+        if self.draw_many is not None:
+            return self.draw_many(key, first, steps, n, self.batch_size or n)
+        return jax.vmap(lambda step: self.indices(key, step, n))(first + jnp.arange(steps, dtype=jnp.int32))

@@ -23,10 +23,13 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import plots, report, results, verdicts
+from experiments import page, plots, published, report, results, verdicts, verify, work
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
+# The command imports them when it needs them, which it could not from the package that is made up below.
+assert published
+assert verify
 
 FAKE = '''
 """A straight line has a slope.
@@ -47,6 +50,7 @@ class Config:
     target: str | None = None
 
 QUICK = Config(n=5)
+PUBLISHED = {"names": "exact", "*": "rounding"}
 
 def run(config, progress):
     if config.data == "broken":
@@ -86,6 +90,7 @@ class Config:
     broken: bool = True
 
 QUICK = Config(broken=False)
+PUBLISHED = {"one": "exact"}
 
 def run(config, progress):
     if config.broken:
@@ -409,6 +414,7 @@ class TestCommand:
             "line/cpu.npz",
             "line/figure.png",
             "line/figure.svg",
+            "report.html",
         ]
         assert "results-quick" in err
         assert "line: drawing a line" in err
@@ -540,7 +546,7 @@ class TestCommand:
         listeners, now = [], [0.0]
         monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
         monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-        clock = command.compile_clock()
+        clock = work._new_clock()
         for end, seconds, event in [
             (3.0, 1.0, "/jax/core/compile/backend_compile_duration"),
             (5.0, 4.0, "/jax/core/compile/jaxpr_trace_duration"),
@@ -554,7 +560,7 @@ class TestCommand:
     def test_the_compile_clock_hears_jax(self):
         import jax
 
-        clock = command.compile_clock()
+        clock = work._new_clock()
         before = time.perf_counter()
         jax.jit(lambda x: x * 3.0 + 1.0).lower(2.0).compile()
         assert 0 < clock() <= time.perf_counter() - before
@@ -564,7 +570,7 @@ class TestReport:
     def test_everything_is_drawn_again_byte_for_byte(self, study, capsys):
         assert command.main(["line"]) == 0
         before = contents(study / "results")
-        for path in ("README.md", "line/figure.svg", "line/figure.png"):
+        for path in ("README.md", "report.html", "line/figure.svg", "line/figure.png"):
             (study / "results" / path).unlink()
         assert command.main(["report"]) == 0
         assert contents(study / "results") == before
@@ -613,6 +619,7 @@ class TestReport:
         assert "it is very steep" in (study / "results" / "README.md").read_text()
         assert [claim["text"] for claim in after.pop("claims")][2] == "it is very steep"
         assert before.pop("claims")
+        assert after["sha256"].pop("claims") != before["sha256"].pop("claims")
         assert after == before
 
     def test_the_front_page_is_filled_from_the_study_only(self, study, capsys):
@@ -657,8 +664,13 @@ def copy_of_the_study(folder, **extra):
     """The package of experiments without its experiments, plus some, in a folder of its own."""
     package = folder / "experiments"
     package.mkdir()
-    for name in ("__init__", "__main__", "results", "plots", "report", "verdicts"):
+    for name in (
+        "__init__", "__main__", "results", "plots", "report", "verdicts", "page", "inline", "work", "published",
+        "spread", "verify",
+    ):  # fmt: skip
         shutil.copy(ROOT / "experiments" / f"{name}.py", package)
+    for name in ("page.html", "page.css", "page.js", "explorer.js"):
+        shutil.copy(ROOT / "experiments" / name, package)
     for name, source in extra.items():
         (package / f"{name}.py").write_text(source)
     return [sys.executable, "-m", "experiments"]
@@ -733,7 +745,9 @@ class TestProcess:
                     break
             lines += process.stderr.readlines()
             assert process.wait(timeout=30) == 130
-        last = "interrupted during line, whose earlier results are untouched; formulas finished\n"
+        last = (
+            "interrupted during line, whose earlier results are untouched; formulas finished; --resume does the rest\n"
+        )
         assert lines[-1] == last
         assert "Traceback" not in "".join(lines)
         after = contents(tmp_path / "results")
@@ -741,6 +755,81 @@ class TestProcess:
         assert sorted(str(path) for path in set(after) - set(before)) == [
             f"formulas/{name}" for name in ("cpu.json", "cpu.npz", "figure.png", "figure.svg")
         ]
+
+    def test_while_one_measures_the_others_stand_still(self, tmp_path):
+        """`line` counts seconds alone for 0.4 s; `bare` meanwhile writes down the time each 10 ms."""
+        ticks = tmp_path / "ticks"
+        work = f"""
+    import time
+    from pathlib import Path
+    with Path({str(ticks)!r}).open("a") as file:
+        for _ in range(150):
+            print(time.time(), file=file, flush=True)
+            time.sleep(0.01)
+    return {{"one": 1}}
+"""
+        measures = FAKE.replace("QUICK =", "TIMED = True\nQUICK =").replace(
+            '    progress("drawing a line")\n',
+            f"""
+    import time
+    from pathlib import Path
+    from experiments.work import alone
+    while not Path({str(ticks)!r}).exists():
+        time.sleep(0.01)
+    with alone():
+        time.sleep(0.05)
+        span = [time.time()]
+        progress("measuring")
+        time.sleep(0.4)
+        span.append(time.time())
+    Path({str(tmp_path / "span")!r}).write_text(" ".join(map(str, span)))
+""",
+        )
+        run = copy_of_the_study(tmp_path, line=measures, bare=BARE.replace('    return {"one": 1}\n', work))
+        subprocess.run([*run, "--quick"], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        start, end = map(float, (tmp_path / "span").read_text().split())
+        times = [float(line) for line in ticks.read_text().splitlines()]
+        assert len(times) == 150
+        assert [t for t in times if start < t < end] == []
+        assert any(t > end for t in times)
+
+    def test_a_worker_that_dies_is_named(self, tmp_path):
+        dies = FAKE.replace('    progress("drawing a line")\n', "    import os; os._exit(1)\n")
+        run = copy_of_the_study(tmp_path, line=dies, bare=BARE)
+        done = subprocess.run([*run, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert "error: a worker process died in" in done.stderr
+
+    def test_workers_end_with_who_started_them(self, tmp_path):
+        """Even after SIGKILL, which nobody can answer."""
+        pids = tmp_path / "pids"
+        waits = f"""
+    import os, time
+    from pathlib import Path
+    Path({str(pids)!r}).open("a").write(f"{{os.getpid()}} ")
+    time.sleep(60)
+    return {{"one": 1}}
+"""
+        waiting = BARE.replace('    return {"one": 1}\n', waits)
+        run = copy_of_the_study(tmp_path, one=waiting, two=waiting)
+        with subprocess.Popen([*run, "--quick"], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+            until = time.monotonic() + 50
+            while time.monotonic() < until and not (pids.exists() and len(pids.read_text().split()) == 2):
+                time.sleep(0.05)
+            process.kill()
+        workers = [int(pid) for pid in pids.read_text().split()]
+        assert len(workers) == 2
+
+        def alive(pid):
+            try:
+                return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            except OSError:
+                return False
+
+        until = time.monotonic() + 20
+        while time.monotonic() < until and any(map(alive, workers)):
+            time.sleep(0.05)
+        assert not any(map(alive, workers))
 
     def test_a_reader_that_leaves_early_is_no_error(self):
         reader, writer = os.pipe()
@@ -786,6 +875,12 @@ def test_the_quick_study_runs_every_experiment(tmp_path):
     assert len(figures) == 2 * len(chapters)
     report.draw(tmp_path, list(chapters.values()))
     assert [path for path, drawn in figures.items() if path.read_bytes() != drawn] == []
+    # On this Python and its JAX, whichever they are, the numbers are those that are committed.
+    arguments = ["verify", "--quick", "--rerun", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.skipif(not results.saved(ROOT / "results"), reason="no results are committed yet")
@@ -794,7 +889,8 @@ class TestCommitted:
     def copy(self, tmp_path):
         shutil.copytree(ROOT / "results", tmp_path / "results")
         shutil.copy(ROOT / "README.md", tmp_path)
-        (tmp_path / "tests").mkdir()  # the report links them where they are
+        for name in ("tests", "experiments"):
+            (tmp_path / name).mkdir()  # the report links them where they are
         return tmp_path
 
     def test_the_report_and_the_front_page_are_those_of_the_data(self, copy):
@@ -803,14 +899,15 @@ class TestCommitted:
         before = contents(copy)
         chapters = report.load(folder)
         report.write(folder, chapters)
+        page.write(folder, chapters)
         report.front_page(copy / "README.md", folder, chapters)
         assert {path for path, old in contents(copy).items() if before.get(path) != old} == set()
 
     def test_every_link_leads_somewhere(self, copy):
-        for page in (copy / "README.md", copy / "results" / "README.md"):
-            for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text()):
-                target = (page.parent / link).relative_to(copy)
-                assert (ROOT / target).exists(), f"{page.name}: {link}"
+        for readme in (copy / "README.md", copy / "results" / "README.md"):
+            for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", readme.read_text()):
+                target = (readme.parent / link).relative_to(copy)
+                assert (ROOT / target).exists(), f"{readme.name}: {link}"
 
     def test_every_row_of_the_lecture_is_settled(self):
         claims = report.claims_of(report.load(ROOT / "results"))

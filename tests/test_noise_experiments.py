@@ -81,7 +81,7 @@ def numbers():
     loss = losses.mean_loss(models.linear, losses.squared)
     problem = gradient_noise.Problem("case", "", loss, models.init_linear(10), batch, 0.05)
     config = gradient_noise.Config(batch_sizes=(B,), path=(0, 5), seeds=5000)
-    measured = gradient_noise._measure(problem, jax.random.key(3), config)
+    measured = gradient_noise._measure(problem, 3, config)
     return {"problems": ["case"]} | {f"case/{key}": value for key, value in measured.items()}
 
 

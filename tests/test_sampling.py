@@ -120,6 +120,24 @@ def test_the_same_indices_alone_jitted_vmapped_and_in_any_chunking(kind, n):
     assert len({tuple(row) for row in alone.reshape(-1, 5).tolist()}) == 4 * steps, "keys and steps differ"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("n", "b"), [(SMALL, 1), (SMALL, 5), (SMALL, 12), (LARGE, 1), (LARGE, 5), (LARGE, 50), (10**6, 8)]
+)
+@pytest.mark.parametrize("steps", [1, 2, 40])
+def test_many_steps_at_once_are_the_steps_one_by_one(kind, n, b, steps):
+    """Whatever pass they begin in, however many passes they touch, for a first step known or traced, for many keys."""
+    s, keys = kind(b), jax.random.split(jax.random.key(3), 2)
+    one_by_one = jax.jit(jax.vmap(lambda key, t: s.indices(key, t, n), (None, 0)))
+    ahead = jax.jit(lambda key, first: s.ahead(key, first, steps, n))
+    for first in (0, 1, n // b - 1, 7 * (n // b) + 3):
+        expected = one_by_one(keys[0], first + jnp.arange(steps))
+        np.testing.assert_array_equal(s.ahead(keys[0], first, steps, n), expected)
+        np.testing.assert_array_equal(ahead(keys[0], jnp.int32(first)), expected)
+    both = jax.vmap(ahead, (0, None))(keys, jnp.int32(4))
+    np.testing.assert_array_equal(both[1], one_by_one(keys[1], 4 + jnp.arange(steps)))
+
+
 @pytest.mark.parametrize("n", [1, 3, 65_535, 65_536, 10**7, 2**30 + 7, 2**31 - 1])
 def test_random_words_are_scaled_as_python_scales_them(n):
     """32 × 31 bits in 32-bit arithmetic, and the 64-bit fraction of a draw with its carry, for every size of n."""

@@ -1,0 +1,291 @@
+"""One experiment, from its settings to what is to be written of it: what the study gives to a process of its own.
+
+Nothing is written here. `perform` runs, judges and draws, and returns it all; the process that was asked for the
+study writes it. So nobody else writes, whatever becomes of the workers.
+"""
+
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import experiments
+from experiments import Entry
+
+
+class Task(NamedTuple):
+    """What to run, and how."""
+
+    entry: Entry
+    overrides: dict[str, Any]
+    """Settings that differ from the experiment's own; it takes those that it has."""
+    quick: bool
+    device: str
+    """`cpu` or `gpu`: it names the files."""
+    bare: bool = False
+    """Numbers only, no figure."""
+
+
+class Product(NamedTuple):
+    """What an experiment yields."""
+
+    config: Any
+    numbers: dict[str, Any]
+    """As they will be read back."""
+    claims: list[Any]
+    figure: dict[str, bytes]
+    """The two files by their kind; none for a bare task."""
+    times: dict[str, float]
+
+
+class Failure(NamedTuple):
+    """Why it yields nothing."""
+
+    words: str
+    """For the person: the error alone where it is theirs to mend, else with where it came from."""
+    persons: bool
+    missing: bool
+    """Whether a package is missing."""
+
+
+def perform(task: Task, status: Callable[[str], None]) -> Product | Failure:
+    """Run an experiment and draw it. What it raises is returned, in words; an interrupt passes."""
+    try:
+        return _product(task, status)
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
+        persons = is_the_persons(error, task)
+        return Failure(str(error) if persons else short_traceback(error), persons, missing)
+
+
+def _product(task: Task, status: Callable[[str], None]) -> Product:
+    import jax
+
+    from experiments import plots, published, report, results
+
+    name = task.entry.name
+    status(name)
+    module = importlib.import_module(f"experiments.{name}")
+    declared = getattr(module, "PUBLISHED", None)
+    if declared is None:
+        raise TypeError(published.undeclared(name))
+    config = configure(task.entry, task.overrides, task.quick)
+    clock = compile_clock()
+    if task.entry.timed:
+        # It pays for its own compilation, whichever ran before, and what they compile does not pile up.
+        jax.clear_caches()
+    start, compiled_before = time.perf_counter(), clock()
+    numbers = module.run(config, lambda message: status(f"{name}: {message}"))
+    times = {
+        "seconds": round(time.perf_counter() - start, 3),
+        "compile_seconds": round(clock() - compiled_before, 3),
+    }
+    numbers = results.as_saved(numbers)
+    published.parts(name, numbers, declared)
+    if "data" in task.overrides and Path(str(getattr(config, "data", ""))).exists():
+        # Published settings name the file, not where somebody keeps it.
+        config = dataclasses.replace(config, data=Path(config.data).name)
+    claims = module.claims(numbers)
+    if task.bare:
+        return Product(config, numbers, claims, {}, times)
+    margin = report.origin(name, task.device, results.surroundings() | {"sha256": results.digest(numbers)})
+    return Product(config, numbers, claims, plots.render(module.draw(numbers), margin=margin), times)
+
+
+def configure(entry: Entry, overrides: dict[str, Any], quick: bool) -> Any:
+    """The settings of an experiment: its own, and those of the overrides that it has."""
+    module = importlib.import_module(f"experiments.{entry.name}")
+    settings = {key: value for key, value in overrides.items() if key in entry.fields}
+    return dataclasses.replace(module.QUICK if quick else module.Config(), **settings)
+
+
+# --- in a process of its own -----------------------------------------------------------------------------------
+
+_speak: Callable[[str], None] = print
+_workers: Any = None
+"""The process ids of all workers, 0 where there is none yet; its lock is held by who speaks."""
+_alone = False
+nudge: int | None = None
+"""For an echo of the study (`experiments.spread`): which nudge its data get, in every process."""
+
+
+def start(folders: Sequence[str], device: str, messages: Any, workers: Any, nudge: int | None) -> None:
+    """Make a new process ready for `perform_here`: where experiments are, what to compute on, who hears of it."""
+    global _speak, _workers
+    from experiments import plots, published, report, spread  # noqa: F401  while `experiments` is where it is
+
+    def speak(text: str) -> None:
+        with workers.get_lock():
+            messages.put(text)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    experiments.__path__[:] = folders  # type: ignore[index]
+    _speak, _workers = speak, workers
+    start_jax(device)
+    if nudge is not None:
+        spread.nudge_data(nudge)
+    with workers.get_lock():
+        workers[list(workers).index(0)] = os.getpid()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Nothing else of the study computes while the block runs: for what is timed.
+
+    The other workers are stopped where they are, and go on behind it. What is timed can so be compiled beside them.
+    """
+    global _alone
+    stopped: list[int] = []
+    if _workers is not None and CAN_STOP and not _alone:
+        with _workers.get_lock():  # nobody is stopped while speaking, which others wait for
+            stopped = [pid for pid in _workers if pid not in (0, os.getpid())]
+            for pid in stopped:
+                _signal(pid, signal.SIGSTOP)
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+        for pid in stopped:
+            _signal(pid, signal.SIGCONT)
+
+
+CAN_STOP = hasattr(signal, "SIGSTOP")
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def race(contenders: dict[str, Callable[[], Any]], **options: Any) -> dict[str, Any]:
+    """`timing.race` of contenders that are compiled side by side before, and then have the machine to themselves."""
+    from jaxgrad import timing
+
+    experiments.side_by_side(lambda contender: contender(), contenders.values())
+    with alone():
+        return timing.race(contenders, **options)
+
+
+def perform_here(task: Task) -> Product | Failure:
+    """`perform`, in a process that is ready."""
+    return perform(task, _speak)
+
+
+def start_jax(device: str | None, join: bool = False) -> str:
+    """Import JAX for a device and name what it computes on; matrix products are exact to float32.
+
+    With `join`, as one of several processes where this was started as one (`jaxgrad.parallel.start`).
+    """
+    import jax
+
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    keep_compiled()
+    # A GPU would otherwise round the factors of a product to fewer bits than the CPU does.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if join:
+        from jaxgrad import parallel
+
+        parallel.start()
+    return jax.default_backend()
+
+
+def keep_compiled() -> None:
+    """Let JAX keep what it compiles in the person's cache folder, so that the next start need not compile it again.
+
+    A setting of this process, not of its environment: what times a cold start in a process of its own has none.
+    Where `JAX_COMPILATION_CACHE_DIR` is set, that folder is used; empty, it turns this off.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxgrad" / "compiled"))
+    # As JAX comes, it keeps only what took more than a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_clock() -> Callable[[], float]:
+    """The clock that runs while JAX traces, lowers or compiles: seconds of every core at work on it, in this process.
+
+    JAX tells of each such span when it ends. One that was spent within another (an operation on constants is
+    compiled while a function is traced) counts once.
+    """
+    global _clock
+    if _clock is None:
+        _clock = _new_clock()
+    return _clock
+
+
+_clock: Callable[[], float] | None = None
+
+
+def _new_clock() -> Callable[[], float]:
+    import jax
+
+    spans: dict[int, list[tuple[float, float]]] = {}
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            mine = spans.setdefault(threading.get_ident(), [])
+            end = time.perf_counter()
+            start = end - duration_secs
+            while mine and mine[-1][0] >= start:
+                mine.pop()
+            mine.append((start, end))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: sum(end - start for own in list(spans.values()) for start, end in own)
+
+
+def is_the_persons(error: Exception, task: Task) -> bool:
+    """Whether the person can mend it: a package is missing, or their data or seeds do not do.
+
+    Data do not do where reading them failed, or where our code says so in a `raise`; what NumPy or JAX stumble over
+    is the experiment's own failure.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        return True
+    if not task.overrides or not isinstance(error, ValueError | OSError):
+        return False
+    import jaxgrad
+
+    frames = traceback.extract_tb(error.__traceback__)
+    reading = Path(jaxgrad.__path__[0]) / "data"
+    ours = [Path(folder) for folder in (*experiments.__path__, *jaxgrad.__path__)]
+    said = (frames[-1].line or "").startswith("raise") and any(
+        Path(frames[-1].filename).is_relative_to(folder) for folder in ours
+    )
+    return said or ("data" in task.overrides and any(Path(f.filename).is_relative_to(reading) for f in frames))
+
+
+def short_traceback(error: Exception) -> str:
+    """The error and where in the experiment and the library it came from, innermost last."""
+    import jaxgrad
+
+    ours = [Path(folder) for folder in (*experiments.__path__, *jaxgrad.__path__)]
+    frames = [
+        f"\n  {Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and any(Path(frame.filename).is_relative_to(folder) for folder in ours)
+    ]
+    return "".join([f"{type(error).__name__}: {error}", *frames[-4:]])

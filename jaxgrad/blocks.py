@@ -1,0 +1,98 @@
+"""A mean over all examples, taken in blocks of rows: one pass over data that no cache holds, in bounded memory.
+
+    f(w; all) = Σ_k (m_k / n) f(w; block k)      for a mean over examples, and so for its gradient
+
+The gradient of a linear model reads its data twice, forward and back. In blocks the second time is from the cache;
+and a net keeps the activations of one block only. Equal to the plain evaluation to rounding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.types import Loss, Params
+
+BLOCK = 2**22
+"""Bytes of the largest array of a block, data or intermediate: some of them together fit the cache of a processor."""
+WORTH = 5
+"""Fewer blocks than this gain nothing: their data stay in the cache from one evaluation to the next."""
+
+
+def mean(function: Callable[[Params, Any], Any], rows: int) -> Callable[[Params, Any], Any]:
+    """`function(params, data)`, a mean over examples or its gradient, evaluated over blocks of `rows` rows.
+
+    `data` is a pytree whose leaves share their leading axis; what `rows` does not divide is a last, smaller block.
+    """
+
+    def blocked(params: Params, data: Any) -> Any:
+        n = jax.tree.leaves(data)[0].shape[0]
+        blocks, left = divmod(n, rows)
+
+        def add(k: Any, total: Any) -> Any:
+            block = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, k * rows, rows), data)
+            return jax.tree.map(lambda sum, part: sum + part * (rows / n), total, function(params, block))
+
+        zero = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(function, params, data))
+        total = jax.lax.fori_loop(0, blocks, add, zero)
+        if left:
+            rest = function(params, jax.tree.map(lambda leaf: leaf[blocks * rows :], data))
+            total = jax.tree.map(lambda sum, part: sum + part * (left / n), total, rest)
+        return total
+
+    return blocked
+
+
+def rows_for(loss: Loss, params: Params, data: Any) -> int | None:
+    """How many rows a block should have, or None where blocks do not pay or do not give the same: see `is_mean`."""
+    n = jax.tree.leaves(data)[0].shape[0]
+    if any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(data) if isinstance(leaf, jax.Array)):
+        return None
+    per_example = _largest(loss, params, data) / n
+    if n * per_example < WORTH * BLOCK or not is_mean(loss, params, data):
+        return None
+    return max(1, int(BLOCK // per_example))
+
+
+def is_mean(loss: Loss, params: Params, data: Any) -> bool:
+    """Whether the loss of some rows is the mean of the losses of their two halves, and so is its gradient.
+
+    It is not for a sum over examples, nor where examples see each other (normalisation over the batch).
+    """
+    n = jax.tree.leaves(data)[0].shape[0]
+    half = min(64, n // 2)
+    if half == 0:
+        return False
+
+    @jax.jit
+    def off(params: Params, rows: Any) -> Any:
+        both = jax.value_and_grad(loss)
+        first, second = (
+            jax.tree.map(lambda leaf, part=part: leaf[part], rows) for part in (np.s_[:half], np.s_[half:])
+        )
+        parts = jax.tree.map(lambda a, b: (a + b) / 2, both(params, first), both(params, second))
+        whole = both(params, rows)
+        size = [jnp.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves((whole, parts))]
+        apart = [jnp.linalg.norm((a - b).ravel()) for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True)]
+        return jnp.max(jnp.stack(apart)) / jnp.max(jnp.stack(size))
+
+    apart = off(params, jax.tree.map(lambda leaf: leaf[: 2 * half], data))
+    return bool(apart < 1000 * jnp.finfo(apart.dtype).eps)
+
+
+def _largest(loss: Loss, params: Params, data: Any) -> int:
+    """Bytes of the largest array that the gradient touches, the data among them."""
+
+    def sizes(jaxpr: Any) -> Any:
+        for equation in jaxpr.eqns:
+            for variable in equation.outvars:
+                shape, dtype = getattr(variable.aval, "shape", ()), getattr(variable.aval, "dtype", None)
+                yield int(np.prod(shape)) * getattr(dtype, "itemsize", 4)
+            for value in equation.params.values():
+                if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                    yield from sizes(inner)
+
+    traced = jax.make_jaxpr(jax.grad(loss))(params, data).jaxpr
+    return max([*sizes(traced), *(leaf.nbytes for leaf in jax.tree.leaves(data))])

@@ -4,15 +4,15 @@ Whole steps of the compiled loop, and the same steps taken apart into compute, a
 (`experiments.taken_apart`), for GD, for SGD whose b rows are those of one machine (*global*: rows travel), and for SGD
 that draws from each device's own rows (*stratified*: only the gradient travels). First on virtual devices of one
 process: they share its cores, and show what splitting costs and that smaller pieces suit the cache, **not
-parallelism**. Then in processes of one thread each that talk over loopback: as many as there are cores run at once,
-more of them take turns.
+parallelism** (on one device `descend` blocks its rows for the cache by itself; here all run the same program). Then in
+processes of one thread each that talk over loopback: as many as there are cores run at once, more of them take turns.
 
 To that a model is fitted, `T = c₀ + c₁ r + m α L + V/β` for r rows on a device and m arrays and V bytes sent, with the
 number of messages in a row, L, as a ring or as a tree needs them; it is judged on cases that it was not fitted to.
 
 What it says of 10 to 10,000 hosts is **a prediction**: one host's measured arithmetic, stated networks, and of the
-noise the law that to get as far with batches of b takes `1 + B/b` times the steps that exact gradients would (McCandlish
-et al. 2018), with the noise scale B = tr Σ/‖G‖² computed exactly. The best batch then is `√(aBP/c₁)`, for
+noise the law that to get as far with batches of b takes `1 + B/b` times the steps of exact gradients (McCandlish et
+al. 2018), with the noise scale B = tr Σ/‖G‖² computed exactly. The best batch then is `√(aBP/c₁)`, for
 `a = c₀ + αL + V/β`; it and B say where adding hosts stops helping.
 
 Last, the variance of stratified batches, exact and measured, beside that of global ones: on rows that lie in the order
@@ -42,7 +42,7 @@ from matplotlib.patches import Patch
 from scipy.optimize import nnls
 
 import jaxgrad
-from experiments import plots, random_keys, recorded, results, work
+from experiments import plots, random_keys, recorded, results, side_by_side, work
 from experiments.results import Claim
 from experiments.taken_apart import Case, Job, problem, split
 from jaxgrad import data, losses, models, noise, parallel, statistics
@@ -57,18 +57,20 @@ class Config:
     """Virtual devices of one process."""
     processes: tuple[int, ...] = (1, 2, 4)
     """Processes on this machine; none to leave them out."""
+    images: str = "mnist5k"
+    """The net's data set: ten classes."""
     rows: int = 4992
-    """Images of mnist5k for the net: a multiple of all numbers of devices, so that no row only fills up."""
+    """Images for the net: a multiple of all numbers of devices, so that no row only fills up."""
     hidden: int = 64
     """Hidden units of the net."""
     b: int = 96
     """Batch size of the steps that are taken apart."""
     large: int = 1536
     """Another batch size, for the fit."""
-    rounds: int = 5
-    seconds: float = 0.04
+    rounds: int = 6
+    seconds: float = 0.03
     """A round of whole steps takes about so long."""
-    steps: int = 5
+    steps: int = 3
     """Steps taken apart in a round."""
     patience: float = 60.0
     """Seconds after which processes that do not answer are given up."""
@@ -76,21 +78,21 @@ class Config:
     """The noise scale is computed after so many steps of GD."""
     shares: int = 4
     """Devices of the stratified variance."""
-    batch_sizes: tuple[int, ...] = (4, 16, 64, 256, 1024)
+    batch_sizes: tuple[int, ...] = (4, 32, 256)
     """b of the variance."""
-    draws: int = 1000
+    draws: int = 2000
     """Batches drawn for each measured variance."""
 
 
 TIMED = True
 QUICK = Config(
-    devices=(1, 2), processes=(), rows=960, hidden=16, b=48, large=480, rounds=6, seconds=0.01, steps=3, path=(0, 30),
-    batch_sizes=(4, 64), draws=200,
+    devices=(1, 2), processes=(), images="digits", rows=960, hidden=16, b=48, rounds=6, seconds=0.005, steps=3, path=(30,),
+    batch_sizes=(32,), draws=400,
 )  # fmt: skip
 PUBLISHED = {
     "cores": "machine", "processes": "machine", "why_not": "machine", "devices": "exact", "cases": "exact",
-    "apart": "exact", "rows": "exact", "hidden": "exact", "b": "exact", "large": "exact", "parameters": "exact",
-    "row_bytes": "exact", "path": "exact", "shares": "exact", "*/arrays": "exact, same jax", "*/bytes": "exact, same jax",
+    "apart": "exact", "images": "exact", "rows": "exact", "hidden": "exact", "b": "exact", "large": "exact", "parameters": "exact",
+    "row_bytes": "exact", "path": "exact", "shares": "exact", "*/arrays": "machine", "*/bytes": "machine",
     "*/differ": "machine", "*/whole": "timing, axis -1", "*/split": "timing, axis -1",
     "noise/*": "rounding", "variance/n": "exact", "variance/sizes": "exact", "variance/*/exact": "rounding",
     "variance/*/mean": "statistical, error variance/*/error", "variance/*/error": "statistical",
@@ -146,32 +148,51 @@ class Model(NamedTuple):
     per_byte: float
     """1/β, in seconds."""
 
+    def compute(self, point: Point, cores: int) -> float:
+        return _turns(point, cores) * (self.fixed[_problem(point)] + self.row * point.rows * (_problem(point) == "net"))
+
     def seconds(self, point: Point, cores: int) -> float:
-        return float(_terms(point, self.shape, cores, list(self.fixed)) @ self._coefficients())
-
-    def _coefficients(self) -> np.ndarray:
-        return np.array([*self.fixed.values(), self.row, self.latency, self.per_byte])
+        latency, per_byte = _talk(point, self.shape, cores)
+        return self.compute(point, cores) + latency * self.latency + per_byte * self.per_byte
 
 
-def _terms(point: Point, shape: str, cores: int, problems: Sequence[str]) -> np.ndarray:
-    # More processes than cores take turns, with their arithmetic and with every message.
-    turns = max(1.0, point.P / cores)
-    of = point.case.split("/")[0]
-    own = [turns * (name == of) for name in problems]
-    row = turns * point.rows * (of == "net")
-    L = float(messages(shape, point.P))
-    return np.array([*own, row, turns * point.arrays * L, float(passed(point.P)) * point.bytes])
+def _problem(point: Point) -> str:
+    return point.case.split("/")[0]
+
+
+def _turns(point: Point, cores: int) -> float:
+    """More processes than cores take turns, with their arithmetic and with every message."""
+    return max(1.0, point.P / cores)
+
+
+def _talk(point: Point, shape: str, cores: int) -> tuple[float, float]:
+    """Messages and bytes that follow each other."""
+    follow = _turns(point, cores) * point.arrays * float(messages(shape, point.P))
+    return follow, float(passed(point.P)) * point.bytes
 
 
 def fit(points: Sequence[Point], shape: str, cores: int) -> Model:
-    """The model with the least sum of squared relative errors, no cost negative."""
-    problems = sorted({point.case.split("/")[0] for point in points})
-    table = np.stack([_terms(point, shape, cores, problems) / point.seconds for point in points])
-    scale = np.where(table.any(axis=0), np.abs(table).max(axis=0), 1.0)
-    found = nnls(table / scale, np.ones(len(points)))[0] / scale
-    k = len(problems)
-    fixed = dict(zip(problems, found[:k].tolist(), strict=True))
-    return Model(shape, fixed, *found[k:].tolist())
+    """The model with the least sum of squared relative errors, no cost negative.
+
+    First c₀ and c₁, to the steps of one process; with them α and 1/β, to the steps of several.
+    """
+    alone, several = [p for p in points if p.P == 1], [p for p in points if p.P > 1]
+    problems = sorted({_problem(p) for p in alone})
+    table = [[*(float(name == _problem(p)) for name in problems), p.rows * (_problem(p) == "net")] for p in alone]
+    *fixed, row = _least(table, [p.seconds for p in alone], [p.seconds for p in alone])
+    model = Model(shape, dict(zip(problems, fixed, strict=True)), row, 0.0, 0.0)
+    left = [p.seconds - model.compute(p, cores) for p in several]
+    latency, per_byte = _least([_talk(p, shape, cores) for p in several], left, [p.seconds for p in several])
+    return model._replace(latency=latency, per_byte=per_byte)
+
+
+def _least(table: Sequence[Sequence[float]], target: Sequence[float], scale: Sequence[float]) -> list[float]:
+    """Coefficients >= 0 with the least `Σ ((table @ x − target)/scale)²`; zeros where there is no equation."""
+    if not len(table):
+        return [0.0, 0.0]
+    rows = np.asarray(table, float) / np.asarray(scale)[:, None]
+    size = np.where(rows.any(axis=0), np.abs(rows).max(axis=0), 1.0)
+    return (nnls(rows / size, np.asarray(target) / np.asarray(scale))[0] / size).tolist()
 
 
 def best_batch(P: Any, overhead: Any, row: float, B: float) -> Any:
@@ -218,8 +239,7 @@ def predict(numbers: dict[str, Any], network: str, shape: str) -> Prediction:
 def _one_host(numbers: dict[str, Any]) -> tuple[float, float]:
     """c₀ and c₁ of the net on one process, or one device where there were no processes: a line through its steps."""
     where = "processes" if len(numbers["processes"]) else "devices"
-    alone = [p for p in points(numbers, where) if p.P == 1 and p.case.startswith("net")]
-    model = fit(alone, "ring", numbers["cores"])
+    model = fit([p for p in points(numbers, where) if p.P == 1], "tree", numbers["cores"])
     return model.fixed["net"], model.row
 
 
@@ -247,12 +267,13 @@ def _rows_here(case: str, P: int, numbers: dict[str, Any]) -> float:
 def fitted(numbers: dict[str, Any]) -> tuple[Model, list[Point], list[Point], list[float]]:
     """The better of ring and tree, what it was fitted to, what was held out, and its (ring, tree) errors.
 
-    Held out are the steps with the batch size `b` of the net: of a fit to the full batch and to large batches, and
-    to the linear model for what a small message costs.
+    Held out are the net's steps with the batch size `b` in several processes. Fitted is to the full batch and large
+    batches, to the linear model for what a small message costs, and to all steps of one process.
     """
     found = points(numbers, "processes")
     held = {f"net/{kind} b = {numbers['b']}" for kind in ("stratified", "global")}
-    shown, hidden = [p for p in found if p.case not in held], [p for p in found if p.case in held]
+    hidden = [p for p in found if p.case in held and p.P > 1]
+    shown = [p for p in found if p not in hidden]
     both = [fit(shown, shape, numbers["cores"]) for shape in ("ring", "tree")]
     errors = [float(np.sqrt(np.mean(np.log(_ratios(m, shown, numbers["cores"])) ** 2))) for m in both]
     return both[int(np.argmin(errors))], shown, hidden, errors
@@ -267,15 +288,15 @@ def _ratios(model: Model, of: Sequence[Point], cores: int) -> np.ndarray:
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    progress("loading mnist5k and diamonds")
-    images, stones = data.load("mnist5k").batch, data.load("diamonds").batch
+    progress(f"loading {config.images} and diamonds")
+    images, stones = data.load(config.images).batch, data.load("diamonds").batch
     images = jax.tree.map(lambda leaf: np.ascontiguousarray(leaf[: config.rows]), images)
     loss, start = problem("net", images.x, config.hidden)
     cases = _cases(config)
     numbers: dict[str, Any] = {
         "cores": results.cores(), "devices": np.array(config.devices), "cases": [case.name for case in cases],
         "apart": [case.name for case in cases if case.apart], "rows": config.rows, "hidden": config.hidden,
-        "b": config.b, "large": config.large, "shares": config.shares, "path": np.array(config.path),
+        "images": config.images, "b": config.b, "large": config.large, "shares": config.shares, "path": np.array(config.path),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(start)),
         "row_bytes": sum(leaf[:1].nbytes for leaf in images),
     }  # fmt: skip
@@ -285,17 +306,28 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
             rows = len(batch.y) // 12 * 12
             np.save(folder / f"{name}.x.npy", batch.x[:rows])
             np.save(folder / f"{name}.y.npy", batch.y[:rows])
-        numbers |= _measure(config, cases, folder, progress)
-    progress("the noise scale of the net")
-    numbers |= _noise(loss, start, jax.tree.map(jnp.asarray, images), config)
-    progress("the variance of stratified batches")
-    return numbers | _variance(jax.tree.map(jnp.asarray, stones), config)
+
+        def rest() -> dict[str, Any]:
+            progress("the noise scale of the net, and the variance of stratified batches")
+            on_device = jax.tree.map(jnp.asarray, (images, stones))
+            return _noise(loss, start, on_device[0], config) | _variance(on_device[1], config)
+
+        def measure() -> dict[str, Any]:
+            return _measure(config, cases, folder, progress)
+
+        # Nobody compares the seconds of a quick run, so that what is not timed need not wait.
+        both = [measure, rest]
+        found = [part() for part in both] if config.processes else side_by_side(lambda part: part(), both)
+    return numbers | found[0] | found[1]
 
 
 def _cases(config: Config) -> list[Case]:
     apart = [Case("net", "GD", 0, True)]
     apart += [Case("net", kind, config.b, True) for kind in ("stratified", "global")]
-    return [*apart, Case("net", "stratified", config.large, False), Case("linear", "stratified", 24, False)]
+    if not config.processes:
+        return apart
+    large = [Case("net", kind, config.large, False) for kind in ("stratified", "global")]
+    return [*apart, *large, Case("linear", "stratified", 24, False)]
 
 
 def _measure(config: Config, cases: list[Case], folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -304,8 +336,7 @@ def _measure(config: Config, cases: list[Case], folder: Path, progress: Callable
     job = Job(list(cases), list(config.devices), config.rounds, config.seconds, config.steps, config.hidden)
     virtual = {"JAXGRAD_DEVICES": str(max(config.devices))}
     # Of virtual devices only what is shown: each case is compiled for every number of them.
-    alone = "" if config.processes else f"net/stratified b = {config.large}"
-    shown = [case for case in cases if case.apart or case.name == alone]
+    shown = [case for case in cases if case.apart]
     why = _worker(["-m", "experiments.taken_apart"], folder, job._replace(cases=shown), virtual, config.patience)
     if why:
         raise RuntimeError(f"a step on virtual devices could not be timed: {why}")
@@ -400,7 +431,7 @@ def _noise(loss: Loss, start: Params, batch: Batch, config: Config) -> dict[str,
         for i in range(len(config.path))
     ]
     return {
-        "noise/scale": np.array([point.noise_scale for point in found]),
+        "noise/scale": np.array([point.simple_scale for point in found]),
         "noise/trace": np.array([point.trace for point in found]),
         "noise/gradient_squared": np.array([point.gradient_squared for point in found]),
     }
@@ -495,25 +526,27 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
 
 def _sent(numbers: dict[str, Any], places: list[str]) -> Claim:
     """What travels, in the compiled programs of more than one device."""
-    stratified, others = set(), set()
+    wrong, count = [], 0
     for where in places:
         for i, P in enumerate(numbers[where]):
             for j, name in enumerate(numbers["cases"]):
                 if P > 1 and name.startswith("net") and np.isfinite(numbers[f"{where}/whole"][i, j]).all():
-                    (others if "global" in name else stratified).add(int(numbers[f"{where}/bytes"][i, j]))
-    gradient, batch = 4 * numbers["parameters"], numbers["b"] * numbers["row_bytes"]
+                    size, count = int(numbers[f"{where}/bytes"][i, j]), count + 1
+                    if size != _expected_bytes(name, numbers):
+                        wrong.append(f"{name} on {P} {where}: {size:,}")
     return Claim(
         "scaling",
-        "bytes that a compiled step sends: of GD and stratified SGD the gradient and nothing else, whatever b; of global "
-        "SGD the rows of the batch",
-        f"{_list(stratified)}; {_list(others)}",
-        f"{gradient:,} (p = {numbers['parameters']:,}); {batch:,} (b = {numbers['b']})",
-        stratified == {gradient} and others == {batch},
+        "a compiled step of GD or stratified SGD sends the gradient and nothing else, whatever b "
+        f"({4 * numbers['parameters']:,} bytes, p = {numbers['parameters']:,}); one of global SGD sends the rows of its "
+        f"batch ({numbers['b'] * numbers['row_bytes']:,} bytes for b = {numbers['b']})",
+        "; ".join(wrong) or f"so in {count} of {count} programs",
+        "to the byte",
+        count > 0 and not wrong,
     )
 
 
-def _list(sizes: set[int]) -> str:
-    return ", ".join(f"{size:,}" for size in sorted(sizes)) or "nothing"
+def _expected_bytes(case: str, numbers: dict[str, Any]) -> int:
+    return int(case.split("= ")[1]) * numbers["row_bytes"] if "global" in case else 4 * numbers["parameters"]
 
 
 def _median(numbers: dict[str, Any], where: str, i: int, kind: str) -> float:
@@ -530,16 +563,16 @@ def _variance_claims(numbers: dict[str, Any]) -> list[Claim]:
     return [
         Claim(
             "C3",
-            f"the variance of stratified batches is `Σ_d (n_d/n)² (n_d − b_d)/(b_d (n_d − 1)) tr Σ_d`, on diamonds over "
-            f"{numbers['shares']} shares, as its rows lie and shuffled, and that of global ones γ tr Σ ({len(z)} means)",
+            "the variance of stratified batches is `Σ_d (n_d/n)² (n_d − b_d)/(b_d (n_d − 1)) tr Σ_d`, on diamonds over "
+            f"{numbers['shares']} shares, rows as they lie and shuffled, and of global ones γ tr Σ ({len(z)} means)",
             f"largest deviation {np.abs(z).max():.2f} standard errors",
             f"at most {limit:.2f} (99 %, all together)",
             bool(np.abs(z).max() <= limit),
         ),
         Claim(
             "C3",
-            "what differs between shares is no noise to a stratified batch: its variance over that of a global one, for "
-            "rows that lie in the order of their file, and for shuffled ones",
+            "what differs between shares is no noise to a stratified batch: its variance over that of a global one, "
+            "for rows that lie in the order of their file, and for shuffled ones",
             f"{lying.min():.3g} to {lying.max():.3g}; {shuffled.min():.4g} to {shuffled.max():.4g}",
             "below 0.9; 0.98 to 1.02",
             bool(lying.max() < 0.9 and shuffled.min() > 0.98 and shuffled.max() < 1.02),

@@ -33,6 +33,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments import work
 from jaxgrad import losses, models, parallel
 from jaxgrad.descent import advance, init
 from jaxgrad.sampling import distinct, full_batch
@@ -82,17 +83,23 @@ def problem(name: str, x: Any, hidden: int) -> tuple[Loss, Params]:
 def main() -> int:
     folder = Path(sys.argv[1])
     job = Job(**json.loads((folder / "job.json").read_text()))
+    work.keep_compiled()
     parallel.start()
     cases = [Case(*case) for case in job.cases]
     rows = {name: _rows(folder, name) for name in dict.fromkeys(case.problem for case in cases)}
     for count in job.devices or [jax.device_count()]:
         mesh = parallel.mesh(jax.devices()[:count])
         laid = {name: parallel.shard(batch, mesh) for name, batch in rows.items()}
-        found = {}
+        ready, found = [], {}
         for case in cases:
             if parallel.is_main():
                 print(f"{count} devices: {case.name}", file=sys.stderr, flush=True)
-            found |= {f"{case.name}/{key}": value for key, value in _time(case, laid[case.problem], job).items()}
+            measured, time_round = _prepared(case, laid[case.problem], job)
+            found |= {f"{case.name}/{key}": value for key, value in measured.items()}
+            ready.append(time_round)
+        for i in range(job.rounds):  # the cases by turns, so that what the machine does meanwhile meets them all
+            for time_round in ready:
+                time_round(i)
         np.savez(folder / f"{count}-{jax.process_index()}.npz", **found)
     return 0
 
@@ -101,8 +108,8 @@ def _rows(folder: Path, name: str) -> Batch:
     return Batch(np.load(folder / f"{name}.x.npy", mmap_mode="r"), np.load(folder / f"{name}.y.npy", mmap_mode="r"))
 
 
-def _time(case: Case, data: parallel.Sharded, job: Job) -> dict[str, Any]:
-    """What was measured of a case.
+def _prepared(case: Case, data: parallel.Sharded, job: Job) -> tuple[dict[str, Any], Callable[[int], None]]:
+    """What is measured of a case, with arrays that are still to be filled, and what fills them round by round.
 
     `whole[rounds]`: seconds of a step. `arrays`, `bytes`: what a step sends, as compiled. Of a case taken apart,
     `apart[rounds, steps, 3]`, and `differ`: the largest difference of a parameter after `steps` steps to the whole.
@@ -127,13 +134,15 @@ def _time(case: Case, data: parallel.Sharded, job: Job) -> dict[str, Any]:
         ended = apart(state.params, job.steps)[0], whole(job.steps).params
         far = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), *ended)
         found |= {"apart": np.zeros((job.rounds, job.steps, len(PARTS))), "differ": max(jax.tree.leaves(far))}
-    for i in range(job.rounds):
+
+    def time_round(i: int) -> None:
         began = time.perf_counter()
         whole(steps)
         found["whole"][i] = (time.perf_counter() - began) / steps
         if apart is not None:
             found["apart"][i] = apart(state.params, job.steps)[1]
-    return found
+
+    return found, time_round
 
 
 _advance = jax.jit(advance, static_argnames=("loss", "optimizer", "sampling"))
@@ -143,9 +152,9 @@ def _enough(whole: Callable[[int], Any], seconds: float) -> int:
     """How many steps take so long: what rank 0 finds, since all must take as many."""
     whole(1)
     began = time.perf_counter()
-    whole(5)
-    each = (time.perf_counter() - began) / 5
-    return int(parallel.from_main(lambda: str(max(5, min(20_000, round(seconds / each)))).encode()))
+    whole(3)
+    each = (time.perf_counter() - began) / 3
+    return int(parallel.from_main(lambda: str(max(3, min(20_000, round(seconds / each)))).encode()))
 
 
 def _apart(loss: Loss, sampling: Sampling, data: parallel.Sharded, key: Any) -> Callable[[Params, int], Any]:

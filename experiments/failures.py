@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,12 @@ def _absent(rank: int, processes: int) -> dict[str, Any]:
     return _found("never joins", rank, seconds, statuses, " / ".join(dict.fromkeys(said)))
 
 
-def _found(how: str, rank: int, seconds: float, statuses: list[int | None], said: str) -> dict[str, Any]:
+def _found(how: str, rank: int, seconds: float, statuses: Sequence[int | None], said: str) -> dict[str, Any]:
     # Neither a temporary folder nor a port that was free: they say nothing, and change.
     said = re.sub(r"/\S*/(rank\d+\.log)", r"\1", re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:port", said))
     return {
         "what": how, "rank": rank, "processes": len(statuses), "seconds_until_all_are_gone": seconds,
-        "statuses": statuses, "said": said,
+        "statuses": list(statuses), "said": said,
     }  # fmt: skip
 
 

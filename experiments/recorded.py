@@ -40,16 +40,18 @@ def failures(record: dict[str, Any]) -> str:
     """The table of what happens when a process fails."""
     slowest = max(case["seconds_until_all_are_gone"] for case in record["cases"])
     out = [
-        f"**When a process fails** (`{record['command']}`): seconds until all others are gone, at most {slowest:.1f} s "
-        f"(bar: {record['bar_seconds']} s), and the sentence that the launcher says last.\n",
-        "| what happens | to rank | of | seconds | exit status of each rank | what is said |",
+        f"**When a process fails** (`{record['command']}`): seconds until all are gone, {slowest:.1f} at most (the "
+        f"bar is {record['bar_seconds']}), the exit status of each rank (negative: the signal that ended it; –: never "
+        "started), and what the launcher says, or, where one never joins, the others themselves.\n",
+        "| what happens | to rank | of | seconds | exit statuses | what is said |",
         "|---|---|---|---|---|---|",
     ]
     for case in record["cases"]:
-        statuses = ", ".join("killed at the end" if s is None else str(s) for s in case["statuses"])
+        statuses = ", ".join("–" if status is None else str(status) for status in case["statuses"])
+        statuses += f"; launcher {case['status']}" if "status" in case else ""
         out.append(
             f"| {case['what']} | {case['rank']} | {case['processes']} | {case['seconds_until_all_are_gone']:.1f} | "
-            f"{statuses}; in all {case['status']} | {case['said']} |"
+            f"{statuses} | {case['said']} |"
         )
     return "\n".join([*out, ""])
 
@@ -57,8 +59,8 @@ def failures(record: dict[str, Any]) -> str:
 def engines(record: dict[str, Any]) -> str:
     """How far runs under other launchers are from one process."""
     out = [
-        f"**Under schedulers** (`python -m experiments.engines`), against `{record['against']}`: largest difference of a "
-        "curve, over its start.\n",
+        f"**Under schedulers** (`python -m experiments.engines`), against `{record['against']}`: largest difference of "
+        "a curve, over its start.\n",
         "| engine | command | largest difference | same step sizes |",
         "|---|---|---|---|",
     ]
@@ -77,8 +79,8 @@ def rows(record: dict[str, Any]) -> str:
         f"**{record['rows']:,} rows on disk** ({record['gigabytes']:.1f} GB, `{record['command']}`): SGD (b = "
         f"{record['b']}) takes {disk['steps_per_second']:,.0f} steps a second in {disk['peak_rss_gib']:.2f} GiB, "
         f"{record['steps_per_second_disk_over_memory']:.2f} of the {memory['steps_per_second']:,.0f} in memory "
-        f"({memory['peak_rss_gib']:.2f} GiB); a full gradient reads {record['gradient']['gigabytes_per_second']:.2f} GB/s, "
-        f"{record['gradient_over_reading']:.2f} of reading alone.\n"
+        f"({memory['peak_rss_gib']:.2f} GiB); a full gradient reads "
+        f"{record['gradient']['gigabytes_per_second']:.2f} GB/s, {record['gradient_over_reading']:.2f} of reading it.\n"
     )
 
 

@@ -86,12 +86,14 @@ class Config:
 
 TIMED = True
 QUICK = Config(
-    devices=(1, 2), processes=(), images="digits", rows=960, hidden=16, b=48, rounds=6, seconds=0.005, steps=3, path=(30,),
+    devices=(1, 2), processes=(), images="digits", rows=960, hidden=16, b=48, rounds=6, seconds=0.005, steps=3,
+    path=(30,),
     batch_sizes=(32,), draws=400,
 )  # fmt: skip
 PUBLISHED = {
     "cores": "machine", "processes": "machine", "why_not": "machine", "devices": "exact", "cases": "exact",
-    "apart": "exact", "images": "exact", "rows": "exact", "hidden": "exact", "b": "exact", "large": "exact", "parameters": "exact",
+    "apart": "exact", "images": "exact", "rows": "exact", "hidden": "exact", "b": "exact", "large": "exact",
+    "parameters": "exact",
     "row_bytes": "exact", "path": "exact", "shares": "exact", "*/arrays": "machine", "*/bytes": "machine",
     "*/differ": "machine", "*/whole": "timing, axis -1", "*/split": "timing, axis -1",
     "noise/*": "rounding", "variance/n": "exact", "variance/sizes": "exact", "variance/*/exact": "rounding",
@@ -208,7 +210,7 @@ def to_the_goal(P: Any, b: Any, overhead: Any, row: float, B: float) -> Any:
 def enough(P: np.ndarray, seconds: np.ndarray) -> int:
     """The first place from which on twice the hosts save less than a tenth of the time; the last if there is none."""
     twice = np.interp(2 * P, P, seconds)
-    few = np.flatnonzero((twice > 0.9 * seconds) & (2 * P <= P[-1]))
+    few = np.flatnonzero((twice > 0.9 * seconds) & (P[-1] >= 2 * P))
     return int(few[0]) if len(few) else len(P) - 1
 
 
@@ -296,7 +298,8 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "cores": results.cores(), "devices": np.array(config.devices), "cases": [case.name for case in cases],
         "apart": [case.name for case in cases if case.apart], "rows": config.rows, "hidden": config.hidden,
-        "images": config.images, "b": config.b, "large": config.large, "shares": config.shares, "path": np.array(config.path),
+        "images": config.images, "b": config.b, "large": config.large, "shares": config.shares,
+        "path": np.array(config.path),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(start)),
         "row_bytes": sum(leaf[:1].nbytes for leaf in images),
     }  # fmt: skip
@@ -454,13 +457,12 @@ def _variance(stones: Batch, config: Config) -> dict[str, Any]:
         else:
             exact = [noise.stratified_trace(loss, start, batch, counts, int(b), chunk=8192) for b in sizes]
             kinds = [parallel.stratified(int(b), counts) for b in sizes]
-        squares = np.stack([
-            np.asarray(_deviations(start, batch, random_keys((2, fold, int(b)), config.draws), loss=loss, sampling=kind))
-            for b, kind in zip(sizes, kinds, strict=True)
-        ])  # fmt: skip
+        keys = [random_keys((2, fold, int(b)), config.draws) for b in sizes]
+        drawn = [_deviations(start, batch, k, loss=loss, sampling=kind) for k, kind in zip(keys, kinds, strict=True)]
+        squares = np.array(drawn, float)
         numbers[f"variance/{name}/exact"] = np.array(exact)
-        numbers[f"variance/{name}/mean"] = squares.mean(axis=1, dtype=float)
-        numbers[f"variance/{name}/error"] = squares.std(axis=1, ddof=1, dtype=float) / math.sqrt(config.draws)
+        numbers[f"variance/{name}/mean"] = squares.mean(axis=1)
+        numbers[f"variance/{name}/error"] = squares.std(axis=1, ddof=1) / math.sqrt(config.draws)
     return numbers
 
 
@@ -499,8 +501,8 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
     out.append(
         Claim(
             "scaling",
-            f"virtual devices are no parallelism: a stratified SGD step (b = {numbers['b']}) on {many} of them over its "
-            f"time on {few}, on the same {numbers['cores']} cores",
+            f"virtual devices are no parallelism: a stratified SGD step (b = {numbers['b']}) on {many} of them over "
+            f"its time on {few}, on the same {numbers['cores']} cores",
             f"×{slower:.3g}",
             "more than ×1",
             bool(slower > 1),
@@ -537,8 +539,8 @@ def _sent(numbers: dict[str, Any], places: list[str]) -> Claim:
     return Claim(
         "scaling",
         "a compiled step of GD or stratified SGD sends the gradient and nothing else, whatever b "
-        f"({4 * numbers['parameters']:,} bytes, p = {numbers['parameters']:,}); one of global SGD sends the rows of its "
-        f"batch ({numbers['b'] * numbers['row_bytes']:,} bytes for b = {numbers['b']})",
+        f"({4 * numbers['parameters']:,} bytes, p = {numbers['parameters']:,}); one of global SGD sends the rows of "
+        f"its batch ({numbers['b'] * numbers['row_bytes']:,} bytes for b = {numbers['b']})",
         "; ".join(wrong) or f"so in {count} of {count} programs",
         "to the byte",
         count > 0 and not wrong,
@@ -660,9 +662,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     _model(axes[2], numbers)
     _hosts(axes[3], axes[4], numbers)
     _variances(axes[5], numbers)
-    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    handles: list[Any] = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     handles.append(Line2D([], [], color=plots.BLACK, marker="D", linestyle="", label="whole step, compiled loop"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, title="A step of the net, in the first two panels",
+    figure.legend(handles=handles, loc="outside upper left", ncols=4, title="A step of the net, in the first two",
                   alignment="left")  # fmt: skip
     return figure
 
@@ -674,7 +676,7 @@ def _bars(axis: Any, numbers: dict[str, Any], where: str, title: str) -> None:
         axis.text(0.5, 0.5, f"not timed:\n{_wrapped(numbers['why_not'])}", ha="center", va="center", color=plots.GREY,
                   transform=axis.transAxes)  # fmt: skip
         return
-    counts, places, labels = numbers[where], [], []
+    counts, places, labels, tallest = numbers[where], [], [], 0.0
     for k, name in enumerate(numbers["apart"]):
         j = numbers["cases"].index(name)
         for i, P in enumerate(counts):
@@ -683,7 +685,9 @@ def _bars(axis: Any, numbers: dict[str, Any], where: str, title: str) -> None:
                 axis.bar(x, seconds, 0.85, bottom=bottom, color=COLOURS[part],
                          hatch="////" if part == "waiting" else None, edgecolor="white", linewidth=0)  # fmt: skip
                 bottom += seconds
-            axis.plot(x, np.median(numbers[f"{where}/whole"][i, j]) * 1e3, "D", color=plots.BLACK, markersize=4)
+            whole = np.median(numbers[f"{where}/whole"][i, j]) * 1e3
+            axis.plot(x, whole, "D", color=plots.BLACK, markersize=4)
+            tallest = max(tallest, bottom, whole)
             places.append(x)
             labels.append(str(P))
         middle = k * (len(counts) + 1) + (len(counts) - 1) / 2
@@ -693,7 +697,7 @@ def _bars(axis: Any, numbers: dict[str, Any], where: str, title: str) -> None:
     axis.set_xticks(places, labels)
     axis.grid(axis="x", visible=False)
     axis.set(ylabel="ms per step" if where == "processes" else "")
-    axis.set_ylim(0)
+    axis.set_ylim(0, 1.05 * tallest)
     axis.set_xlabel(f"{where}\n", labelpad=26)
 
 
@@ -718,7 +722,7 @@ def _model(axis: Any, numbers: dict[str, Any]) -> None:
         axis.plot([p.seconds * 1e3 for p in of], predicted, marker, color=colour, label=label, linestyle="")
     plots.log_scale(axis, "xy")
     axis.set(xlabel="measured, ms per step", ylabel=f"model ({model.shape}), ms per step")
-    axis.annotate("factor 2", (ends[1] / 1.5, ends[1] / 1.5 / 2), fontsize=8, color=plots.GREY, ha="right", va="top")
+    axis.annotate("grey: factor 2", (0.97, 0.04), xycoords="axes fraction", fontsize=8, color=plots.GREY, ha="right")
     axis.legend(loc="upper left")
 
 
@@ -738,17 +742,21 @@ def _hosts(left: Any, right: Any, numbers: dict[str, Any]) -> None:
         "ideal", (60, 60), xytext=(-4, 4), textcoords="offset points", ha="right", color=plots.GREY, fontsize=8
     )
     right.axhline(B, color=plots.BLACK, linewidth=1.2)
-    right.annotate(f"B = {B:,.3g}: half the steps\nthat a batch can save", (1, B), xytext=(2, 3),
-                   textcoords="offset points", fontsize=8, va="bottom")  # fmt: skip
+    right.annotate(f"B = {B:,.0f}: a batch that needs\ntwice the fewest steps", (1e4, B), xytext=(0, -4),
+                   textcoords="offset points", fontsize=8, ha="right", va="top")  # fmt: skip
     for axis in (left, right):
         plots.log_scale(axis, "xy")
         axis.set_xlabel("hosts, each like one core here")
     top = max(predict(numbers, network, "tree").times.max() for network in NETWORKS)
-    left.set_ylim(0.5, 20 * top)
+    left.set_ylim(0.5, 4 * top)
     left.set(title="PREDICTION: speed", ylabel="times as fast as one host")
     right.set(title="PREDICTION: best batch", ylabel="examples in all")
-    left.legend(loc="upper left", fontsize=8, handlelength=1.6, title="● adding hosts stops helping", title_fontsize=8,
-                alignment="left")  # fmt: skip
+    handles = [
+        *left.get_legend_handles_labels()[0],
+        Line2D([], [], color=plots.GREY, marker="o", linestyle="", label="adding hosts stops helping"),
+    ]
+    left.figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, title="Predictions, by network "
+                       "and all-reduce", title_fontsize=8)  # fmt: skip
 
 
 def _variances(axis: Any, numbers: dict[str, Any]) -> None:

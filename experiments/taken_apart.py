@@ -40,7 +40,7 @@ from jaxgrad.sampling import distinct, full_batch
 from jaxgrad.types import Batch, Loss, Params, Sampling
 
 PARTS = ("local", "reduce", "finish")
-OPTIMIZER = optax.sgd(1e-3)
+OPTIMIZER = optax.sgd(0.05)
 
 
 class Case(NamedTuple):
@@ -112,7 +112,8 @@ def _prepared(case: Case, data: parallel.Sharded, job: Job) -> tuple[dict[str, A
     """What is measured of a case, with arrays that are still to be filled, and what fills them round by round.
 
     `whole[rounds]`: seconds of a step. `arrays`, `bytes`: what a step sends, as compiled. Of a case taken apart,
-    `apart[rounds, steps, 3]`, and `differ`: the largest difference of a parameter after `steps` steps to the whole.
+    `apart[rounds, steps, 3]`, and `differ`: the largest difference of a parameter after `steps` steps to the whole, over
+    the farthest that a parameter moved.
     """
     loss, start = problem(case.problem, data.batch.x, job.hidden)
     make = {"GD": full_batch, "global": partial(distinct, case.b)}
@@ -132,8 +133,8 @@ def _prepared(case: Case, data: parallel.Sharded, job: Job) -> tuple[dict[str, A
     if case.apart:
         apart = _apart(loss, sampling, data, key)
         ended = apart(state.params, job.steps)[0], whole(job.steps).params
-        far = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), *ended)
-        found |= {"apart": np.zeros((job.rounds, job.steps, len(PARTS))), "differ": max(jax.tree.leaves(far))}
+        away = _farthest(*ended) / _farthest(ended[1], start)
+        found |= {"apart": np.zeros((job.rounds, job.steps, len(PARTS))), "differ": away}
 
     def time_round(i: int) -> None:
         began = time.perf_counter()
@@ -146,6 +147,12 @@ def _prepared(case: Case, data: parallel.Sharded, job: Job) -> tuple[dict[str, A
 
 
 _advance = jax.jit(advance, static_argnames=("loss", "optimizer", "sampling"))
+
+
+def _farthest(a: Params, b: Params) -> float:
+    return max(
+        float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    )
 
 
 def _enough(whole: Callable[[int], Any], seconds: float) -> int:

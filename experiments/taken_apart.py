@@ -112,8 +112,8 @@ def _prepared(case: Case, data: parallel.Sharded, job: Job) -> tuple[dict[str, A
     """What is measured of a case, with arrays that are still to be filled, and what fills them round by round.
 
     `whole[rounds]`: seconds of a step. `arrays`, `bytes`: what a step sends, as compiled. Of a case taken apart,
-    `apart[rounds, steps, 3]`, and `differ`: the largest difference of a parameter after `steps` steps to the whole, over
-    the farthest that a parameter moved.
+    `apart[rounds, steps, 3]`, and `differ`: the largest difference of a parameter after `steps` steps to the whole,
+    over the farthest that a parameter moved.
     """
     loss, start = problem(case.problem, data.batch.x, job.hidden)
     make = {"GD": full_batch, "global": partial(distinct, case.b)}
@@ -150,9 +150,9 @@ _advance = jax.jit(advance, static_argnames=("loss", "optimizer", "sampling"))
 
 
 def _farthest(a: Params, b: Params) -> float:
-    return max(
-        float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
-    )
+    """The largest difference of two parameters."""
+    away = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)
+    return max(jax.tree.leaves(away))
 
 
 def _enough(whole: Callable[[int], Any], seconds: float) -> int:

@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 ORDER = (
     "formulas", "descent_paths", "gd_vs_sgd", "learning_rate", "step_cost", "gradient_noise", "expected_path",
     "speed_of_convergence", "samplings", "escape", "no_guarantee", "conditioning", "stopping", "losses",
-    "backprop_cost", "speed", "detection",
+    "backprop_cost", "speed", "scaling", "detection",
 )  # fmt: skip
 """The order in which the study is told; experiments that are not named here follow by name."""
 

@@ -40,9 +40,11 @@ from jaxgrad.types import Batch, Loss, Params, Sampling
 @dataclass(frozen=True)
 class Config:
     data: str | None = None
-    """A data set or a file in place of the three; its task chooses the model (classes: the two-layer net)."""
+    """A data set or a file in place of `problems`; its task chooses the model (classes: the two-layer net)."""
     target: str | None = None
     """The column of the file to predict."""
+    problems: tuple[str, ...] = ("diamonds", "shuttle", "mnist5k")
+    """Data sets: a linear regression, a logistic one, a net."""
     seeds: int = 20
     """Fresh runs per batch size, side by side in one program."""
     batch_sizes: tuple[int, ...] = (1, 8, 64, 512)
@@ -71,8 +73,8 @@ class Config:
 
 TIMED = True
 QUICK = Config(
-    seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2, halvings=7, points=25,
-    rows=4000, hidden=16,
+    problems=("diamonds", "mnist5k"), seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2,
+    halvings=7, points=25, rows=4000, hidden=16,
 )  # fmt: skip
 PUBLISHED = {
     "problems": "exact", "*/what": "exact", "*/n": "exact", "*/labels": "exact", "*/kind": "exact", "*/steps": "exact",
@@ -82,7 +84,6 @@ PUBLISHED = {
     "*/seconds_per_update_runs": "timing, axis -1",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
-THREE = ("diamonds", "shuttle", "mnist5k")
 
 
 class Problem(NamedTuple):
@@ -110,7 +111,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    names = THREE if config.data is None else (config.data,)
+    names = config.problems if config.data is None else (config.data,)
     numbers: dict[str, Any] = {"problems": []}
     jobs: list[tuple[Problem, int | None]] = []
     for name in names:

@@ -101,7 +101,7 @@ class Config:
     """256 runs of one pass over so many rows, together and one by one."""
     profiled: tuple[int, ...] = (1, 32, 0)
     """Batch sizes whose step is taken apart."""
-    starts: tuple[str, ...] = ("formulas", "descent_paths", "gd_vs_sgd")
+    starts: tuple[str, ...] = ("descent_paths",)
     """Experiments that are started twice, to see what the second start saves."""
     start_rounds: int = 1
     import_rounds: int = 6
@@ -109,7 +109,7 @@ class Config:
 
 TIMED = True
 QUICK = Config(
-    race=(("linear", "synthetic", (1, 32)), ("two-layer", "synthetic", (32,))),
+    race=(("linear", "synthetic", (32,)), ("two-layer", "synthetic", (32,))),
     compiled=(),
     rows=2000,
     rounds=6,

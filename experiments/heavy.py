@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-RECORDED = Path(__file__).resolve().parent.parent / "results" / "scaling" / "recorded"
 COLUMNS, B, CHUNK = 8, 256, 2**20
 ROUNDS, PASSES = 2, 5
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             _generate(file, arguments.rows)
         _read_all(file)
         rounds = [{name: _in_a_process(name, file, arguments.steps) for name in CONTENDERS} for _ in range(ROUNDS)]
-    from experiments import results
+    from experiments import recorded, results
 
     found = {name: max((turn[name] for turn in rounds), key=_speed) for name in CONTENDERS}
     disk, memory, gradient, reading = (found[name] for name in ("disk", "memory", "gradient", "reading"))
@@ -57,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         "gradient_over_reading": gradient["gigabytes_per_second"] / reading["gigabytes_per_second"],
         "same_parameters": disk["w"] == memory["w"], **results.surroundings(),
     }  # fmt: skip
-    RECORDED.mkdir(parents=True, exist_ok=True)
-    results.replace(RECORDED / "rows.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
-    print(json.dumps(record, indent=1, sort_keys=True))
+    print(recorded.write("rows", record))
     return 0
 
 

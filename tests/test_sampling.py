@@ -110,6 +110,7 @@ def test_the_same_indices_alone_jitted_vmapped_and_in_any_chunking(kind, n):
     one = jax.jit(lambda key, t: s.indices(key, t, n))
     alone = np.array([[one(key, t) for t in range(steps)] for key in keys])
     np.testing.assert_array_equal(s.indices(keys[0], 0, n), alone[0, 0])  # without jit
+    np.testing.assert_array_equal(s.ahead(keys[0], 1, 2, n), alone[0, 1:3])
     over_steps = jax.vmap(lambda key, t: s.indices(key, t, n), (None, 0))
     over_keys = jax.jit(jax.vmap(over_steps, (0, None)))
     np.testing.assert_array_equal(over_keys(keys, jnp.arange(steps)), alone)
@@ -130,11 +131,12 @@ def test_many_steps_at_once_are_the_steps_one_by_one(kind, n, b, steps):
     s, keys, many = kind(b), jax.random.split(jax.random.key(3), 2), np.arange(steps, dtype=np.int32)
     one_by_one = jax.jit(jax.vmap(jax.vmap(lambda key, t: s.indices(key, t, n), (None, 0)), (0, None)))
     ahead = jax.jit(jax.vmap(lambda key, first: s.ahead(key, first, steps, n), (0, None)))
-    for first in (0, 1, n // b - 1, 4, 7 * (n // b) + 3):
+    firsts = (0, 1, n // b - 1, 4, 7 * (n // b) + 3)
+    known = jax.jit(lambda key: [s.ahead(key, first, steps, n) for first in firsts])(keys[0])
+    for first, of_known in zip(firsts, known, strict=True):
         expected = one_by_one(keys, first + many)
         np.testing.assert_array_equal(ahead(keys, np.int32(first)), expected)
-    known = jax.jit(lambda key: s.ahead(key, first, steps, n))
-    np.testing.assert_array_equal(known(keys[0]), expected[0])
+        np.testing.assert_array_equal(of_known, expected[0])
 
 
 @pytest.mark.parametrize("n", [1, 3, 65_535, 65_536, 10**7, 2**30 + 7, 2**31 - 1])

@@ -401,6 +401,7 @@ def carry_out(plan: Plan, device: str) -> Outcome:
             line(f"interrupted {when if begun else 'before any experiment began'}{so_far}{rest}")
             return Outcome(INTERRUPTED, tuple(done), tuple(failed))
     if failed:
+        failed.sort(key=[entry.name for entry in plan.entries].index)  # side by side they end in any order
         say(f"failed: {', '.join(failed)}")
     return Outcome(FAILED if failed else OK, tuple(done), tuple(failed))
 

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.blocks import mean
+from jaxgrad.parallel import digest
 from jaxgrad.types import Batch, Key, Loss, Params, Sampling
 
 MEMORY = 0.5
@@ -203,8 +204,6 @@ def example(rows: Rows, count: int = 1) -> np.ndarray:
 
 def tell(rows: Rows) -> str:
     """What tells these rows from others, without reading all: shape, dtype and 1,024 evenly spaced rows."""
-    from jaxgrad.parallel import digest
-
     picked = pick(rows, np.unique(np.linspace(0, rows.n - 1, 1024).astype(np.int64)))
     return digest((f"{rows.n} {rows.target} {rows.shift} {rows.scale}", picked))
 
@@ -350,7 +349,7 @@ def _ahead(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -> It
 
 
 class Reader:
-    """The rows of blocks of steps, the next block always on its way."""
+    """The rows of blocks of steps, the next block always on its way; `close` it, or its thread reads on."""
 
     def __init__(self, rows: Rows, sampling: Sampling, key: Key, last: int):
         b = sampling.batch_size or 1
@@ -391,7 +390,10 @@ class Reader:
         return pick(self._rows, np.asarray(drawn), self._buffers[number % 2])
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the thread, let go of the files and the memory. What is being fetched is waited for: nothing reads on
+        beside what the caller does, and perhaps times, next."""
+        self._pool.shutdown(cancel_futures=True)
+        self._ready, self._device, self._buffers = {}, (-1, None), []
 
 
 @partial(jax.jit, static_argnames=("sampling", "n", "count"))

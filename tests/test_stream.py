@@ -1,5 +1,9 @@
 """Rows on disk: the numbers of rows in memory, and what is wrong with a file said before anything runs."""
 
+import threading
+import time
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgrad import stream
-from jaxgrad.descent import descend, small_gradient
+from jaxgrad.descent import descend, small_gradient, small_step
 from jaxgrad.losses import mean_loss, squared
 from jaxgrad.models import linear
 from jaxgrad.sampling import distinct, full_batch, reshuffled
@@ -115,6 +119,34 @@ def test_a_diverging_run_is_marked_as_in_memory(folder, table):
     here = descend(LOSS, START, Batch(table[:, :4], table[:, 4]), **arguments)
     assert there.status == here.status
     assert there.status.startswith("diverged at step")
+
+
+def raises(step, steps):
+    if step >= 10:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["finishes", "stops early", "raises"])
+def test_nothing_reads_on_when_a_run_is_over(folder, monkeypatch, how):
+    """Neither the thread that fetches nor its memory is left, though the next block was on its way."""
+    rows = stream.open_rows(folder, target=-1, memory=1e-4)
+    before, readers = set(threading.enumerate()), []
+    fetch = stream.Reader._fetch
+
+    def slowly(self, number):
+        readers.append(self)
+        time.sleep(0.05)
+        return fetch(self, number)
+
+    monkeypatch.setattr(stream.Reader, "_fetch", slowly)
+    with pytest.raises(KeyboardInterrupt) if how == "raises" else nullcontext():
+        descend(
+            LOSS, START, rows, optimizer=1e-5, sampling=distinct(32), steps=100, key=jax.random.key(1), record=11,
+            stop=small_step(1e3) if how == "stops early" else None, progress=raises if how == "raises" else False,
+        )  # fmt: skip
+    assert set(threading.enumerate()) == before
+    assert readers
+    assert all(not reader._buffers and reader._device[1] is None for reader in readers)
 
 
 # --- bad files -------------------------------------------------------------------------------------------------

@@ -197,10 +197,10 @@ class TestFiles:
             save(tmp_path, {"fine": 1, key: value})
         assert not contents(tmp_path)
 
-    @pytest.mark.parametrize("stopped_at", [0, 1])
+    @pytest.mark.parametrize("stopped_at", [0, 1, 2])
     @pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])
     def test_an_interrupted_write_leaves_a_whole_pair(self, tmp_path, monkeypatch, stopped_at, error):
-        """Stopped at the first rename: the old result. Between the two: the new one, finished on reading."""
+        """Before the npz is renamed: the old result. Between it and the JSON: the new one, finished on reading."""
         save(tmp_path)
         before = contents(tmp_path)
         calls = []
@@ -218,7 +218,7 @@ class TestFiles:
         monkeypatch.undo()
         assert len(calls) == stopped_at + 1
         result = results.read(tmp_path, "line", "cpu")
-        new = stopped_at == 1
+        new = stopped_at == 2
         assert result.numbers["scalar"] == (7.0 if new else 0.1)
         assert result.numbers["a"].shape == ((2,) if new else (2, 3))
         assert sorted(contents(tmp_path)) == sorted(before)

@@ -72,7 +72,7 @@ class Config:
 
 TIMED = True
 QUICK = Config(
-    problems=("diamonds", "mnist5k"), seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2,
+    problems=("diamonds", "mnist5k"), seeds=5, batch_sizes=(8,), epochs=4, updates=200, updates_net=60, tuning_seeds=2,
     halvings=7, points=25, rows=4000, hidden=16,
 )  # fmt: skip
 PUBLISHED = {

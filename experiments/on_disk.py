@@ -17,6 +17,7 @@ import numpy as np
 from experiments import work
 from experiments.tuning import finals, label_of, sampling_of
 from jaxgrad import losses, models, stream
+from jaxgrad.data.dataset import are_classes
 from jaxgrad.descent import descend, log_spaced
 from jaxgrad.types import Linear
 
@@ -57,8 +58,13 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
             f"{path.name} has no names: the target is a number of a column, got {config.target!r}"
         ) from None
     raw = stream.open_rows(path, target=target, memory=stream.MEMORY if config.memory is None else config.memory / 4)
-    if len(np.unique(stream.example(raw, 10_000)[:, raw.target])) <= 2:
-        raise ValueError(f"{path.name}: the target looks like two classes; from disk only regression is run so far")
+    some = np.unique(np.linspace(0, raw.n - 1, 10_000).astype(np.int64))
+    values = np.unique(stream.pick(raw, some)[:, raw.target])
+    if len(values) <= 2 or are_classes(values, len(some)):
+        raise ValueError(
+            f"{path.name}: the target looks like {len(values)} classes, and this experiment runs only regression from "
+            "disk; raise --memory to load the file, or call descend on stream.open_rows(..., classes=...)"
+        )
     progress(f"{path.name}: one pass for mean and covariance of {raw.n:,} rows")
     mean, covariance = stream.moments(raw)
     spread = np.sqrt(np.diag(covariance))

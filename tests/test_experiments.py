@@ -3,6 +3,7 @@
 One test runs every real experiment at its quick size.
 """
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -23,7 +24,7 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import page, plots, published, report, results, verdicts, verify, work
+from experiments import gd_vs_sgd, page, plots, published, report, results, verdicts, verify, work
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -861,6 +862,17 @@ class TestProcess:
         done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode != 0
         assert done.stderr.splitlines()[-1].endswith('python -m pip install -e ".[study]"')
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_classes_on_disk_are_not_run_as_regression(tmp_path, classes):
+    """In memory they would be classes, too."""
+    rows = np.random.default_rng(0).normal(size=(500, 3))
+    rows[:, 2] = np.arange(500) * classes // 500
+    np.save(tmp_path / "rows.npy", rows)
+    config = dataclasses.replace(gd_vs_sgd.QUICK, data=str(tmp_path / "rows.npy"), target="2", memory=1e-6)
+    with pytest.raises(ValueError, match=f"rows.npy: the target looks like {classes} classes, .* only regression"):
+        gd_vs_sgd.run(config, print)
 
 
 def test_the_quick_study_runs_every_experiment(tmp_path):

@@ -32,7 +32,7 @@ BAR = 30
 HOW = ("killed (SIGKILL)", "raises an exception", "frozen (SIGSTOP)", "never joins")
 CASES = [(how, rank, 2) for how in HOW for rank in (0, 1)] + [(how, 2, 4) for how in HOW]
 PATIENCE = 120
-"""Seconds after which all are killed, and the case has failed."""
+"""Seconds after which all are ended, and the case has failed."""
 STEP = 50
 """The step at which it happens."""
 
@@ -81,32 +81,23 @@ def _job(how: str, rank: int, file: Path) -> int:
 
 def _launched(how: str, rank: int, processes: int) -> dict[str, Any]:
     """A job under the launcher, called in this process, which so learns of every rank's exit status."""
-    started: list[subprocess.Popen[bytes]] = []
-    start = launch._start
-
-    def noted(*arguments: Any) -> subprocess.Popen[bytes]:
-        started.append(start(*arguments))
-        return started[-1]
-
     screen = io.TextIOWrapper(io.BytesIO(), write_through=True)
     with tempfile.TemporaryDirectory(prefix="failures-") as folder, _environment(JAX_ENABLE_COMPILATION_CACHE="false"):
         moment = Path(folder) / "moment"
-        overdue = threading.Timer(PATIENCE, _kill, [started])
+        overdue = threading.Timer(PATIENCE, os.kill, [os.getpid(), signal.SIGTERM])
         overdue.start()
-        launch._start = noted
         try:
             with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
-                status = launch.main(["-n", str(processes), "--logs", f"{folder}/logs", "-m", "experiments.failures",
-                                      "--job", how, str(rank), str(moment)])  # fmt: skip
+                ended = launch.run(["-n", str(processes), "--logs", f"{folder}/logs", "-m", "experiments.failures",
+                                    "--job", how, str(rank), str(moment)])  # fmt: skip
         finally:
-            launch._start = start
             overdue.cancel()
-        statuses = [process.wait() for process in started]
         if not moment.exists():
             raise RuntimeError(f"rank {rank} of {processes} never came to step {STEP}:\n{_text(screen)}")
         seconds = time.time() - float(moment.read_text())
     said = [line for line in _text(screen).splitlines() if line.startswith("launch: rank")]
-    return _found(how, rank, seconds, statuses, "; ".join(said).removeprefix("launch: ")) | {"status": status}
+    found = _found(how, rank, seconds, ended.statuses, "; ".join(said).removeprefix("launch: "))
+    return found | {"status": ended.status}
 
 
 def _absent(rank: int, processes: int) -> dict[str, Any]:

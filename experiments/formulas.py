@@ -59,7 +59,7 @@ QUICK = Config(seeds=3, shapes=((5, 3, 4, 2),), training=50, steps=4, logits=40,
 PUBLISHED = {
     "seeds": "exact", "row/form": "exact", "row/id": "exact", "row/kind": "exact", "row/series": "exact",
     "row/shape": "exact", "row/*": "rounding", "words/*": "exact", "shapes": "exact", "stopped": "exact",
-    "curve/*": "rounding", "nan/*": "rounding", "slopes": "rounding",
+    "curve/*": "rounding", "nan/*": "rounding", "zero/*": "exact", "slopes": "rounding",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 DEPTHS = 5
@@ -639,6 +639,23 @@ def nan_logits() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def textbook_logloss(h: Any, y: Any) -> Any:
+    """`max(h, 0) − yh + log(1 + e^−|h|)`: logloss from the logit as textbooks and libraries write it."""
+    return jnp.maximum(h, 0) - y * h + jnp.log1p(jnp.exp(-jnp.abs(h)))
+
+
+def slopes_at_zero() -> dict[str, Any]:
+    """What autodiff makes of logloss at `h = 0`, for y = 0 and 1. The truth is `s(0) − y = ½ − y`.
+
+    There JAX has `d|h|/dh = 1` and `d max(h, 0)/dh = ½`: each a subgradient, and together no longer one.
+    """
+    labels = jnp.array([0.0, 1.0])
+    return {
+        f"zero/{name}": np.asarray(jax.vmap(jax.grad(form), (None, 0))(0.0, labels))
+        for name, form in (("textbook", textbook_logloss), ("ours", losses.logloss))
+    }
+
+
 # --- The experiment --------------------------------------------------------------------------------------
 
 
@@ -663,6 +680,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
             **encoded({name: np.concatenate([table[name] for table in tables]) for name in tables[0]}),
             **logit_curves(config.curve),
             **nan_logits(),
+            **slopes_at_zero(),
             "stopped": np.asarray(stopped),
             "slopes": np.asarray(slopes),
             "shapes": np.asarray(config.shapes),
@@ -839,6 +857,17 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
     apart = (
         f"errors, counted as a unit of rounding at least, ×{ratios.min():.2g} to ×{ratios.max():.2g} of those of p − y "
         f"at {len(ratios):,} logits"
+    )
+    textbook, ours = numbers["zero/textbook"], numbers["zero/ours"]
+    found.append(
+        Claim(
+            "F15",
+            "At h = 0, where parameters of 0 put every example, autodiff of the textbook's stable form "
+            "max(h, 0) − yh + log(1 + e^−|h|) is wrong in JAX; of softplus((1 − 2y)h) it is right",
+            f"textbook's {textbook[0]:g} (y = 0) and {textbook[1]:g} (y = 1); softplus {ours[0]:g} and {ours[1]:g}",
+            "0.5 and -0.5",
+            bool((ours == [0.5, -0.5]).all() and (textbook != ours).all()),
+        )
     )
     for text, (measured, expected, same) in (
         (

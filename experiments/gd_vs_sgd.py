@@ -24,16 +24,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments import on_disk, plots, random_keys, side_by_side, work
 from experiments.report import brief
 from experiments.results import Claim
+from experiments.tuning import finals, label_of, sampling_of, size_of
 from jaxgrad import data, losses, models, optimum, parallel, statistics
-from jaxgrad.descent import descend, log_spaced, trajectory
-from jaxgrad.sampling import distinct, full_batch
+from jaxgrad.descent import descend, log_spaced
 from jaxgrad.types import Batch, Loss, Params, Sampling
 
 
@@ -73,7 +72,7 @@ class Config:
 
 TIMED = True
 QUICK = Config(
-    problems=("diamonds", "mnist5k"), seeds=5, batch_sizes=(8,), epochs=1, updates=200, updates_net=60, tuning_seeds=2,
+    problems=("diamonds", "mnist5k"), seeds=5, batch_sizes=(8,), epochs=4, updates=200, updates_net=60, tuning_seeds=2,
     halvings=7, points=25, rows=4000, hidden=16,
 )  # fmt: skip
 PUBLISHED = {
@@ -186,7 +185,10 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
     tuning, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
 
     def tuned() -> np.ndarray:
-        final = _final_losses(problem, sampling_of(b), steps, random_keys(2021, tuning), etas)
+        final = finals(
+            problem.loss, problem.start, problem.spread or problem.batch, sampling_of(b), steps,
+            random_keys(2021, tuning), etas,
+        )  # fmt: skip
         return np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
 
     score = work.kept(f"{problem.name} {label_of(b)} tuning", tuned)
@@ -204,34 +206,6 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
         "diverged": int(sum(s.startswith("diverged") for s in many.status)),
     }  # fmt: skip
     return numbers | ({"test_accuracy": many.observed[:, -1]} if problem.accuracy else {})
-
-
-def sampling_of(b: int | None) -> Sampling:
-    """`b` different examples a step; None is the full batch."""
-    return full_batch() if b is None else distinct(b)
-
-
-def _final_losses(problem: Problem, sampling: Sampling, steps: int, keys: jax.Array, etas: np.ndarray) -> np.ndarray:
-    """Full loss after `steps` updates for each step size and key: `[e, s]`, all in one program."""
-    loss, spread, mesh = problem.loss, None, None
-    if problem.spread is not None:
-        mesh = problem.spread.mesh
-        loss, spread, sampling = parallel.on(problem.spread, loss, sampling)
-
-    @jax.jit
-    def grid(etas: jax.Array, keys: jax.Array, spread: Any) -> jax.Array:
-        batch = problem.batch if spread is None else spread
-
-        def final(eta: Any, key: Any) -> jax.Array:
-            _, curve = trajectory(
-                loss, problem.start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=[steps]
-            )
-            return curve[-1]
-
-        return jax.vmap(jax.vmap(final, (None, 0)), (0, None))(etas, keys)
-
-    each = jnp.asarray(etas, jnp.float32), keys
-    return np.asarray(grid(*(each if mesh is None else parallel.replicate(each, mesh)), spread))
 
 
 def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: jax.Array) -> np.ndarray:
@@ -263,15 +237,6 @@ def _excess(problem: Problem, params: Params) -> np.ndarray:
         flat = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), flat)
         values = jax.jit(lambda p, batch: jax.lax.map(lambda one: problem.loss(one, batch), p))(flat, wide)
         return np.asarray(values).reshape(leading) - problem.minimum.value
-
-
-def label_of(b: int | None) -> str:
-    """How a batch size is called in tables, figures and the names of numbers."""
-    return "full batch" if b is None else f"b = {b}"
-
-
-def _size(label: str) -> int | None:
-    return None if label == "full batch" else int(label.removeprefix("b = "))
 
 
 # --- what the numbers say --------------------------------------------------------------------------------------
@@ -432,7 +397,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
             for label in at("labels"):
                 steps, excess = at(f"{label}/steps"), at(f"{label}/excess")
                 x = (steps, at(f"{label}/examples"), steps * at(f"{label}/seconds_per_update"))[column]
-                colour = plots.batch_colour(_size(label))
+                colour = plots.batch_colour(size_of(label))
                 seen = slice(1, None)  # a logarithmic axis has no place for the start
                 low, high = statistics.quantile_band(excess)
                 axis.plot(x[seen], np.median(excess, axis=0)[seen], color=colour, label=label)

@@ -11,7 +11,6 @@ turns, twice, and the faster of the two counts: the memory of a shared machine i
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxgrad import atomic
 
 COLUMNS, B, CHUNK = 8, 256, 2**20
 ROUNDS, PASSES = 2, 5
@@ -62,15 +63,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(file: Path, rows: int) -> None:
     rng, weights = np.random.default_rng(0), np.arange(1, COLUMNS, dtype=np.float32)
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("wb") as out:
+    with atomic.replacing(file) as out:
         np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (rows, COLUMNS)})
         for first in range(0, rows, CHUNK):
             part = rng.standard_normal((min(CHUNK, rows - first), COLUMNS), np.float32)
             part[:, -1] += part[:, :-1] @ weights
             out.write(part.data)
             print(f"\r{first:,} of {rows:,} rows", end="", file=sys.stderr)
-    os.replace(temporary, file)
 
 
 def _read_all(file: Path) -> float:

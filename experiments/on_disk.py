@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import work
+from experiments.tuning import finals, label_of, sampling_of
 from jaxgrad import losses, models, stream
-from jaxgrad.descent import descend, log_spaced, trajectory
-from jaxgrad.sampling import distinct, full_batch
-from jaxgrad.types import Batch, Linear
+from jaxgrad.data.dataset import are_classes
+from jaxgrad.descent import descend, log_spaced
+from jaxgrad.types import Linear
 
 TUNING_ROWS = 100_000
 """Step sizes are tuned on so many rows."""
@@ -58,8 +58,13 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
             f"{path.name} has no names: the target is a number of a column, got {config.target!r}"
         ) from None
     raw = stream.open_rows(path, target=target, memory=stream.MEMORY if config.memory is None else config.memory / 4)
-    if len(np.unique(stream.example(raw, 10_000)[:, raw.target])) <= 2:
-        raise ValueError(f"{path.name}: the target looks like two classes; from disk only regression is run so far")
+    some = np.unique(np.linspace(0, raw.n - 1, 10_000).astype(np.int64))
+    values = np.unique(stream.pick(raw, some)[:, raw.target])
+    if len(values) <= 2 or are_classes(values, len(some)):
+        raise ValueError(
+            f"{path.name}: the target looks like {len(values)} classes, and this experiment runs only regression from "
+            "disk; raise --memory to load the file, or call descend on stream.open_rows(..., classes=...)"
+        )
     progress(f"{path.name}: one pass for mean and covariance of {raw.n:,} rows")
     mean, covariance = stream.moments(raw)
     spread = np.sqrt(np.diag(covariance))
@@ -81,10 +86,9 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
     top = max(1.0, float(np.linalg.eigvalsh(R)[-1]))
     name, n = path.stem, raw.n
     sizes: list[int | None] = [None, *(b for b in config.batch_sizes if b < n)]
-    label = {b: "full batch" if b is None else f"b = {b}" for b in sizes}
     numbers: dict[str, Any] = {
         "problems": [name], f"{name}/what": f"linear regression from disk, n = {n:,}, d = {len(features)}",
-        f"{name}/n": n, f"{name}/labels": list(label.values()), f"{name}/kind": "gap to the minimum",
+        f"{name}/n": n, f"{name}/labels": [label_of(b) for b in sizes], f"{name}/kind": "gap to the minimum",
         f"{name}/start": float(gap(start)), f"{name}/minimum": minimum,
         # What solving left of the gradient, squared, over four times the least curvature.
         f"{name}/bound": float(np.sum((2 * (R @ best - r)) ** 2) / (4 * np.linalg.eigvalsh(R)[0])),
@@ -96,24 +100,24 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
     for b in sizes:
         # An update of the full batch is a pass over the file; the others need not be as many as see all rows once.
         steps = 4 * config.epochs if b is None else 2 * config.updates
-        sampling = full_batch() if b is None else distinct(b)
+        sampling = sampling_of(b)
         tuned, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
-        progress(f"{name}, {label[b]}: tuning the step size on {len(sample):,} rows under {steps:,} updates")
+        progress(f"{name}, {label_of(b)}: tuning the step size on {len(sample):,} rows under {steps:,} updates")
         etas = 1 / top * 0.5 ** np.arange(config.halvings)
 
         def scores(sampling: Any = sampling, steps: int = steps, tuned: int = tuned, etas: Any = etas) -> np.ndarray:
-            final = _final(loss, start, batch, sampling, steps, jax.random.split(key_tune, tuned), etas)
+            final = finals(loss, start, batch, sampling, steps, jax.random.split(key_tune, tuned), etas, lambda w: w)
             return np.median(np.nan_to_num(gap(final), nan=np.inf, posinf=np.inf), axis=1)
 
-        score = work.kept(f"{name} {label[b]} tuning", scores)
+        score = work.kept(f"{name} {label_of(b)} tuning", scores)
         eta = float(etas[np.argmin(score)])
         traces = []
         for i, key in enumerate(jax.random.split(key_order, runs)):
-            progress(f"{name}, {label[b]}: run {i + 1} of {runs} with step size {eta:.3g}")
+            progress(f"{name}, {label_of(b)}: run {i + 1} of {runs} with step size {eta:.3g}")
             record = log_spaced(steps, config.points)
             trace = descend(
                 loss, start, rows, optimizer=eta, sampling=sampling, steps=steps, key=key, record=record,
-                checkpoint=work.checkpoint(f"{name} {label[b]} run {i}", steps),
+                checkpoint=work.checkpoint(f"{name} {label_of(b)} run {i}", steps),
             )  # fmt: skip
             traces.append(trace)
         per_update = np.array([trace.seconds[-1] / steps for trace in traces])
@@ -123,20 +127,5 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
             "diverged": sum(trace.status.startswith("diverged") for trace in traces),
             "seconds_per_update": float(np.median(per_update)), "seconds_per_update_runs": per_update,
         }  # fmt: skip
-        numbers |= {f"{name}/{label[b]}/{what}": value for what, value in own.items()}
+        numbers |= {f"{name}/{label_of(b)}/{what}": value for what, value in own.items()}
     return numbers
-
-
-def _final(loss: Any, start: Linear, batch: Batch, sampling: Any, steps: int, keys: Any, etas: np.ndarray) -> Linear:
-    """Parameters after `steps` updates on rows in memory, for each step size and key: leaves `[e, s, ...]`."""
-
-    @jax.jit
-    def grid(etas: jax.Array, keys: jax.Array, batch: Batch) -> Linear:
-        def one(eta: Any, key: Any) -> Linear:
-            return trajectory(loss, start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=[steps])[
-                0
-            ]
-
-        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(etas, keys)
-
-    return jax.tree.map(np.asarray, grid(jnp.asarray(etas, jnp.float32), keys, batch))

@@ -22,7 +22,7 @@ from experiments.inline import inline
 from experiments.report import Chapter
 from experiments.results import Claim, Result
 from experiments.verdicts import ROWS, Row, evidence, settled
-from jaxgrad import data
+from jaxgrad import atomic, data
 
 HERE = Path(__file__).parent
 FEATURES = {"s1": "total cholesterol", "s2": "LDL cholesterol"}
@@ -37,7 +37,7 @@ def write(folder: str | Path, chapters: Sequence[Chapter]) -> Path:
     Links lead to the files of `folder` and, where `folder` stands beside them, to `tests/` and `experiments/`.
     """
     path = Path(folder) / "report.html"
-    results.replace(path, document(Path(folder), chapters).encode())
+    atomic.write(path, document(Path(folder), chapters).encode())
     return path
 
 

@@ -31,7 +31,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from experiments import results
+from jaxgrad import atomic
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -270,5 +270,5 @@ def write(rendered: dict[str, bytes], folder: str | Path, stem: str = "figure") 
     place.mkdir(parents=True, exist_ok=True)
     paths = {place / f"{stem}.{kind}": content for kind, content in rendered.items()}
     for path, content in paths.items():
-        results.replace(path, content)
+        atomic.write(path, content)
     return tuple(paths)

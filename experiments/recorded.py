@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments import results
+from jaxgrad import atomic
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "scaling" / "recorded"
 
@@ -20,7 +20,7 @@ def write(name: str, record: dict[str, Any]) -> str:
     """Write a record, sorted and whole or not at all; returns its text."""
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     FOLDER.mkdir(parents=True, exist_ok=True)
-    results.replace(FOLDER / f"{name}.json", text.encode())
+    atomic.write(FOLDER / f"{name}.json", text.encode())
     return text
 
 

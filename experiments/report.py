@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from experiments import catalogue, plots, results
 from experiments.results import Claim, Result
 from experiments.verdicts import ROWS, evidence, settled
+from jaxgrad import atomic
 
 SECTION = re.compile(r"<!-- generated:(?P<name>[\w-]+) -->(?P<old>.*?)<!-- end -->", re.DOTALL)
 
@@ -91,7 +92,7 @@ def write(folder: str | Path, chapters: list[Chapter]) -> Path:
         *(_chapter(chapter) for chapter in chapters),
     ]
     path = Path(folder) / "README.md"
-    results.replace(path, ("\n\n".join(part.strip() for part in parts) + "\n").encode())
+    atomic.write(path, ("\n\n".join(part.strip() for part in parts) + "\n").encode())
     return path
 
 
@@ -116,7 +117,7 @@ def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) ->
     old = readme.read_text(encoding="utf-8")
     new = fill(old, makers, str(path))
     if new != old:
-        results.replace(readme, new.encode())
+        atomic.write(readme, new.encode())
     return new != old
 
 

@@ -5,10 +5,10 @@
 
 The same data give the same bytes on every machine: keys sorted, floats by `repr`, arrays little-endian and
 stored without compression, no dates. NaN and infinities, which JSON does not have, are written as
-`{"float": "nan"}`. The JSON holds the sha256 of its npz, so that a reader knows a mismatched pair. Both files
-are first written under temporary names, then renamed, the npz first: a writer that is stopped before the
-renames leaves the old pair, and one that is stopped between them leaves the new npz beside the new JSON under
-its temporary name, which the next `read` renames.
+`{"float": "nan"}`. The JSON holds the sha256 of its npz, so that a reader knows a mismatched pair. The JSON is
+first written under a temporary name, then the npz is replaced, then the JSON renamed: a writer that is stopped
+before the npz is there leaves the old pair, and one that is stopped after leaves the new npz beside the new JSON
+under its temporary name, which the next `read` renames.
 
 The JSON also holds what a later reader needs to trust it: the hash of every source file that made the numbers
 (`code`), and the hash of its own contents (`sha256`), so that stale and edited files can be told from sound ones.
@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxgrad import atomic
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
 """Packages whose versions every result records, beside Python's."""
@@ -103,9 +105,14 @@ def write(
     place = Path(folder) / name
     place.mkdir(parents=True, exist_ok=True)
     json_path, npz_path = place / f"{device}.json", place / f"{device}.npz"
-    with _temporary(json_path, text), _temporary(npz_path, archive):
-        os.replace(_temporary_name(npz_path), npz_path)
-        os.replace(_temporary_name(json_path), json_path)
+    waiting = atomic.temporary(json_path)
+    atomic.write(waiting, text)
+    try:
+        atomic.write(npz_path, archive)
+        os.replace(waiting, json_path)
+    finally:
+        if not _belongs(waiting, npz_path):
+            waiting.unlink(missing_ok=True)
     return json_path
 
 
@@ -155,7 +162,7 @@ def reclaim(folder: str | Path, result: Result, claims: Sequence[Claim]) -> Resu
     """Put today's claims about the same numbers into a saved JSON; everything else in it stays."""
     path = Path(folder) / result.name / f"{result.device}.json"
     document = json.loads(path.read_text(encoding="utf-8"))
-    replace(path, _json(_sealed(document | {"claims": _plain_claims(claims)}, only="claims")))
+    atomic.write(path, _json(_sealed(document | {"claims": _plain_claims(claims)}, only="claims")))
     return result._replace(claims=tuple(claims))
 
 
@@ -292,7 +299,7 @@ def environment(folder: str | Path) -> Path:
     """
     path = Path(folder) / "environment.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, "".join(f"{line}\n" for line in pins("jaxgrad", "study")).encode())
+    atomic.write(path, "".join(f"{line}\n" for line in pins("jaxgrad", "study")).encode())
     return path
 
 
@@ -315,41 +322,13 @@ def pins(package: str, extra: str) -> list[str]:
     return sorted({f"{name}=={version}" for (name, _), version in seen.items() if name != _normal(package)})
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it and rename it: readers see the old bytes or the new."""
-    with _temporary(path, content):
-        os.replace(_temporary_name(path), path)
-
-
 def _normal(name: str) -> str:
     """A package's name as PEP 503 normalises it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
-
-
-@contextlib.contextmanager
-def _temporary(path: Path, content: bytes) -> Iterator[None]:
-    """`content` on disk under a temporary name, for as long as the block; what is not renamed is removed.
-
-    Except for one case: the JSON whose npz is in place already is kept, for `read` to rename.
-    """
-    temporary = _temporary_name(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield
-    finally:
-        if not (path.suffix == ".json" and _belongs(temporary, path.with_suffix(".npz"))):
-            temporary.unlink(missing_ok=True)
-
-
 def _belongs(json_path: Path, npz_path: Path) -> bool:
-    """Whether a JSON, perhaps unfinished, records the sha256 of the npz."""
+    """Whether a JSON is there that records the sha256 of the npz."""
     try:
         recorded = json.loads(json_path.read_bytes())["arrays"]["sha256"]
         return recorded == hashlib.sha256(npz_path.read_bytes()).hexdigest()
@@ -359,9 +338,10 @@ def _belongs(json_path: Path, npz_path: Path) -> bool:
 
 def _finish(json_path: Path, digest: str) -> bool:
     """Finish a `write` that was stopped between its two renames; whether there was one."""
-    if not _belongs(_temporary_name(json_path), json_path.with_suffix(".npz")):
+    waiting = atomic.temporary(json_path)
+    if not _belongs(waiting, json_path.with_suffix(".npz")):
         return False
-    os.replace(_temporary_name(json_path), json_path)
+    os.replace(waiting, json_path)
     return True
 
 

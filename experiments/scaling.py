@@ -87,16 +87,17 @@ class Config:
 TIMED = True
 QUICK = Config(
     devices=(1, 2), processes=(), images="digits", rows=960, hidden=16, b=48, rounds=6, seconds=0.005, steps=3,
-    path=(30,),
-    batch_sizes=(8, 64), draws=400,
+    path=(30,), batch_sizes=(8, 64), draws=400,
 )  # fmt: skip
 PUBLISHED = {
-    "cores": "machine", "processes": "machine", "why_not": "machine", "devices": "exact", "cases": "exact",
-    "apart": "exact", "images": "exact", "rows": "exact", "hidden": "exact", "b": "exact", "large": "exact",
-    "parameters": "exact",
-    "row_bytes": "exact", "path": "exact", "shares": "exact", "*/arrays": "machine", "*/bytes": "machine",
-    "*/differ": "machine", "*/whole": "timing, axis -1", "*/split": "timing, axis -1",
-    "noise/*": "rounding", "variance/n": "exact", "variance/sizes": "exact", "variance/*/exact": "rounding",
+    "cores": "machine", "processes": "machine", "why_not": "machine",
+    "devices": "exact", "cases": "exact", "apart": "exact",
+    "images": "exact", "rows": "exact", "hidden": "exact", "b": "exact", "large": "exact", "parameters": "exact",
+    "row_bytes": "exact", "path": "exact", "shares": "exact",
+    "*/arrays": "machine", "*/bytes": "machine", "*/differ": "machine",
+    "*/whole": "timing, axis -1", "*/split": "timing, axis -1",
+    "noise/*": "rounding",
+    "variance/n": "exact", "variance/sizes": "exact", "variance/*/exact": "rounding",
     "variance/*/mean": "statistical, error variance/*/error", "variance/*/error": "statistical",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""

@@ -28,9 +28,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments import plots, random_keys, work
-from experiments.gd_vs_sgd import first_at_most, label_of, sampling_of
+from experiments.gd_vs_sgd import first_at_most
 from experiments.report import brief
 from experiments.results import Claim
+from experiments.tuning import label_of, sampling_of
 from jaxgrad import data, losses, models, noise, optimum, statistics
 from jaxgrad.descent import advance, init, trajectory
 from jaxgrad.sampling import full_batch, with_replacement

@@ -23,6 +23,7 @@ import numpy as np
 from experiments import results
 from experiments.published import parts
 from experiments.results import Result
+from jaxgrad import atomic
 from jaxgrad.types import Batch
 
 NARROW = {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"}
@@ -113,7 +114,7 @@ def write(folder: str | Path, old: Result, echoes: dict[str, Result], declared: 
     arrays = {key: value for key, value in arrays.items() if value.any()}
     seal = results.seal(folder, old.name, old.device)
     path = _path(folder, old)
-    results.replace(
+    atomic.write(
         path, results.npz(arrays | {"echoes": np.array(list(echoes)), "seal": np.array(seal)}, compressed=True)
     )
     return path

@@ -45,6 +45,7 @@ from experiments import spread as spreads
 from experiments.published import Kind, Part, look_up, parts
 from experiments.results import Result
 from experiments.spread import Spread, comparable, log_ratio
+from jaxgrad import atomic
 
 LEVEL = 1e-3
 """Chance that a sound re-run of one experiment is called different, for all of its numbers together."""
@@ -514,7 +515,7 @@ def note(folder: str | Path, rerun: str | Path, device: str, comparisons: Iterab
     notes = sorted(
         [*others, {"where": where, "found": found}], key=lambda one: json.dumps(one["where"], sort_keys=True)
     )
-    results.replace(path, (json.dumps(notes, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    atomic.write(path, (json.dumps(notes, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
     return path
 
 

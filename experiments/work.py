@@ -152,8 +152,7 @@ def _go_on(task: Task, config: Any) -> None:
 
 def _keeping(name: str) -> Path:
     """A file of the folder, which is there with the first of them."""
-    from experiments import results
-    from jaxgrad import parallel
+    from jaxgrad import atomic, parallel
 
     assert _unfinished is not None
     place = _unfinished
@@ -162,7 +161,7 @@ def _keeping(name: str) -> Path:
         with _making:
             if not (place / "of.json").exists():
                 place.mkdir(parents=True, exist_ok=True)
-                results.replace(place / "of.json", _whose)
+                atomic.write(place / "of.json", _whose)
 
     parallel.together(lambda: make() if parallel.is_main() else None)
     return place / name
@@ -191,8 +190,7 @@ def kept(name: str, compute: Callable[[], Any]) -> Any:
     """The array `compute()`, or what it was before the experiment was interrupted."""
     import numpy as np
 
-    from experiments import results
-    from jaxgrad import parallel
+    from jaxgrad import atomic, parallel
 
     if _unfinished is None:
         return compute()
@@ -201,7 +199,7 @@ def kept(name: str, compute: Callable[[], Any]) -> Any:
         return np.load(io.BytesIO(found), allow_pickle=False)
     values, content = np.asarray(compute()), io.BytesIO()
     np.save(content, values)
-    parallel.together(lambda: results.replace(path, content.getvalue()) if parallel.is_main() else None)
+    parallel.together(lambda: atomic.write(path, content.getvalue()) if parallel.is_main() else None)
     return values
 
 

@@ -3,8 +3,8 @@
     descend(..., checkpoint=Checkpoint("run.npz", every=1000))                  # leaves one
     descend(..., checkpoint=Checkpoint("run.npz", every=1000, resume=True))     # goes on from it, if it is there
 
-One file, written by one process under a temporary name and renamed: whoever is stopped while writing leaves the
-last one whole. The order of the examples needs no saving: it is a pure function of key and step. So a resumed run
+One file, written by one process and whole or not at all (`atomic`): whoever is stopped while writing leaves the last
+one. The order of the examples needs no saving: it is a pure function of key and step. So a resumed run
 gives the same numbers, to the bit on the same number of devices.
 
 A checkpoint knows of which run it is: of what data, loss and start, optimizer, sampling and key. Another's is refused.
@@ -17,7 +17,6 @@ import os
 import re
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import parallel
+from jaxgrad import atomic, parallel
 from jaxgrad.parallel import Weighted, digest
 from jaxgrad.types import Loss, Params
 
@@ -66,16 +65,9 @@ def _archive(tree: Any, fingerprint: dict[str, str]) -> memoryview:
 
 
 def _write(path: Path, content: memoryview) -> None:
-    temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        atomic.write(path, content)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         kept = "the one that was there is whole" if path.exists() else "there is none yet"
         raise OSError(error.errno, f"no checkpoint could be written to {path} ({error.strerror}); {kept}") from None
 
@@ -125,14 +117,11 @@ def check(checkpoint: Checkpoint) -> None:
             f"{path} is there already: go on from it with resume=True, remove it, or give another path"
         )
     try:
-        _temporary(path).open("wb").close()
-        _temporary(path).unlink()
+        probe = atomic.temporary(path)
+        probe.open("wb").close()
+        probe.unlink()
     except OSError as error:
         raise OSError(error.errno, f"no checkpoint can be written to {path}: {error.strerror}") from None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp")
 
 
 def fingerprint(

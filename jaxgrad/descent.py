@@ -11,7 +11,7 @@ GD and SGD differ in one argument, the sampling. The full batch is never gathere
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -307,8 +307,8 @@ def descend(
     go = partial(_advance, loss=_hashable(loss), optimizer=optimizer, sampling=sampling, axes=axes, single=single)
     look = partial(_look, loss=_hashable(loss), observe=observe and _hashable(observe), many=many, rows=rows)
     judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, many=many, rows=rows)
+    reader = stream.Reader(disk, sampling, key, steps) if disk is not None and sampling.batch_size else None
     if disk is not None:
-        reader = stream.Reader(disk, sampling, key, steps) if sampling.batch_size else None
         streamed = stream.of_rows(_hashable(own_loss), disk)
         go, look, judge = stream.programs(go, look, judge, disk, sampling, streamed, reader)
 
@@ -350,7 +350,8 @@ def descend(
         assert checkpoint is not None
         saved.save(checkpoint, (state, columns, active, told, ended, best, waited, seconds), whose)
 
-    with parallel.Interruption() if checkpoint is not None else nullcontext() as asked:
+    asking = parallel.Interruption() if checkpoint is not None else nullcontext()
+    with asking as asked, nullcontext() if reader is None else closing(reader):
         for mark in marks:
             before, began = state, time.perf_counter()
             state = jax.block_until_ready(go(state, key, data, np.int32(mark), halt=halt))

@@ -5,7 +5,7 @@ one process with all of them. Across machines use what starts programs there (sr
 that calls `jaxgrad.parallel.start()` needs no launcher of ours.
 
 The processes talk over loopback only. Each has a log of its own; that of rank 0 is shown too. If one fails, all are
-ended, and one sentence says which it was.
+ended, and one sentence says which it was. If the launcher itself is killed (SIGKILL, out of memory), they end too.
 """
 
 import argparse
@@ -19,14 +19,22 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 GRACE = 20
 """Seconds that the processes have to end after a Ctrl-C or SIGTERM, before they are killed."""
 
-# What a process runs: it joins the others, and ends so that none waits for it.
+# What a process runs: it joins the others, and ends so that none waits for it. Nobody writes to the pipe: to read from
+# it is to wait until the launcher, which alone holds the other end, is gone.
 _CHILD = """\
-import sys
+import os, sys, threading
+def end_with_launcher():
+    try:
+        os.read({alive}, 1)
+        print("ended because the launcher is gone", file=sys.stderr)
+    finally:
+        os._exit(1)
+threading.Thread(target=end_with_launcher, daemon=True).start()
 sys.path[0] = {path!r}
 from jaxgrad.parallel import run, start
 def main():
@@ -41,31 +49,50 @@ run(main)
 """
 
 
+class Ended(NamedTuple):
+    """How a launched program ended."""
+
+    status: int
+    """Of the whole: what the launcher exits with."""
+    statuses: tuple[int, ...]
+    """Of each rank; negative: the signal that ended it. Empty where none was started."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the processes, wait for them, and return the exit status of the whole."""
+    return run(argv).status
+
+
+def run(argv: Sequence[str] | None = None) -> Ended:
+    """`main`, which also says how each process ended. All of them are gone when it returns."""
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
     if arguments.module is None and not Path(arguments.program[0]).is_file():
         print(f"error: there is no script {arguments.program[0]}; a module is given with -m", file=sys.stderr)
-        return 2
+        return Ended(2, ())
     logs = Path(arguments.logs or tempfile.mkdtemp(prefix="jaxgrad-"))
     logs.mkdir(parents=True, exist_ok=True)
     try:
         coordinator = f"127.0.0.1:{_port(arguments.port)}"
     except OSError as error:
         print(f"error: port {arguments.port} cannot be used ({error.strerror}); leave --port out", file=sys.stderr)
-        return 2
+        return Ended(2, ())
     _say(f"{arguments.n} processes at {coordinator}; logs in {logs}")
     asked: list[int] = []
     before = {
         number: signal.signal(number, lambda got, _: asked.append(got)) for number in (signal.SIGINT, signal.SIGTERM)
     }
-    processes = [_start(rank, arguments, coordinator, logs) for rank in range(arguments.n)]
+    alive, held = os.pipe()
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        return _watch(processes, logs, asked, _again(arguments))
+        for rank in range(arguments.n):
+            processes.append(_start(rank, arguments, coordinator, logs, alive))
+        status = _watch(processes, logs, asked, _again(arguments))
+        return Ended(status, tuple(_end(process) for process in processes))
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            _end(process)
+        os.close(alive)
+        os.close(held)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -110,7 +137,9 @@ def _port(wanted: int | None) -> int:
         return server.getsockname()[1]
 
 
-def _start(rank: int, arguments: argparse.Namespace, coordinator: str, logs: Path) -> subprocess.Popen[bytes]:
+def _start(
+    rank: int, arguments: argparse.Namespace, coordinator: str, logs: Path, alive: int
+) -> subprocess.Popen[bytes]:
     own = {
         "JAXGRAD_COORDINATOR": coordinator,
         "JAXGRAD_NUM_PROCESSES": str(arguments.n),
@@ -121,13 +150,15 @@ def _start(rank: int, arguments: argparse.Namespace, coordinator: str, logs: Pat
         own["JAXGRAD_DEVICES"] = str(arguments.devices)
     path = os.getcwd() if arguments.module else str(Path(arguments.program[0]).resolve().parent)
     argv = ["-m", *arguments.program] if arguments.module else arguments.program
-    code = _CHILD.format(path=path, argv=argv, module=arguments.module)
-    log = (logs / f"rank{rank}.log").open("wb")
-    # A session of its own: a Ctrl-C comes to the launcher, which passes it on once.
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, **own}, stdin=subprocess.DEVNULL, start_new_session=True,
-        stdout=subprocess.PIPE if rank == 0 else log, stderr=subprocess.PIPE if rank == 0 else subprocess.STDOUT,
-    )  # fmt: skip
+    code = _CHILD.format(path=path, argv=argv, module=arguments.module, alive=alive)
+    log = logs / f"rank{rank}.log"
+    with log.open("wb") as file:
+        # A session of its own: a Ctrl-C comes to the launcher, which passes it on once.
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **own}, stdin=subprocess.DEVNULL, start_new_session=True,
+            stdout=subprocess.PIPE if rank == 0 else file, stderr=subprocess.PIPE if rank == 0 else subprocess.STDOUT,
+            pass_fds=[alive],
+        )  # fmt: skip
     if rank == 0:
         for pipe, screen in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
             assert pipe is not None
@@ -135,14 +166,21 @@ def _start(rank: int, arguments: argparse.Namespace, coordinator: str, logs: Pat
     return process
 
 
-def _show(pipe: BinaryIO, log: BinaryIO, screen: BinaryIO) -> None:
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Kill a process that still runs; its exit status."""
+    if process.poll() is None:
+        process.kill()
+    return process.wait()
+
+
+def _show(pipe: BinaryIO, log: Path, screen: BinaryIO) -> None:
     """Copy to the log and to the screen, but for gloo's greetings, which it writes among a program's output."""
-    for line in iter(pipe.readline, b""):
-        log.write(line)
-        log.flush()
-        if not line.startswith(b"[Gloo]"):
-            screen.write(line)
-            screen.flush()
+    with pipe, log.open("ab", buffering=0) as file:
+        for line in pipe:
+            file.write(line)
+            if not line.startswith(b"[Gloo]"):
+                screen.write(line)
+                screen.flush()
 
 
 def _watch(processes: list[subprocess.Popen[bytes]], logs: Path, asked: list[int], again: str) -> int:
@@ -171,8 +209,7 @@ def _watch(processes: list[subprocess.Popen[bytes]], logs: Path, asked: list[int
     statuses = [process.poll() for process in processes]
     absent = [rank for rank, status in enumerate(statuses) if status is None and not _joined(logs, rank)]
     for process in processes:
-        if process.poll() is None:
-            process.kill()
+        _end(process)
     culprit = _culprit(statuses, frozen, absent)
     status = statuses[culprit]
     if culprit in frozen:

@@ -60,9 +60,14 @@ def _softplus_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def softmax_cross_entropy(logits: Float[Array, " k"], label: Any) -> Float[Array, ""]:
-    """`−log softmax(z)[label]` from the logits `z[k]`, for an integer label or a distribution `label[k]`."""
+    """`−log softmax(z)[label]` from the logits `z[k]`, for an integer label or a distribution `label[k]`.
+
+    Raises TypeError for a class number that is a float: it would pass for a distribution.
+    """
     log_p = jax.nn.log_softmax(logits)
     label = jnp.asarray(label)
+    if label.ndim == 0 and not jnp.issubdtype(label.dtype, jnp.integer):
+        raise TypeError(f"a class number must be an integer, got {label.dtype}: convert it, e.g. y.astype(jnp.int32)")
     if jnp.issubdtype(label.dtype, jnp.integer):
         return -log_p[label]
     # An infinitely unlikely class of weight 0 costs 0, not 0·∞.

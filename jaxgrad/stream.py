@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.blocks import mean
+from jaxgrad.parallel import digest
 from jaxgrad.types import Batch, Key, Loss, Params, Sampling
 
 MEMORY = 0.5
@@ -65,6 +66,8 @@ class Rows(NamedTuple):
     full: Callable[[Params], Any] | None = None
     """The full loss as a function of the parameters, where something cheaper than a pass over all rows tells it
     (`moments`, for least squares): what is then recorded."""
+    classes: int | None = None
+    """How many classes the target numbers: `y` is then int32. None: it is a number like the others."""
 
     @property
     def n(self) -> int:
@@ -82,21 +85,28 @@ class Rows(NamedTuple):
 
     def as_batch(self, rows: Any) -> Any:
         """Rows `[m, columns]` as the loss sees them: `Batch(x[m, columns − 1], y[m])`, or as they are."""
-        return _as_batch(rows, self.target, self.shift, self.scale)
+        return of_rows(None, self).batch(rows)
 
     def scaled(self, shift: Any, scale: Any) -> "Rows":
-        """These rows with `(column − shift)/scale` taken on the device."""
-        return self._replace(shift=tuple(map(float, shift)), scale=tuple(map(float, scale)))
+        """These rows with `(column − shift)/scale` taken on the device; class numbers stay what they are."""
+        shift, scale = list(map(float, shift)), list(map(float, scale))
+        if self.classes is not None and self.target is not None:
+            shift[self.target], scale[self.target] = 0.0, 1.0
+        return self._replace(shift=tuple(shift), scale=tuple(scale))
 
 
-def open_rows(path: str | os.PathLike[str], *, target: int | None = None, memory: float = MEMORY) -> Rows:
+def open_rows(
+    path: str | os.PathLike[str], *, target: int | None = None, classes: int | None = None, memory: float = MEMORY
+) -> Rows:
     """Open one `.npy` table `[n, columns]` of floats, or a folder of them, in the order of their names.
 
-    `target` is the number of the column to predict (negative counts from the end). Nothing but headers is read.
+    `target` is the number of the column to predict (negative counts from the end). With `classes` it holds class
+    numbers, 0 to `classes − 1`, as floats like its neighbours, and the loss sees them as int32; each is checked when
+    it is read. (0/1 labels of `losses.logloss` need no `classes`.) Nothing but headers is read here.
 
     Raises FileNotFoundError for no such file or no `.npy` in the folder; ValueError, naming the file, for one that is
     no npy file, cut off, not a table of float32 or float64 in C order, or that differs from the first in columns or
-    dtype; and for a target that is not a column.
+    dtype; for a target that is not a column; and for classes that are fewer than two or have no target.
     """
     path = Path(path)
     if not path.exists():
@@ -120,10 +130,14 @@ def open_rows(path: str | os.PathLike[str], *, target: int | None = None, memory
         )
     if target is not None and columns < 2:
         raise ValueError(f"{first.path.name} has no column beside the target; a feature is needed")
+    if classes is not None and (target is None or classes < 2):
+        raise ValueError(f"classes needs a target and is at least 2; got classes={classes}, target={target}")
     if not memory > 0:
         raise ValueError(f"memory must be a positive number of GiB; got {memory}")
     where = None if target is None else target % columns
-    return Rows(tuple(shard for shard, _, _ in headers), dtype, columns, where, None, None, float(memory))
+    return Rows(
+        tuple(shard for shard, _, _ in headers), dtype, columns, where, None, None, float(memory), None, classes
+    )
 
 
 def _check_numbering(files: list[Path]) -> None:
@@ -162,38 +176,37 @@ def _header(path: Path) -> tuple[Shard, np.dtype, int]:
     return Shard(path, offset, shape[0]), dtype, shape[1]
 
 
-def _as_batch(rows: Any, target: int | None, shift: Any, scale: Any) -> Any:
-    if shift is not None:
-        rows = (rows - jnp.asarray(shift, rows.dtype)[None, :]) / jnp.asarray(scale, rows.dtype)[None, :]
-    if target is None:
-        return rows
-    if target == 0 or target == rows.shape[1] - 1:
-        x = rows[:, 1:] if target == 0 else rows[:, :-1]
-    else:
-        x = jnp.concatenate([rows[:, :target], rows[:, target + 1 :]], axis=1)
-    return Batch(x, rows[:, target])
-
-
 @dataclass(frozen=True)
 class Streamed:
     """The loss of rows as they lie in the file."""
 
-    loss: Loss
+    loss: Any
     target: int | None
     shift: tuple[float, ...] | None
     scale: tuple[float, ...] | None
+    classes: int | None
 
     def __call__(self, params: Params, rows: Any) -> jax.Array:
         return self.loss(params, self.batch(rows))
 
     def batch(self, rows: Any) -> Any:
         """Rows as the loss sees them."""
-        return _as_batch(rows, self.target, self.shift, self.scale)
+        target = self.target
+        if self.shift is not None:
+            rows = (rows - jnp.asarray(self.shift, rows.dtype)[None, :]) / jnp.asarray(self.scale, rows.dtype)[None, :]
+        if target is None:
+            return rows
+        if target == 0 or target == rows.shape[1] - 1:
+            x = rows[:, 1:] if target == 0 else rows[:, :-1]
+        else:
+            x = jnp.concatenate([rows[:, :target], rows[:, target + 1 :]], axis=1)
+        y = rows[:, target]
+        return Batch(x, y if self.classes is None else y.astype(jnp.int32))
 
 
-def of_rows(loss: Loss, rows: Rows) -> Streamed:
+def of_rows(loss: Loss | None, rows: Rows) -> Streamed:
     """`loss(params, batch)` as a function of raw rows."""
-    return Streamed(loss, rows.target, rows.shift, rows.scale)
+    return Streamed(loss, rows.target, rows.shift, rows.scale, rows.classes)
 
 
 def example(rows: Rows, count: int = 1) -> np.ndarray:
@@ -203,10 +216,9 @@ def example(rows: Rows, count: int = 1) -> np.ndarray:
 
 def tell(rows: Rows) -> str:
     """What tells these rows from others, without reading all: shape, dtype and 1,024 evenly spaced rows."""
-    from jaxgrad.parallel import digest
-
     picked = pick(rows, np.unique(np.linspace(0, rows.n - 1, 1024).astype(np.int64)))
-    return digest((f"{rows.n} {rows.target} {rows.shift} {rows.scale}", picked))
+    labels = "" if rows.classes is None else f" {rows.classes}"
+    return digest((f"{rows.n} {rows.target} {rows.shift} {rows.scale}{labels}", picked))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -224,7 +236,7 @@ def read(rows: Rows, low: int, high: int) -> np.ndarray:
                 if got == 0:
                     raise ValueError(f"{shard.path.name} was cut off while it was read")
                 done += got
-    _check(out, low)
+    _check(rows, out, low)
     return out
 
 
@@ -260,7 +272,7 @@ def pick(rows: Rows, indices: np.ndarray, into: np.ndarray | None = None) -> np.
                     out[place[at:to]] = lying.take(own[at:to] - (start + first))
                 at = to
     found = out.view(rows.dtype).reshape(len(wanted), rows.columns)
-    _check(found, None, wanted)
+    _check(rows, found, wanted)
     return found
 
 
@@ -306,18 +318,28 @@ def _aligned(size: int) -> np.ndarray:
     return room[skip : skip + size]
 
 
-def _check(values: np.ndarray, first: int | None, indices: np.ndarray | None = None) -> None:
+def _check(rows: Rows, values: np.ndarray, numbers: int | np.ndarray) -> None:
+    """Raise for an entry that is not finite or no class number; `numbers` of the rows, or of the first of them."""
+
+    def where(row: int, column: int) -> str:
+        at = int(numbers[row]) if isinstance(numbers, np.ndarray) else numbers + row
+        return f"row {at:,}, column {column} (counted from 0) is {values[row, column]}"
+
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(values.sum(dtype=values.dtype)):
-            return
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
+        finite = np.isfinite(values.sum(dtype=values.dtype))
+    if not finite and len(bad := np.argwhere(~np.isfinite(values))):
         row, column = map(int, bad[0])
-        at = int(indices[row]) if indices is not None else (first or 0) + row
-        raise ValueError(
-            f"row {at:,}, column {column} (counted from 0) is {values[row, column]}; every entry must be finite: "
-            "drop those rows or fill them in"
-        )
+        raise ValueError(f"{where(row, column)}; every entry must be finite: drop those rows or fill them in")
+    if rows.classes is not None and rows.target is not None:
+        bad = _no_class(values[:, rows.target], rows.classes)
+        if bad.any():
+            raise ValueError(
+                f"{where(int(np.argmax(bad)), rows.target)}; a class is a whole number from 0 to {rows.classes - 1}"
+            )
+
+
+def _no_class(labels: Any, classes: int) -> Any:
+    return (labels < 0) | (labels >= classes) | (labels % 1 != 0)
 
 
 def _few(rows: Rows) -> Rows:
@@ -350,7 +372,7 @@ def _ahead(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -> It
 
 
 class Reader:
-    """The rows of blocks of steps, the next block always on its way."""
+    """The rows of blocks of steps, the next block always on its way; `close` it, or its thread reads on."""
 
     def __init__(self, rows: Rows, sampling: Sampling, key: Key, last: int):
         b = sampling.batch_size or 1
@@ -391,7 +413,10 @@ class Reader:
         return pick(self._rows, np.asarray(drawn), self._buffers[number % 2])
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the thread, let go of the files and the memory. What is being fetched is waited for: nothing reads on
+        beside what the caller does, and perhaps times, next."""
+        self._pool.shutdown(cancel_futures=True)
+        self._ready, self._device, self._buffers = {}, (-1, None), []
 
 
 @partial(jax.jit, static_argnames=("sampling", "n", "count"))
@@ -507,7 +532,7 @@ def _sum(evaluate: Callable[..., Any], params: Params, rows: Rows) -> Any:
         part = _mapped(*pieces[0][:1], rows, *pieces[0][1:3], ahead=True) if whole else read(rows, *bounds)
         found, bad = jax.block_until_ready(evaluate(params, part))
         if bad:
-            _check(np.array(part), bounds[0])
+            _check(rows, np.array(part), bounds[0])
         return found
 
     total = None
@@ -519,12 +544,13 @@ def _sum(evaluate: Callable[..., Any], params: Params, rows: Rows) -> Any:
 
 @partial(jax.jit, static_argnames=("function", "loss"))
 def _part(params: Params, part: Any, *, function: Callable[[Loss], Any], loss: Streamed) -> Any:
-    """`function(loss)` of the rows of a part, and whether any entry is not finite (not 0)."""
+    """`function(loss)` of the rows of a part, and whether any entry is not what it must be (not 0)."""
 
     def of_block(params: Params, block: Any) -> Any:
-        return function(loss.loss)(params, _by_columns(loss, params, block)), jnp.any(~jnp.isfinite(block)).astype(
-            block.dtype
-        )
+        bad = jnp.any(~jnp.isfinite(block))
+        if loss.classes is not None:
+            bad |= jnp.any(_no_class(block[:, loss.target], loss.classes))
+        return function(loss.loss)(params, _by_columns(loss, params, block)), bad.astype(block.dtype)
 
     count = part.shape[0]
     if jax.default_backend() == "cpu":

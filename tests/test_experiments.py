@@ -3,6 +3,7 @@
 One test runs every real experiment at its quick size.
 """
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -23,7 +24,7 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import page, plots, published, report, results, verdicts, verify, work
+from experiments import gd_vs_sgd, page, plots, published, report, results, verdicts, verify, work
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -197,10 +198,10 @@ class TestFiles:
             save(tmp_path, {"fine": 1, key: value})
         assert not contents(tmp_path)
 
-    @pytest.mark.parametrize("stopped_at", [0, 1])
+    @pytest.mark.parametrize("stopped_at", [0, 1, 2])
     @pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])
     def test_an_interrupted_write_leaves_a_whole_pair(self, tmp_path, monkeypatch, stopped_at, error):
-        """Stopped at the first rename: the old result. Between the two: the new one, finished on reading."""
+        """Before the npz is renamed: the old result. Between it and the JSON: the new one, finished on reading."""
         save(tmp_path)
         before = contents(tmp_path)
         calls = []
@@ -218,7 +219,7 @@ class TestFiles:
         monkeypatch.undo()
         assert len(calls) == stopped_at + 1
         result = results.read(tmp_path, "line", "cpu")
-        new = stopped_at == 1
+        new = stopped_at == 2
         assert result.numbers["scalar"] == (7.0 if new else 0.1)
         assert result.numbers["a"].shape == ((2,) if new else (2, 3))
         assert sorted(contents(tmp_path)) == sorted(before)
@@ -861,6 +862,17 @@ class TestProcess:
         done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode != 0
         assert done.stderr.splitlines()[-1].endswith('python -m pip install -e ".[study]"')
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_classes_on_disk_are_not_run_as_regression(tmp_path, classes):
+    """In memory they would be classes, too."""
+    rows = np.random.default_rng(0).normal(size=(500, 3))
+    rows[:, 2] = np.arange(500) * classes // 500
+    np.save(tmp_path / "rows.npy", rows)
+    config = dataclasses.replace(gd_vs_sgd.QUICK, data=str(tmp_path / "rows.npy"), target="2", memory=1e-6)
+    with pytest.raises(ValueError, match=f"rows.npy: the target looks like {classes} classes, .* only regression"):
+        gd_vs_sgd.run(config, print)
 
 
 def test_the_quick_study_runs_every_experiment(tmp_path):

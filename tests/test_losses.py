@@ -62,6 +62,12 @@ def test_softmax_cross_entropy():
     assert losses.softmax_cross_entropy(huge, jnp.array([1.0, 0.0, 0.0])) == 0
 
 
+def test_a_class_number_that_is_a_float_is_refused():
+    """It would pass for a distribution, and give another loss."""
+    with pytest.raises(TypeError, match="a class number must be an integer, got float"):
+        losses.softmax_cross_entropy(jnp.zeros(3), 2.0)
+
+
 def test_mean_loss_is_the_mean_over_examples_F1():
     rng = np.random.default_rng(1)
     X, y, w, b = rng.normal(size=(9, 3)), rng.normal(size=9), rng.normal(size=3), rng.normal()

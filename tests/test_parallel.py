@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -206,6 +207,55 @@ def test_the_study_in_two_processes_stops_when_asked_and_goes_on_in_one(tmp_path
 def test_one_that_is_frozen_ends_all_and_is_named(tmp_path):
     _, summary = worker(tmp_path, "SIGSTOP", processes=2, expect=1, JAXGRAD_HEARTBEAT="4")
     assert "rank 1 was frozen and gave no sign of life; all others were ended" in summary
+
+
+def test_no_process_outlives_a_launcher_that_is_killed(tmp_path):
+    """Neither one that waits in Python, nor one that waits for the others."""
+    (tmp_path / "waits.py").write_text(
+        "import os, pathlib, time\n"
+        "from jax.experimental import multihost_utils\n"
+        "rank = os.environ['JAXGRAD_PROCESS_ID']\n"
+        "pathlib.Path(f'pid{rank}').write_text(str(os.getpid()))\n"
+        "time.sleep(600) if rank == '0' else multihost_utils.sync_global_devices('never')\n"
+    )
+    command = [sys.executable, "-m", "jaxgrad.launch", "-n", "2", "--logs", "logs", "waits.py"]
+    root = {"PYTHONPATH": os.pathsep.join([str(WORKER.parent.parent), os.environ.get("PYTHONPATH", "")])}
+    launched = subprocess.Popen(command, cwd=tmp_path, env=os.environ | root, stderr=subprocess.DEVNULL)
+    notes = [tmp_path / "pid0", tmp_path / "pid1"]
+    until(lambda: all(note.exists() and note.read_text() for note in notes))
+    pids = [int(note.read_text()) for note in notes]
+    assert all(running(pid) for pid in pids)
+    launched.kill()
+    launched.wait()
+    try:
+        until(lambda: not any(running(pid) for pid in pids), seconds=60)
+        assert (tmp_path / "logs" / "rank1.log").read_text().endswith("ended because the launcher is gone\n")
+    finally:
+        for pid in filter(running, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def until(condition, seconds=TIMEOUT):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def running(pid):
+    """Whether the process runs; not one that is dead and that nobody has asked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_launcher_says_how_each_process_ended(tmp_path, capfd):
+    (tmp_path / "fails.py").write_text("import sys\nsys.exit(3)\n")
+    ended = launch.run(["-n", "1", "--logs", str(tmp_path), str(tmp_path / "fails.py")])
+    assert ended == (3, (3,))
+    assert "rank 0 ended with status 3" in capfd.readouterr().err
+    assert launch.run(["-n", "1", str(tmp_path / "nothing.py")]) == (2, ())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """Rows on disk: the numbers of rows in memory, and what is wrong with a file said before anything runs."""
 
+import threading
+import time
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgrad import stream
-from jaxgrad.descent import descend, small_gradient
-from jaxgrad.losses import mean_loss, squared
+from jaxgrad.descent import descend, small_gradient, small_step
+from jaxgrad.losses import mean_loss, softmax_cross_entropy, squared
 from jaxgrad.models import linear
 from jaxgrad.sampling import distinct, full_batch, reshuffled
 from jaxgrad.types import Batch, Linear
@@ -117,6 +121,68 @@ def test_a_diverging_run_is_marked_as_in_memory(folder, table):
     assert there.status.startswith("diverged at step")
 
 
+def softmax_loss(params, batch):
+    logits = batch.x @ params["W"]
+    return jnp.mean(jax.vmap(softmax_cross_entropy)(logits, batch.y))
+
+
+@pytest.mark.parametrize("sampling", [full_batch(), distinct(32)])
+def test_classes_from_disk_are_whole_numbers(tmp_path, table, sampling):
+    """Beside standardised columns, which their numbers are none of."""
+    labels = np.argmax(table[:, 1:4], axis=1)
+    stacked = np.column_stack([labels, table])
+    np.save(tmp_path / "rows.npy", stacked)
+    shift, scale = stacked.mean(axis=0), stacked.std(axis=0)
+    rows = stream.open_rows(tmp_path / "rows.npy", target=0, classes=3, memory=1e-4).scaled(shift, scale)
+    batch = Batch(jnp.asarray((table - shift[1:]) / scale[1:]), jnp.asarray(labels, jnp.int32))
+    arguments = dict(optimizer=0.1, sampling=sampling, steps=30, key=jax.random.key(1), record=4)
+    there, here = (descend(softmax_loss, {"W": jnp.zeros((5, 3))}, data, **arguments) for data in (rows, batch))
+    np.testing.assert_allclose(there.params["W"], here.params["W"], rtol=1e-11)
+    np.testing.assert_allclose(there.loss, here.loss, rtol=1e-11)
+    assert there.loss[-1] < 0.9 * there.loss[0]
+
+
+@pytest.mark.parametrize("wrong", [1.5, 3.0, -1.0])
+def test_what_is_no_class_is_named_by_its_row(tmp_path, table, wrong):
+    rows = np.column_stack([table, np.zeros(N)])
+    rows[1234, 5] = wrong
+    np.save(tmp_path / "rows.npy", rows)
+    rows = stream.open_rows(tmp_path / "rows.npy", target=-1, classes=3)
+    words = rf"row 1,234, column 5 .* is {wrong}; a class is a whole number from 0 to 2"
+    with pytest.raises(ValueError, match=words):
+        stream.value(stream.of_rows(softmax_loss, rows), {"W": jnp.zeros((5, 3))}, rows)
+    with pytest.raises(ValueError, match=words):
+        stream.pick(rows, np.array([5, 1234]))
+
+
+def raises(step, steps):
+    if step >= 10:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["finishes", "stops early", "raises"])
+def test_nothing_reads_on_when_a_run_is_over(folder, monkeypatch, how):
+    """Neither the thread that fetches nor its memory is left, though the next block was on its way."""
+    rows = stream.open_rows(folder, target=-1, memory=1e-4)
+    before, readers = set(threading.enumerate()), []
+    fetch = stream.Reader._fetch
+
+    def slowly(self, number):
+        readers.append(self)
+        time.sleep(0.05)
+        return fetch(self, number)
+
+    monkeypatch.setattr(stream.Reader, "_fetch", slowly)
+    with pytest.raises(KeyboardInterrupt) if how == "raises" else nullcontext():
+        descend(
+            LOSS, START, rows, optimizer=1e-5, sampling=distinct(32), steps=100, key=jax.random.key(1), record=11,
+            stop=small_step(1e3) if how == "stops early" else None, progress=raises if how == "raises" else False,
+        )  # fmt: skip
+    assert set(threading.enumerate()) == before
+    assert readers
+    assert all(not reader._buffers and reader._device[1] is None for reader in readers)
+
+
 # --- bad files -------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +244,9 @@ def test_what_is_not_there(folder, tmp_path):
         stream.open_rows(tmp_path / "nothing.npy")
     with pytest.raises(FileNotFoundError, match=r"holds no .npy file"):
         stream.open_rows(tmp_path)
+    for wrong in (dict(classes=3), dict(target=-1, classes=1)):
+        with pytest.raises(ValueError, match="classes needs a target and is at least 2"):
+            stream.open_rows(folder, **wrong)
     with pytest.raises(ValueError, match="has 5 columns, so the target's number is from -5 to 4; got 5"):
         stream.open_rows(folder, target=5)
 

@@ -171,6 +171,11 @@ def split(dataset: Dataset, fraction: float | int, key: Any) -> tuple[Dataset, D
     return part(train, "training"), part(test, "held-out")
 
 
+def are_classes(values: np.ndarray, n: int) -> bool:
+    """Whether a target of n rows with these distinct numbers is taken for classes: few, and whole."""
+    return len(values) <= min(MAX_CLASSES, max(2, n // 5)) and bool((values == np.floor(values)).all())
+
+
 def _target(table: Table, task: str | None) -> tuple[np.ndarray, str, tuple[str, ...], tuple[str, ...]]:
     """`(y, task, labels, notes)`: the task told from the values unless given, labels numbered from 0."""
     y, name, n = table.y, table.target, len(table.y)
@@ -181,10 +186,9 @@ def _target(table: Table, task: str | None) -> tuple[np.ndarray, str, tuple[str,
     if len(values) == 1:
         raise ValueError(f"the target {name!r} is {show(values[0])} in all {n} rows; there is nothing to learn")
     whole = not is_text and bool((y == np.floor(y)).all())
-    are_few = len(values) <= min(MAX_CLASSES, max(2, n // 5))
     told = "" if task else f", told from its values (task= says otherwise: {', '.join(TASKS)})"
     if task is None:
-        is_class = is_text or (whole and are_few)
+        is_class = is_text or are_classes(values, n)
         task = "binary" if len(values) == 2 else "classes" if is_class else "regression"
     if task == "regression":
         if is_text:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ def on_all_cores(loss: Loss, params: Params, data: Any) -> Callable[[Params, Any
 
     def slope(params: Params, data: Any) -> Any:
         share = partial(_share, params, data, loss=loss, rows=rows)
-        others = [_threads(cores - 1).submit(share, *cut) for cut in zip(cuts[1:-1], cuts[2:], strict=True)]
+        others = [_threads(cores - 1).submit(share, *cut) for cut in pairwise(cuts[1:])]
         own = share(cuts[0], cuts[1])
         return _total(params, data, [own, *(other.result() for other in others)], loss=loss, rows=rows)
 

@@ -112,7 +112,8 @@ def test_descend_chooses_blocks_and_finds_the_same(sampling, stop, monkeypatch):
 @pytest.mark.parametrize("stop", [None, small_step(0.05)])
 def test_descend_takes_the_full_gradient_on_all_cores_and_finds_the_same(stop, monkeypatch):
     batch, start = problem()
-    run = partial(descend, LINEAR, data=batch, optimizer=optax.sgd(0.05, momentum=0.5), sampling=full_batch(), key=jax.random.key(0))
+    optimizer, key = optax.sgd(0.05, momentum=0.5), jax.random.key(0)
+    run = partial(descend, LINEAR, data=batch, optimizer=optimizer, sampling=full_batch(), key=key)
     plain = run(params=start, steps=60, stop=stop)
     monkeypatch.setattr(blocks, "BLOCK", 2048)
     monkeypatch.setattr(blocks, "_cores", lambda: 2)

@@ -4,21 +4,34 @@
 
 The gradient of a linear model reads its data twice, forward and back. In blocks the second time is from the cache;
 and a net keeps the activations of one block only. Equal to the plain evaluation to rounding.
+
+XLA on the CPU copies a block before it reads it, with one thread, and multiplies a matrix by a vector with one thread
+(jaxlib 0.10 and 0.12; nor does it run two independent functions at once). So where the step is simple enough for one
+function (`onecore`), `on_all_cores` takes blocks of a few rows, which the nearest cache holds, in one thread per core.
 """
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad import onecore
 from jaxgrad.types import Loss, Params
 
 BLOCK = 2**22
 """Bytes of the largest array of a block, data or intermediate: some of them together fit the cache of a processor."""
 WORTH = 5
 """Fewer blocks than this gain nothing: their data stay in the cache from one evaluation to the next."""
+GROUP = 256
+"""Blocks of `on_all_cores` that are summed before their sum is added to the others'."""
+SMALL = 2**12
+"""Bytes of data of a block of `on_all_cores`: copied and read twice within the nearest cache."""
 
 
 def mean(function: Callable[[Params, Any], Any], rows: int) -> Callable[[Params, Any], Any]:
@@ -43,6 +56,68 @@ def mean(function: Callable[[Params, Any], Any], rows: int) -> Callable[[Params,
         return total
 
     return blocked
+
+
+def on_all_cores(loss: Loss, params: Params, data: Any) -> Callable[[Params, Any], Any] | None:
+    """`∇loss(params, data)` as a function to call from Python, not under `jit`: each core takes a share of the blocks.
+
+    None where it does not apply: one core, not a CPU, or a gradient of more than simple operations.
+    """
+    n, cores = jax.tree.leaves(data)[0].shape[0], _cores()
+    rows = max(1, SMALL * n // sum(leaf.nbytes for leaf in jax.tree.leaves(data)))
+    block = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), data)
+    if cores == 1 or not onecore.fits(jax.grad(loss), params, block):
+        return None
+    cuts = np.linspace(0, n // rows, cores + 1).astype(np.int32)
+
+    def slope(params: Params, data: Any) -> Any:
+        share = partial(_share, params, data, loss=loss, rows=rows)
+        others = [_threads(cores - 1).submit(share, *cut) for cut in pairwise(cuts[1:])]
+        own = share(cuts[0], cuts[1])
+        return _total(params, data, [own, *(other.result() for other in others)], loss=loss, rows=rows)
+
+    return slope
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="jaxgrad-blocks")
+
+
+@partial(jax.jit, static_argnames=("loss", "rows"))
+def _share(params, data, first, last, *, loss, rows):
+    """`Σ_k ∇loss(params, block k)` over the blocks from `first` to `last`."""
+
+    def loop(params, data, first, last):
+        def add(k, total):
+            block = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, k * rows, rows), data)
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, block))
+
+        def group(k, total):
+            # Sums of sums: a million small terms one by one would lose digits.
+            part = jax.lax.fori_loop(k * GROUP, jnp.minimum(last, (k + 1) * GROUP), add, zero)
+            return jax.tree.map(jnp.add, total, part)
+
+        zero = jax.tree.map(jnp.zeros_like, params)
+        start = jnp.minimum(last, (first // GROUP + 1) * GROUP)
+        head = jax.lax.fori_loop(first, start, add, zero)
+        return jax.lax.fori_loop(first // GROUP + 1, -(-last // GROUP), group, head)
+
+    return onecore.call(loop, params, data, first, last)
+
+
+@partial(jax.jit, static_argnames=("loss", "rows"))
+def _total(params, data, shares, *, loss, rows):
+    n = jax.tree.leaves(data)[0].shape[0]
+    total = jax.tree.map(lambda *parts: sum(parts) * (rows / n), *shares)
+    if left := n % rows:
+        rest = jax.grad(loss)(params, jax.tree.map(lambda leaf: leaf[-left:], data))
+        total = jax.tree.map(lambda sum, part: sum + part * (left / n), total, rest)
+    return total
 
 
 def rows_for(loss: Loss, params: Params, data: Any) -> int | None:

@@ -149,8 +149,34 @@ def fingerprint(
 def _program(function: Callable[..., Any], *args: Any) -> str:
     """A hash of what a function does: its operations and the numbers in them, without names and addresses."""
     closed = jax.make_jaxpr(function)(*args)
-    text = re.sub(r"0x[0-9a-f]+", "", str(closed))
-    return _short(text + digest([np.asarray(constant) for constant in closed.consts]))
+    return _short(re.sub(r"0x[0-9a-f]+", "", _written_out(closed)))
+
+
+def _written_out(value: Any) -> str:
+    """The text of a jaxpr with all that it calls in place.
+
+    As JAX prints it, a function that is called twice is written once or twice, depending on what else the process has
+    traced: another process would take the same loss for another one.
+    """
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_written_out, value))})"
+    jaxpr = getattr(value, "jaxpr", value)
+    if not hasattr(jaxpr, "eqns"):
+        return str(value)
+    numbers: dict[Any, int] = {}
+
+    def name(variable: Any) -> str:
+        if hasattr(variable, "val"):
+            return f"{variable.val!r}:{variable.aval}"
+        return f"{numbers.setdefault(variable, len(numbers))}:{variable.aval}"
+
+    lines = [f"{[*map(name, [*jaxpr.constvars, *jaxpr.invars])]}"]
+    for equation in jaxpr.eqns:
+        settings = {key: _written_out(equation.params[key]) for key in sorted(equation.params)}
+        named = [[*map(name, variables)] for variables in (equation.invars, equation.outvars)]
+        lines.append(f"{equation.primitive} {named} {settings}")
+    constants = digest([np.asarray(constant) for constant in getattr(value, "consts", ())])
+    return "\n".join([*lines, f"{[*map(name, jaxpr.outvars)]}", constants])
 
 
 def _short(text: str) -> str:

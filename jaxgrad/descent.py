@@ -157,11 +157,7 @@ def advance(
         slope = blocks.mean(slope, min(sampling.rows, n))
 
     def take(state: State, batch: Any) -> State:
-        gradient = slope(state.params, batch)
-        update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        params: Any = optax.apply_updates(state.params, update)
-        state = State(state.step + 1, params, optimizer_state, update, state.halted)
-        return state if halt is None else state._replace(halted=halt(state))
+        return _step(state, slope(state.params, batch), optimizer=optimizer, halt=halt)
 
     def to_go(state: State, bound: Any) -> Any:
         return state.step < bound if halt is None else (state.step < bound) & ~state.halted
@@ -188,6 +184,14 @@ def advance(
         return (partial(onecore.call, steps) if small else steps)(state, drawn, bound, data)
 
     return jax.lax.while_loop(partial(to_go, bound=until), take_drawn, state)
+
+
+def _step(state: State, gradient: Any, *, optimizer: Optimizer, halt: Callable[[State], Any] | None) -> State:
+    """`w_t = w_{t−1} + optimizer(g_t)`."""
+    update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+    params: Any = optax.apply_updates(state.params, update)
+    state = State(state.step + 1, params, optimizer_state, update, state.halted)
+    return state if halt is None else state._replace(halted=halt(state))
 
 
 def trajectory(
@@ -305,6 +309,9 @@ def descend(
     axes = State(None, 0, 0, 0, 0) if many else None
     single = not many and (here or disk is not None)
     go = partial(_advance, loss=_hashable(loss), optimizer=optimizer, sampling=sampling, axes=axes, single=single)
+    if single and rows is not None and own_sampling.batch_size is None and own_sampling.rows is None:
+        slope = blocks.on_all_cores(_hashable(loss), one_start, data)
+        go = go if slope is None else partial(_advance_full, slope=slope, optimizer=optimizer)
     look = partial(_look, loss=_hashable(loss), observe=observe and _hashable(observe), many=many, rows=rows)
     judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, many=many, rows=rows)
     reader = stream.Reader(disk, sampling, key, steps) if disk is not None and sampling.batch_size else None
@@ -477,6 +484,20 @@ def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes, 
     own = axes._replace(step=0)
     state = state._replace(step=jnp.broadcast_to(state.step, key.shape))
     return jax.vmap(one, in_axes=(own, 0, None, None), out_axes=own)(state, key, data, until)
+
+
+def _advance_full(state, key, data, until, *, slope, optimizer, halt):
+    """`advance` for the full batch with a gradient that cannot be part of a program: `blocks.on_all_cores`."""
+    if state.step == until:
+        _next(state, slope(state.params, data), optimizer=optimizer, halt=halt)  # compiles
+    for _ in range(int(state.step), int(until)):
+        if halt is not None and state.halted:
+            break
+        state = _next(state, slope(state.params, data), optimizer=optimizer, halt=halt)
+    return state
+
+
+_next = partial(jax.jit, static_argnames=("optimizer", "halt"))(_step)
 
 
 def _rows(sampling: Sampling, loss: Loss, params: Params, data: Any) -> int | None:

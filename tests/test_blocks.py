@@ -5,11 +5,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jaxtyping import TypeCheckError
 
 from jaxgrad import blocks, losses, models
-from jaxgrad.descent import descend, small_gradient
+from jaxgrad.descent import descend, small_gradient, small_step
 from jaxgrad.sampling import distinct, full_batch
 from jaxgrad.types import Batch
 
@@ -46,6 +47,31 @@ def test_blocks_add_up_to_the_whole(loss, net, rows):
         np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("loss", [LINEAR, LOGISTIC])
+@pytest.mark.parametrize("cores", [2, 3])
+@pytest.mark.parametrize(("small", "group"), [(1, 256), (7 * 40, 4), (2**15, 2)])
+def test_shares_of_the_cores_add_up_to_the_whole(loss, cores, small, group, monkeypatch):
+    batch, start = problem(dtype=jnp.float64)  # 40 bytes an example: blocks of 1, of 7, and of 819 of 1000
+    monkeypatch.setattr(blocks, "_cores", lambda: cores)
+    monkeypatch.setattr(blocks, "SMALL", small)
+    monkeypatch.setattr(blocks, "GROUP", group)
+    jax.clear_caches()
+    slope = blocks.on_all_cores(loss, start, batch)
+    assert slope is not None
+    plain = jax.grad(loss)(start, batch)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(slope(start, batch)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-14)
+
+
+def test_one_core_and_products_of_matrices_take_large_blocks(monkeypatch):
+    batch, start = problem()
+    monkeypatch.setattr(blocks, "_cores", lambda: 1)
+    assert blocks.on_all_cores(LINEAR, start, batch) is None
+    monkeypatch.setattr(blocks, "_cores", lambda: 2)
+    batch, start = problem(net=True)
+    assert blocks.on_all_cores(NET, start, batch) is None
+
+
 @pytest.mark.parametrize(("loss", "expected"), [(LINEAR, True), (LOGISTIC, True), (total, False), (centred, False)])
 def test_only_a_mean_over_examples_is_taken_in_blocks(loss, expected, monkeypatch):
     batch, start = problem()
@@ -76,11 +102,41 @@ def test_descend_chooses_blocks_and_finds_the_same(sampling, stop, monkeypatch):
     monkeypatch.setattr(blocks, "mean", lambda function, rows: seen.append(rows) or mean(function, rows))
     jax.clear_caches()
     blocked = run()
-    assert seen
+    assert seen  # the gradient of `sampling`, of the rule, and the loss that is recorded
     assert set(seen) == {2048 // batch.x[0].nbytes}
     assert blocked.status == plain.status
     np.testing.assert_allclose(blocked.loss, plain.loss, rtol=1e-5)
     np.testing.assert_allclose(blocked.params.w, plain.params.w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [None, small_step(0.05)])
+def test_descend_takes_the_full_gradient_on_all_cores_and_finds_the_same(stop, monkeypatch):
+    batch, start = problem()
+    optimizer, key = optax.sgd(0.05, momentum=0.5), jax.random.key(0)
+    run = partial(descend, LINEAR, data=batch, optimizer=optimizer, sampling=full_batch(), key=key)
+    plain = run(params=start, steps=60, stop=stop)
+    monkeypatch.setattr(blocks, "BLOCK", 2048)
+    monkeypatch.setattr(blocks, "_cores", lambda: 2)
+    asked = []
+    own = blocks._share
+    monkeypatch.setattr(blocks, "_share", lambda *args, **options: asked.append(args[2:]) or own(*args, **options))
+    shared = run(params=start, steps=60, stop=stop)
+    assert shared.status == plain.status
+    assert shared.stopped_at == plain.stopped_at
+    assert len(asked) == 2 * (shared.stopped_at + 1)  # once to compile, then once a step and core
+    np.testing.assert_allclose(shared.loss, plain.loss, rtol=1e-4)
+    gone_on = run(params=run(params=start, steps=10).state, steps=20)
+    np.testing.assert_array_equal(gone_on.params.w, run(params=start, steps=20).params.w)
+
+
+def test_on_all_cores_a_run_that_diverges_says_at_which_step(monkeypatch):
+    batch, start = problem()
+    run = partial(descend, LINEAR, start, batch, optimizer=10.0, sampling=full_batch(), steps=60, key=jax.random.key(0))
+    plain = run()
+    monkeypatch.setattr(blocks, "BLOCK", 2048)
+    monkeypatch.setattr(blocks, "_cores", lambda: 2)
+    assert plain.status.startswith("diverged at step")
+    assert run().status == plain.status
 
 
 def test_a_sum_is_left_as_it_is_and_refused_where_blocks_were_asked_for(monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from parallel_worker import LOSS, problem, resumable, saved, start
 
 from jaxgrad import parallel, stream
-from jaxgrad.checkpoint import Checkpoint, rows_hash
+from jaxgrad.checkpoint import Checkpoint, _program, rows_hash
 from jaxgrad.descent import descend, no_improvement
 from jaxgrad.losses import absolute, mean_loss
 from jaxgrad.models import linear
@@ -97,6 +97,22 @@ def stopped_at_50(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     interrupted(folder)
     return (folder / "run.npz").read_bytes()
+
+
+def test_a_loss_is_the_same_whatever_else_was_traced():
+    """`inner` is called twice; printed by JAX, once it is written once, and once twice."""
+    inner = jax.jit(lambda x: jnp.sin(x) * 2)
+    outer = jax.jit(lambda x: inner(x) + 1)
+    texts, hashes = set(), set()
+    for _ in range(2):
+        loss = lambda params, batch: (outer(params.w) + inner(params.w)).mean()  # noqa: E731
+        shapes = jax.eval_shape(lambda: (start(np.float64), problem(3, np.float64)))
+        texts.add(str(jax.make_jaxpr(loss)(*shapes)))
+        hashes.add(_program(loss, *shapes))
+        inner.clear_cache()
+    assert (len(texts), len(hashes)) == (2, 1)
+    other = _program(lambda params, batch: (outer(params.w) + inner(params.w) * 1.5).mean(), *shapes)
+    assert other not in hashes
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, stopped_at_50):

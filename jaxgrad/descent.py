@@ -11,7 +11,7 @@ GD and SGD differ in one argument, the sampling. The full batch is never gathere
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrad import blocks, onecore, parallel, stream
+from jaxgrad import blocks, onecore, parallel, stream, tiles
 from jaxgrad import checkpoint as saved
 from jaxgrad.checkpoint import Checkpoint
 from jaxgrad.sampling import check_sizes
@@ -48,6 +48,13 @@ class State(NamedTuple):
     """bool[]: `halt` was true after step `step`, and no step is taken any more."""
 
 
+class StepSize(NamedTuple):
+    """The optimizer's state where each run has a step size of its own: plain descent with it."""
+
+    eta: Any
+    """float[]."""
+
+
 class Stop(NamedTuple):
     """When to end a run before its budget of steps: made by `small_step`, `small_gradient`, `no_improvement`."""
 
@@ -59,7 +66,10 @@ class Stop(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a run did, at its k record points. With s keys, per-run entries have a leading axis of s.
+    """What a run did, at its k record points.
+
+    With m step sizes, s keys or both, per-run entries have leading axes `(m,) (s,)`: entry `[i, j]` is the run with
+    step size i and key j.
 
     A run that diverged has NaN losses from there on; one that stopped early keeps its last values.
     """
@@ -71,19 +81,20 @@ class Trace(NamedTuple):
     seconds: np.ndarray
     """float64[k]: wall-clock of the steps, all runs of the program together, without compiling and recording."""
     loss: np.ndarray
-    """[(s,) k]: the full loss."""
+    """[(m,) (s,) k]: the full loss."""
     step_norm: np.ndarray
-    """[(s,) k]: `‖w_t − w_{t−1}‖`, the size of the last step (F3)."""
+    """[(m,) (s,) k]: `‖w_t − w_{t−1}‖`, the size of the last step (F3)."""
     observed: Any
-    """What `observe(params)` returned, each leaf `[(s,) k, …]`; None without `observe`."""
+    """What `observe(params)` returned, each leaf `[(m,) (s,) k, …]`; None without `observe`."""
     params: Params
-    """Final parameters, leaves `[(s,) …]`."""
+    """Final parameters, leaves `[(m,) (s,) …]`; numpy arrays where the runs went in several tiles."""
     state: State
     """Final state: give it to `descend` in place of `params` to go on."""
     status: Any
-    """`finished`, `stopped: <rule>` or `diverged at step t`; a tuple of s of them for s keys."""
+    """`finished`, `stopped: <rule>` or `diverged at step t`; a tuple of s of them for s keys, of m of those for m step
+    sizes."""
     stopped_at: np.ndarray
-    """int64[(s)]: the step at which the run ended, stopped or diverged."""
+    """int64[(m,) (s)]: the step at which the run ended, stopped or diverged."""
     compile_seconds: float
     """Time to trace and compile the step program; 0 to rounding when it was compiled before."""
 
@@ -228,7 +239,7 @@ def descend(
     params: Params,
     data: Any,
     *,
-    optimizer: Optimizer | float,
+    optimizer: Optimizer | float | Sequence[float] | np.ndarray | jax.Array,
     sampling: Sampling,
     steps: int,
     key: Key,
@@ -239,6 +250,7 @@ def descend(
     progress: bool | Callable[[int, int], None] = False,
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: Checkpoint | None = None,
+    memory: float = tiles.MEMORY,
 ) -> Trace:
     """Run `steps` steps of descent on the mean loss and say what happened (F3, F5).
 
@@ -247,7 +259,8 @@ def descend(
       params: the start, a pytree of floating-point arrays; or the `State` of an earlier trace, to go on from.
       data: all n examples, a pytree whose leaves share their leading axis; or rows that lie on many devices
         (`jaxgrad.parallel.shard`) or on disk (`jaxgrad.stream.open_rows`).
-      optimizer: an optax transformation (schedules give `η_t`), or a number: plain descent with that step size.
+      optimizer: an optax transformation (schedules give `η_t`), or a number: plain descent with that step size; or m
+        numbers: then a run with each of them, with every key, goes in one compiled program.
       sampling: `full_batch()` is GD; `with_replacement(b)`, `distinct(b)`, `reshuffled(b)` are SGD.
       steps: the budget, counted from the very first step also when a run goes on.
       key: a JAX key for the order of examples; or an array of s keys: then s runs go in one compiled program.
@@ -255,30 +268,34 @@ def descend(
         see `log_spaced`. The full loss is evaluated there, off the clock.
       stop: a stopping rule besides the budget.
       observe: `observe(params) -> pytree` of whatever else to record, e.g. accuracy; off the clock.
-      params_axis: 0 if `params` has a leading axis of s starts, one per key.
+      params_axis: 0 if `params` has a leading axis of s starts, one per key; all step sizes share them.
       progress: True shows a line on stderr; or a function of `(step, steps)`.
       mesh: spread the rows over its devices (`jaxgrad.parallel.mesh()`). The step is the same.
       checkpoint: save the run as it goes, and go on from what was saved. SIGTERM and Ctrl-C then end it at the next
         record point or checkpoint, the same on every process, with `parallel.Preempted` (exit status 75).
+      memory: GiB that the program may take beside the data and what it returns. Runs that need more together go in
+        equal tiles, one after the other, through the same program (`jaxgrad.tiles`).
 
     Raises:
       ValueError, TypeError: for anything that cannot run (shapes, NaN in the data, `b > n`, a loss that is not
         a scalar, integer parameters, a step size that is not finite and positive), before anything compiles.
 
     A run that diverges is a result: its status says at which step its parameters ceased to be finite, and the
-    runs beside it are untouched.
+    runs beside it are untouched. A run among others equals that run alone to rounding.
     """
-    optimizer = _optimizer(optimizer)
+    optimizer, etas = _optimizer(optimizer)
     key, seeds = _keys(key)
+    shape = tuple(len(each) for each in (etas, key if seeds else None) if each is not None)
     own_loss, own_sampling = loss, sampling
-    loss, data, sampling, n, mesh, disk, told = _laid_out(loss, data, sampling, mesh, seeds)
+    loss, data, sampling, n, mesh, disk, told = _laid_out(loss, data, sampling, mesh, bool(shape))
     here = disk is None and (mesh is None or mesh.size == 1)
     _count("steps", steps, at_least=0)
-    state = _continued(params) if isinstance(params, State) else None
+    _positive("memory", memory)
+    state = _continued(params, shape, etas) if isinstance(params, State) else None
     start = state.params if state else jax.tree.map(jnp.asarray, params)
-    runs_axis = 0 if (state and seeds) else params_axis
-    _check_start(start, seeds, runs_axis)
-    one_start = jax.tree.map(lambda leaf: leaf[0], start) if runs_axis == 0 else start
+    _check_start(start, seeds, None if state else params_axis)
+    ahead = len(shape) if state else 0 if params_axis is None else 1
+    one_start = jax.tree.map(lambda leaf: leaf[(0,) * ahead], start)
     check_loss(loss, one_start, data)
     rows = _rows(sampling, loss, one_start, data) if here else None
     if sampling.batch_size is None:
@@ -294,30 +311,41 @@ def descend(
         whose = saved.fingerprint(
             own_loss if disk is None else loss, one_start, data, n, optimizer, own_sampling, key, told()
         )
+        if etas is not None:
+            whose["optimizer"] = parallel.digest((whose["optimizer"], etas))[:16]
 
     halt = partial(_update_below, below=stop.below) if stop and stop.reason == "small step" else None
-    many = seeds is not None
-    if many and state is None and runs_axis is None:
-        start = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)), start)
     if mesh is not None:
-        settings = (steps, marks, sampling.name, sampling.batch_size)
-        parallel.agree(start=state or start, key=key, settings=settings)
+        settings = (steps, marks, sampling.name, sampling.batch_size, memory)
+        parallel.agree(start=state or start, key=key, settings=settings, optimizer=() if etas is None else etas)
         start, key = parallel.replicate((start, key), mesh)
-        state = parallel.replicate(state, mesh) if state else None
     if state is None:
-        state = _init(start, optimizer=optimizer, many=many)
-    axes = State(None, 0, 0, 0, 0) if many else None
-    single = not many and (here or disk is not None)
-    go = partial(_advance, loss=_hashable(loss), optimizer=optimizer, sampling=sampling, axes=axes, single=single)
+        state = _spread(_init(start, optimizer=optimizer, many=ahead == 1), shape, ahead)
+    if etas is not None:
+        state = state._replace(optimizer=StepSize(np.broadcast_to(etas.reshape(-1, *[1] * (len(shape) - 1)), shape)))
+    if mesh is not None:
+        state = parallel.replicate(state, mesh)
+    single = not shape and (here or disk is not None)
+    over = (None,) * (etas is not None) + (0,) * (seeds is not None)
+    runs = len(shape)
+    go = partial(_advance, loss=_hashable(loss), optimizer=optimizer, sampling=sampling, over=over, single=single)
     if single and rows is not None and own_sampling.batch_size is None and own_sampling.rows is None:
         slope = blocks.on_all_cores(_hashable(loss), one_start, data)
-        go = go if slope is None else partial(_advance_full, slope=slope, optimizer=optimizer)
-    look = partial(_look, loss=_hashable(loss), observe=observe and _hashable(observe), many=many, rows=rows)
-    judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, many=many, rows=rows)
+        go = go if slope is None else _advance_full(slope, optimizer)
+    look = partial(_look, loss=_hashable(loss), observe=observe and _hashable(observe), runs=runs, rows=rows)
+    judge = partial(_judge, loss=_hashable(loss), metric=stop.metric if stop else None, runs=runs, rows=rows)
+    sound = partial(_finite, runs=runs)
     reader = stream.Reader(disk, sampling, key, steps) if disk is not None and sampling.batch_size else None
     if disk is not None:
         streamed = stream.of_rows(_hashable(own_loss), disk)
         go, look, judge = stream.programs(go, look, judge, disk, sampling, streamed, reader)
+    elif shape:
+        every = tuple(range(runs))
+        of_key = every[-1:] if seeds else ()
+        go = tiles.in_tiles(go, shape, (every, of_key, (), ()), memory)
+        look = tiles.in_tiles(look, shape, (every, every, ()), memory)
+        judge = tiles.in_tiles(judge, shape, (every, ()), memory)
+        sound = tiles.in_tiles(sound, shape, (every,), memory)
 
     began = time.perf_counter()
     try:
@@ -330,7 +358,6 @@ def descend(
         jax.block_until_ready(go(state, key, data, np.int32(first), halt=halt))
     compile_seconds = time.perf_counter() - began
 
-    shape = (seeds,) if many else ()
     active = np.ones(shape, bool)
     reason = np.full(shape, "finished", dtype=object)
     ended = np.full(shape, steps, dtype=np.int64)
@@ -365,7 +392,7 @@ def descend(
             seconds += time.perf_counter() - began
             if not active.all():
                 state = _keep(active, state, before)
-            finite = np.asarray(_finite(state.params, many))
+            finite = np.asarray(sound(state.params))
             if (lost := active & ~finite).any():
                 # Nothing is checked inside the loop; the chunk is run again, watching, to find the step.
                 watched = go(before, key, data, np.int32(mark), halt=_not_finite)
@@ -400,18 +427,17 @@ def descend(
                 raise parallel.Preempted(mark, checkpoint.path)
 
     at, clock, losses, norms, observed = zip(*seen, strict=True)
-    axis = 1 if many else 0
     status = [f"diverged at step {t}" if why == "diverged" else str(why) for why, t in _pairs(reason, ended)]
     return Trace(
         steps=np.asarray(at, np.int64),
         examples=np.asarray(at, np.int64) * (n if sampling.batch_size is None else sampling.batch_size),
         seconds=np.asarray(clock),
-        loss=np.stack(losses, axis),
-        step_norm=np.stack(norms, axis),
-        observed=None if observe is None else jax.tree.map(lambda *leaves: np.stack(leaves, axis), *observed),
+        loss=np.stack(losses, runs),
+        step_norm=np.stack(norms, runs),
+        observed=None if observe is None else jax.tree.map(lambda *leaves: np.stack(leaves, runs), *observed),
         params=state.params,
         state=state,
-        status=tuple(status) if many else status[0],
+        status=_tuples(np.array(status, object).reshape(shape).tolist()),
         stopped_at=ended,
         compile_seconds=compile_seconds,
     )
@@ -430,10 +456,10 @@ class _LaidOut(NamedTuple):
     """What tells the rows from others."""
 
 
-def _laid_out(loss: Any, data: Any, sampling: Sampling, mesh: Any, seeds: int | None) -> _LaidOut:
+def _laid_out(loss: Any, data: Any, sampling: Sampling, mesh: Any, many: bool) -> _LaidOut:
     if isinstance(data, stream.Rows):
-        if seeds is not None or mesh is not None:
-            raise ValueError("rows on disk serve one run on one device: give one key and no mesh")
+        if many or mesh is not None:
+            raise ValueError("rows on disk serve one run on one device: give one key, one step size and no mesh")
         check_sizes(sampling, data.n)
         first = stream.example(data)
         return _LaidOut(stream.of_rows(loss, data), first, sampling, data.n, None, data, partial(stream.tell, data))
@@ -473,28 +499,52 @@ def _init(params, *, optimizer, many):
     return state._replace(step=state.step[0])
 
 
-@partial(jax.jit, static_argnames=("loss", "optimizer", "sampling", "halt", "axes", "single"))
-def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, axes, single):
+def _spread(state: State, shape: tuple[int, ...], ahead: int) -> State:
+    """The first state of all runs, on the host: leaves `[*shape, …]`, of leaves with `ahead` axes of runs."""
+    if not shape:
+        return state
+
+    def copies(leaf: Any) -> np.ndarray:
+        return np.broadcast_to(np.asarray(leaf), (*shape, *leaf.shape[ahead:]))
+
+    return jax.tree.map(copies, state._replace(step=()))._replace(step=state.step)
+
+
+@partial(jax.jit, static_argnames=("loss", "optimizer", "sampling", "halt", "over", "single"))
+def _advance(state, key, data, until, *, loss, optimizer, sampling, halt, over, single):
     one = partial(advance, loss=loss, optimizer=optimizer, sampling=sampling, halt=halt)
-    if axes is None:
+    if not over:
         return one(state, key, data, until, single=single)
-    if halt is None:
-        # One step counter serves all runs, so the loop needs no masks.
-        return jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=axes)(state, key, data, until)
-    own = axes._replace(step=0)
-    state = state._replace(step=jnp.broadcast_to(state.step, key.shape))
-    return jax.vmap(one, in_axes=(own, 0, None, None), out_axes=own)(state, key, data, until)
+    # Without `halt` one step counter serves all runs: the loop needs no masks, and the runs of a key share its batches.
+    axes = State(None if halt is None else 0, 0, 0, 0, 0)
+    if halt is not None:
+        state = state._replace(step=jnp.broadcast_to(state.step, state.halted.shape))
+    for of_key in reversed(over):
+        one = jax.vmap(one, in_axes=(axes, of_key, None, None), out_axes=axes)
+    return one(state, key, data, until)
 
 
-def _advance_full(state, key, data, until, *, slope, optimizer, halt):
+def _over_runs(function: Callable[..., Any], runs: int) -> Callable[..., Any]:
+    for _ in range(runs):
+        function = jax.vmap(function)
+    return function
+
+
+def _advance_full(slope: Callable[[Params, Any], Any], optimizer: Optimizer) -> Callable[..., State]:
     """`advance` for the full batch with a gradient that cannot be part of a program: `blocks.on_all_cores`."""
-    if state.step == until:
-        _next(state, slope(state.params, data), optimizer=optimizer, halt=halt)  # compiles
-    for _ in range(int(state.step), int(until)):
-        if halt is not None and state.halted:
-            break
-        state = _next(state, slope(state.params, data), optimizer=optimizer, halt=halt)
-    return state
+    compiled = set()
+
+    def go(state: State, key: Key, data: Any, until: Any, *, halt: Any) -> State:
+        if halt not in compiled:
+            compiled.add(halt)
+            _next(state, slope(state.params, data), optimizer=optimizer, halt=halt)
+        for _ in range(int(state.step), int(until)):
+            if halt is not None and state.halted:
+                break
+            state = _next(state, slope(state.params, data), optimizer=optimizer, halt=halt)
+        return state
+
+    return go
 
 
 _next = partial(jax.jit, static_argnames=("optimizer", "halt"))(_step)
@@ -512,25 +562,25 @@ def _rows(sampling: Sampling, loss: Loss, params: Params, data: Any) -> int | No
     return sampling.rows
 
 
-@partial(jax.jit, static_argnames=("loss", "observe", "many", "rows"))
-def _look(params, update, data, *, loss, observe, many, rows):
+@partial(jax.jit, static_argnames=("loss", "observe", "runs", "rows"))
+def _look(params, update, data, *, loss, observe, runs, rows):
     loss = loss if rows is None else blocks.mean(loss, rows)
 
     def one(params, update):
         seen = None if observe is None else observe(params)
         return loss(params, data), optax.tree.norm(update), seen
 
-    return jax.vmap(one)(params, update) if many else one(params, update)
+    return _over_runs(one, runs)(params, update)
 
 
-@partial(jax.jit, static_argnames=("loss", "metric", "many", "rows"))
-def _judge(params, data, *, loss, metric, many, rows):
+@partial(jax.jit, static_argnames=("loss", "metric", "runs", "rows"))
+def _judge(params, data, *, loss, metric, runs, rows):
     slope = jax.grad(loss) if rows is None else blocks.mean(jax.grad(loss), rows)
 
     def one(params):
         return optax.tree.norm(slope(params, data)) if metric is None else metric(params)
 
-    return jax.vmap(one)(params) if many else one(params)
+    return _over_runs(one, runs)(params)
 
 
 def _update_below(state: State, below: float) -> Any:
@@ -541,10 +591,10 @@ def _not_finite(state: State) -> Any:
     return ~_finite(state.params)
 
 
-@partial(jax.jit, static_argnames=("many",))
-def _finite(params: Params, many: bool = False) -> Any:
+@partial(jax.jit, static_argnames=("runs",))
+def _finite(params: Params, runs: int = 0) -> Any:
     one = lambda tree: jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()  # noqa: E731
-    return jax.vmap(one)(params) if many else one(params)
+    return _over_runs(one, runs)(params)
 
 
 def _keep(active: Any, new: State, old: State) -> State:
@@ -552,11 +602,16 @@ def _keep(active: Any, new: State, old: State) -> State:
 
     def pick(new, old):
         mask = active.reshape(active.shape + (1,) * (jnp.ndim(new) - active.ndim))
-        return jnp.where(mask, new, old)
+        # What came in tiles lies on the host, and stays there.
+        return (np if isinstance(new, np.ndarray) else jnp).where(mask, new, old)
 
     picked = jax.tree.map(pick, new._replace(step=0), old._replace(step=0))
     step = pick(new.step, old.step) if jnp.ndim(new.step) == active.ndim else new.step
     return picked._replace(step=step)
+
+
+def _tuples(nested: Any) -> Any:
+    return tuple(map(_tuples, nested)) if isinstance(nested, list) else nested
 
 
 def _pairs(reason: np.ndarray, ended: np.ndarray) -> list[tuple[str, int]]:
@@ -591,18 +646,52 @@ def _progress(progress: bool | Callable[[int, int], None]) -> Callable[[int, int
 _sgd = lru_cache(optax.sgd)  # the same step size is the same transformation, so nothing compiles twice
 
 
-def _optimizer(optimizer: Any) -> Optimizer:
+def _own_step(updates: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
+    del params
+    return jax.tree.map(lambda gradient: -state.eta.astype(gradient.dtype) * gradient, updates), state
+
+
+# Plain descent with a step size that the state holds: one program for all, whatever they are.
+_own_sgd = optax.GradientTransformation(lambda params: StepSize(jnp.zeros(())), _own_step)
+
+
+def _optimizer(optimizer: Any) -> tuple[Optimizer, np.ndarray | None]:
+    """The optimizer, and the step sizes `[m]` of m runs, None where one optimizer serves all."""
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
-        return optimizer
-    if isinstance(optimizer, int | float | np.number):
-        return _sgd(_positive("the step size", float(optimizer)))
-    raise TypeError(
-        f"optimizer must be an optax transformation such as optax.sgd(0.1), or a step size; got {optimizer!r}"
-    )
+        return optimizer, None
+    given = None
+    if isinstance(optimizer, int | float | np.number | Sequence | np.ndarray | jax.Array):
+        with suppress(ValueError):  # rows of different lengths
+            given = np.asarray(optimizer)
+    if given is None or not any(jnp.issubdtype(given.dtype, kind) for kind in (np.floating, np.integer)):
+        raise TypeError(
+            "optimizer must be an optax transformation such as optax.sgd(0.1), a step size, or a one-dimensional array "
+            f"of step sizes; got {optimizer!r}"
+        )
+    if given.ndim == 0:
+        return _sgd(_positive("the step size", float(given))), None
+    if given.ndim > 1 or given.size == 0:
+        raise ValueError(f"step sizes must be a one-dimensional array of at least one, got shape {given.shape}")
+    etas = given.astype(jax.dtypes.canonicalize_dtype(float))
+    if (bad := ~((etas > 0) & np.isfinite(etas))).any():
+        first = int(np.argmax(bad))
+        raise ValueError(
+            f"the step size must be finite and positive: number {first} of {len(etas)} (counted from 0) is "
+            f"{given[first]} in {etas.dtype}"
+        )
+    return _own_sgd, etas
 
 
-def _continued(state: State) -> State:
+def _continued(state: State, shape: tuple[int, ...], etas: np.ndarray | None) -> State:
     """A saved state, ready to go on: one step counter, not halted."""
+    if np.shape(state.halted) != shape:
+        raise ValueError(
+            f"this state is of {_runs(np.shape(state.halted))}, but optimizer and key ask for {_runs(shape)}: give the "
+            "step sizes and keys of the run that it comes from"
+        )
+    if isinstance(state.optimizer, StepSize) != (etas is not None):
+        given, wanted = ("one optimizer", "an array of step sizes")[:: 1 if etas is None else -1]
+        raise ValueError(f"this state comes from a run with {wanted}; it cannot go on with {given}")
     step = np.unique(np.asarray(state.step))
     if step.size > 1:
         raise ValueError(
@@ -610,6 +699,10 @@ def _continued(state: State) -> State:
             "together: continue each one by itself"
         )
     return state._replace(step=jnp.int32(step[0]), halted=jnp.zeros_like(state.halted))
+
+
+def _runs(shape: tuple[int, ...]) -> str:
+    return f"runs {list(shape)}" if shape else "a single run"
 
 
 def _keys(key: Any) -> tuple[Key, int | None]:

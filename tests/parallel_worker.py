@@ -40,12 +40,13 @@ def runs(mesh, of=""):
     """
     found, keys = {}, jax.random.split(jax.random.key(5), 3)
 
-    def run(name, loss, params, batch, sampling, key=keys[0]):
+    def run(name, loss, params, batch, sampling, key=keys[0], optimizer=0.1, **how):
         if of not in name:
             return
         trace = descend(
-            loss, params, batch, optimizer=0.1, sampling=sampling, steps=STEPS, key=key, mesh=mesh, record=3
-        )
+            loss, params, batch, optimizer=optimizer, sampling=sampling, steps=STEPS, key=key, mesh=mesh, record=3,
+            **how,
+        )  # fmt: skip
         for i, leaf in enumerate(jax.tree.leaves(trace.params)):
             found[f"{name}/{i}"] = np.asarray(leaf)
         found[f"{name}/loss"] = trace.loss
@@ -55,7 +56,8 @@ def runs(mesh, of=""):
         (np.float64, 203, distinct(16)), (np.float64, 200, reshuffled(10)),
     ):  # fmt: skip
         run(f"{np.dtype(dtype).name} {n} {sampling.name}", LOSS, start(dtype), problem(n, dtype), sampling)
-    run("float64 seeds", LOSS, start(np.float64), problem(203, np.float64), distinct(8), keys)
+    # In two tiles: a bound of next to nothing.
+    run("float64 grid", LOSS, start(np.float64), problem(203, np.float64), distinct(8), keys, [0.05, 0.1], memory=1e-6)
     x, y = problem(101, np.float64)
     net = jax.tree.map(lambda leaf: leaf.astype(np.float64), init_two_layer(keys[1], 6, 5, 3))
     classes = Batch(x, (np.abs(y) % 3).astype(np.int32))

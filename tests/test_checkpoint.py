@@ -62,14 +62,17 @@ def test_a_run_that_is_over_is_not_run_again(tmp_path, whole):
 def test_many_runs_with_a_stopping_rule_go_on_too(tmp_path):
     keys = jax.random.split(jax.random.key(5), 3)
     rule = no_improvement(lambda params: LOSS(params, problem(203, np.float64)), patience=2, every=10)
-    changes = {"key": keys, "stop": rule, "optimizer": 0.3}
+    # Step sizes and keys, in more than one tile.
+    changes = {"key": keys, "stop": rule, "optimizer": [0.1, 0.3], "memory": 1e-6}
     never = resumable(tmp_path, resume=False, **changes)
     (tmp_path / "run.npz").unlink()
     interrupted(tmp_path, at=20, **changes)
     resumed = resumable(tmp_path, **changes)
     assert equal(saved(resumed), saved(never))
     assert resumed.status == never.status
-    assert any(status.startswith("stopped") for status in never.status)
+    assert any(status.startswith("stopped") for row in never.status for status in row)
+    with pytest.raises(ValueError, match="its optimizer is not"):
+        resumable(tmp_path, **changes | {"optimizer": [0.1, 0.2]})
 
 
 @pytest.mark.parametrize(

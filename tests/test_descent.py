@@ -10,6 +10,7 @@ import pytest
 
 from jaxgrad import losses, models
 from jaxgrad.descent import (
+    StepSize,
     advance,
     descend,
     init,
@@ -111,7 +112,7 @@ def test_all_examples_in_another_order_give_gradient_descent(problem, key, sampl
     np.testing.assert_allclose(one.params.w, gd.params.w, rtol=1e-13)
 
 
-@pytest.mark.parametrize("sampling", [full_batch(), with_replacement(4), distinct(4), reshuffled(4)])
+@pytest.mark.parametrize("sampling", [with_replacement(4), distinct(4)])
 def test_runs_side_by_side_equal_single_runs(problem, key, sampling):
     keys = jax.random.split(key, 3)
     run = lambda key: descend(  # noqa: E731
@@ -241,6 +242,99 @@ def test_starts_may_differ_per_run(problem, key):
     np.testing.assert_allclose(trace.params.w[1], alone.params.w, rtol=1e-13)
 
 
+# --- many step sizes ---------------------------------------------------------------------------------------------
+
+ETAS = (0.02, 0.05, 0.1)
+COMPARED = ("steps", "examples", "loss", "step_norm", "observed", "params", "state", "status", "stopped_at")
+
+
+def grid(problem, keys, optimizer=ETAS, **changes):
+    options = dict(params=start(), sampling=distinct(4), steps=40, record=[0, 7, 40], observe=lambda p: p.w[0])
+    options |= changes
+    return descend(LOSS, options.pop("params"), problem[0], optimizer=optimizer, key=keys, **options)
+
+
+def assert_is(trace, place, alone, rtol=1e-12):
+    """Run `place` of many equals the run alone."""
+    for name in ("loss", "step_norm", "observed"):
+        np.testing.assert_allclose(getattr(trace, name)[place], getattr(alone, name), rtol=rtol, err_msg=name)
+    np.testing.assert_allclose(trace.params.w[place], alone.params.w, rtol=rtol)
+    np.testing.assert_array_equal(trace.stopped_at[place], alone.stopped_at)
+    np.testing.assert_array_equal(trace.steps, alone.steps)
+
+
+def assert_same(one, other, names=COMPARED):
+    """To the bit."""
+    for name in names:
+        jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("sampling", [full_batch(), reshuffled(7)])
+def test_every_step_size_with_every_key_is_its_run_alone(problem, key, sampling):
+    keys = jax.random.split(key, 4)
+    trace = grid(problem, keys, sampling=sampling)
+    assert trace.loss.shape == trace.step_norm.shape == trace.observed.shape == (3, 4, 3)
+    assert trace.params.w.shape == (3, 4, D)
+    assert trace.status == (("finished",) * 4,) * 3
+    for i, j in ((0, 3), (2, 0), (2, 3)):
+        assert_is(trace, (i, j), grid(problem, keys[j], ETAS[i], sampling=sampling))
+    one_key = grid(problem, keys[2], jnp.asarray(ETAS), sampling=sampling)
+    assert one_key.loss.shape == (3, 3)
+    assert one_key.status == ("finished",) * 3
+    for i in range(3):
+        np.testing.assert_allclose(one_key.loss[i], trace.loss[i, 2], rtol=1e-12)
+
+
+def test_each_run_of_a_grid_stops_and_diverges_by_itself(problem, key):
+    """20.0 is so far beyond the edge that nothing is finite after a while; those beside it go on."""
+    etas, keys = (0.02, 20.0, 0.1), jax.random.split(key, 2)
+    many = dict(sampling=distinct(12), steps=400, record=[0, 300], stop=small_gradient(0.3, every=3))
+    trace = grid(problem, keys, etas, **many)
+    for i, j in np.ndindex(3, 2):
+        alone = grid(problem, keys[j], etas[i], **many)
+        assert trace.status[i][j] == alone.status
+        assert trace.stopped_at[i, j] == alone.stopped_at
+        if i == 1:
+            assert alone.status.startswith("diverged")
+            assert np.isnan(trace.loss[i, j, -1])
+        else:
+            np.testing.assert_allclose(trace.params.w[i, j], alone.params.w, rtol=1e-12)
+    assert sum(status.startswith("stopped") for row in trace.status for status in row) >= 2
+    assert len(np.unique(trace.stopped_at)) > 3
+
+
+def test_a_grid_goes_on_from_its_state(problem, key):
+    keys = jax.random.split(key, 3)
+    whole, half = grid(problem, keys, steps=80, record=[80]), grid(problem, keys)
+    assert_same(grid(problem, keys, params=half.state, steps=80, record=[80]), whole)
+    # With other step sizes: those that are given are taken.
+    less = grid(problem, keys, (0.01, 0.02, 0.03), params=half.state, steps=80, record=[80])
+    first = grid(problem, keys[1], ETAS[2])
+    assert_is(less, (2, 1), grid(problem, keys[1], 0.03, params=first.state, steps=80, record=[80]))
+
+
+@pytest.mark.parametrize("stop", [None, small_step(0.1)])
+def test_no_bit_depends_on_the_tiles(problem, key, stop):
+    """Seven keys in tiles of four or two: the last tile overlaps its neighbour. All that a trace says is the same."""
+    keys, starts = jax.random.split(key, 7), Linear(jnp.arange(7.0 * D).reshape(7, D))
+    options = dict(params=starts, params_axis=0, steps=60, record=[0, 11, 35], stop=stop)
+    whole = grid(problem, keys, **options)
+    assert isinstance(whole.params.w, jax.Array)
+    for memory in (4e-6, 1e-9):
+        tiled = grid(problem, keys, memory=memory, **options)
+        assert isinstance(tiled.params.w, np.ndarray)  # there were tiles
+        assert_same(tiled, whole)
+    if stop is None:
+        alone = {"params": Linear(starts.w[5]), "params_axis": None}  # the start of key 5, for each step size
+        assert_is(whole, (2, 5), grid(problem, keys[5], ETAS[2], **options | alone))
+        # On from one tile in many, and back.
+        on = dict(steps=90, record=[90])
+        back = grid(problem, keys, params=tiled.state, **on)
+        assert_same(grid(problem, keys, params=whole.state, memory=1e-9, **on), back)
+    else:
+        assert len(np.unique(whole.stopped_at)) > 3
+
+
 # --- stopping and diverging ------------------------------------------------------------------------------------
 
 
@@ -261,24 +355,19 @@ def test_small_step_is_the_lecture_rule(problem, key):
 
 
 def test_small_step_stops_each_run_by_itself(problem, key):
-    keys = jax.random.split(key, 4)
-    run = lambda key: descend(  # noqa: E731
-        LOSS,
-        start(),
-        problem[0],
-        optimizer=0.05,
-        sampling=distinct(4),
-        steps=2000,
-        key=key,
+    keys, etas = jax.random.split(key, 2), [0.04, 0.05]
+    run = lambda key, eta, params=None, steps=2000: descend(  # noqa: E731
+        LOSS, params or start(), problem[0], optimizer=eta, sampling=distinct(4), steps=steps, key=key,
         stop=small_step(2e-3),
-    )
-    together = run(keys)
-    alone = [run(k) for k in keys]
-    assert together.stopped_at.tolist() == [int(a.stopped_at) for a in alone]
-    assert len(set(together.stopped_at.tolist())) > 1
-    np.testing.assert_allclose(together.params.w, np.stack([a.params.w for a in alone]), rtol=1e-12)
+    )  # fmt: skip
+    together = run(keys, etas)
+    alone = [[run(k, eta) for k in keys] for eta in etas]
+    assert together.stopped_at.tolist() == [[int(a.stopped_at) for a in row] for row in alone]
+    assert len(np.unique(together.stopped_at)) == 4
+    assert together.steps[-1] == together.stopped_at.max()
+    np.testing.assert_allclose(together.params.w, [[a.params.w for a in row] for row in alone], rtol=1e-12)
     with pytest.raises(ValueError, match="ended at different steps"):
-        descend(LOSS, together.state, problem[0], optimizer=0.05, sampling=distinct(4), steps=9000, key=keys)
+        run(keys, etas, together.state, 9000)
 
 
 def test_a_run_stopped_by_the_rule_can_go_on(problem, key):
@@ -392,7 +481,27 @@ def test_bad_sampling_and_step_sizes():
     bad("cannot draw b = 9 different examples out of n = 8", sampling=distinct(9))
     for eta in (0.0, -0.1, float("nan"), float("inf")):
         bad("the step size must be finite and positive", optimizer=eta)
-    bad("optimizer must be an optax transformation", TypeError, optimizer="adam")
+    for wrong in ("adam", [0.1, "0.2"], [[0.1], [0.2, 0.3]], [True, False]):
+        bad("optimizer must be an optax transformation", TypeError, optimizer=wrong)
+    for eta in (0.0, -0.1, float("nan"), float("inf")):
+        bad(rf"the step size must be finite and positive: number 2 of 3 .*is {eta}", optimizer=[0.1, 0.2, eta])
+    bad(r"one-dimensional array of at least one, got shape \(0,\)", optimizer=[])
+    bad(r"one-dimensional array of at least one, got shape \(2, 2\)", optimizer=np.full((2, 2), 0.1))
+    bad("memory must be finite and positive", optimizer=[0.1, 0.2], memory=0.0)
+
+
+def test_states_that_do_not_fit(problem, key):
+    keys = jax.random.split(key, 3)
+    alone = init(start(), optax.sgd(0.1))
+    many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (3, 3, *leaf.shape)), alone)
+    of_grid = many._replace(optimizer=StepSize(jnp.full((3, 3), 0.1)))
+    goes_on = lambda words, state, **how: bad(words, loss=LOSS, params=state, data=problem[0], **how)  # noqa: E731
+    goes_on(r"of runs \[3, 3\], but optimizer and key ask for runs \[2, 3\]", of_grid, optimizer=ETAS[:2], key=keys)
+    goes_on(r"runs \[3, 3\], but .* a single run", of_grid)
+    goes_on(r"this state is of a single run, but", alone, optimizer=ETAS)
+    goes_on("comes from a run with one optimizer; it cannot go on with an array of", many, optimizer=ETAS, key=keys)
+    one_axis = jax.tree.map(lambda leaf: leaf[0], of_grid)
+    goes_on("comes from a run with an array of step sizes; it cannot go on with one", one_axis, key=keys)
 
 
 def test_bad_losses_and_parameters():

@@ -1,0 +1,102 @@
+"""Many runs in one program, in tiles that fit memory.
+
+Runs `[m, s]` (m step sizes, s seeds), or `[m]` or `[s]`, go side by side through one compiled program. What it needs
+beside the data grows with them: 20 step sizes of 1,000 seeds have 20,000 batches in flight, and as many predictions
+of all n examples where the full loss is taken. So the runs are cut into tiles: one axis after the other into as few
+equal parts as fit. All tiles are alike, one program serves them; the last of an axis begins earlier, to be whole,
+and computes some runs again.
+
+The seeds are cut first, and not below two: on a CPU no bit of a run depends on how many seeds are beside it, as long
+as it is not alone, since each has a batch, so a product of its own. Runs that share a batch share one wide product,
+whose rounding may depend on its width: where step sizes are cut too, or every run has the full batch, runs agree to
+rounding.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+MEMORY = 1.0
+"""GiB that a program of many runs may take beside the data, unless `descend` is told otherwise. Not a share of what is
+free: the same call would be cut otherwise on another day."""
+
+
+def in_tiles(
+    program: Any, shape: tuple[int, ...], axes: Sequence[tuple[int, ...]], memory: float
+) -> Callable[..., Any]:
+    """`program` of runs `shape`, called with arguments of all runs, that takes them in tiles of up to `memory` GiB.
+
+    `program` is a `partial` of a compiled function (`jax.jit`), with keywords. `axes[i]` are the axes of runs that
+    argument i has in front: none for the data. A scalar leaf is shared by all runs.
+
+    What came in several tiles is returned in the host's memory (numpy); else it stays on the device.
+    """
+    chosen: dict[Any, tuple[int, ...]] = {}
+
+    def call(*args: Any, **static: Any) -> Any:
+        which = tuple(static.items())
+        if which not in chosen:
+            needed = _bytes_of_runs(program, args, axes, static)
+            runs = math.prod(shape)
+            chosen[which] = shape if needed <= memory * 2**30 else tile_of(shape, int(runs * memory * 2**30 / needed))
+        tile = chosen[which]
+        if tile == shape:
+            return program(*args, **static)
+        whole = None
+        for place in places(shape, tile):
+            own = [_cut(arg, place, ahead) for arg, ahead in zip(args, axes, strict=True)]
+            part = jax.tree.map(np.asarray, program(*own, **static))
+            whole = jax.tree.map(partial(_room, shape), part) if whole is None else whole
+            jax.tree.map(lambda all, some, place=place: all.__setitem__(place if all.ndim else (), some), whole, part)
+        return whole
+
+    return call
+
+
+def tile_of(shape: tuple[int, ...], fit: int) -> tuple[int, ...]:
+    """The tile of up to `fit` runs, and not fewer than two along an axis: the last axis is cut first, evenly."""
+    tile = list(shape)
+    for axis in reversed(range(len(shape))):
+        others = math.prod(tile) // tile[axis]
+        most = min(shape[axis], max(2, fit // others))
+        tile[axis] = -(-shape[axis] // -(-shape[axis] // most))
+    return tuple(tile)
+
+
+def places(shape: tuple[int, ...], tile: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """Where whole tiles lie that cover all runs."""
+    starts = [[min(at, n - own) for at in range(0, n, own)] for n, own in zip(shape, tile, strict=True)]
+    return [
+        tuple(slice(at, at + own) for at, own in zip(corner, tile, strict=True))
+        for corner in itertools.product(*starts)
+    ]
+
+
+def _cut(tree: Any, place: tuple[slice, ...], axes: tuple[int, ...]) -> Any:
+    if not axes:
+        return tree
+    own = tuple(place[axis] for axis in axes)
+    return jax.tree.map(lambda leaf: leaf[own] if np.ndim(leaf) else leaf, tree)
+
+
+def _room(shape: tuple[int, ...], part: np.ndarray) -> np.ndarray:
+    """An array for all runs of what `part` is for a tile."""
+    return np.empty((*shape, *part.shape[len(shape) :]) if part.ndim else (), part.dtype)
+
+
+def _bytes_of_runs(program: Any, args: Any, axes: Any, static: Any) -> int:
+    """What the compiled program takes for all runs together: what it is given, returns, and holds in between.
+
+    It is compiled for them, not run; if they fit, this is the program that runs.
+    """
+    compiled = program.func.lower(*args, **program.keywords, **static).compile()
+    told = compiled.memory_analysis()
+    if told is None:  # a backend that does not say
+        return 0
+    given = [leaf for arg, ahead in zip(args, axes, strict=True) if ahead for leaf in jax.tree.leaves(arg)]
+    return told.temp_size_in_bytes + told.output_size_in_bytes + sum(leaf.nbytes for leaf in given)

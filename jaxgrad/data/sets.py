@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from jaxgrad.data.dataset import Table
-from jaxgrad.data.delimited import read_columns
 from jaxgrad.data.seeds import permutation
 from jaxgrad.data.words import count
 
@@ -59,15 +58,17 @@ def _diamonds() -> Table:
     path, source = _shipped(
         "plotnine", "data/diamonds.csv", "9574730b03aba241d899c4a97511c5061b19358fab89510774fb6c24168345c4"
     )
-    columns = read_columns(path)
     grades = {
         "cut": ["Fair", "Good", "Very Good", "Premium", "Ideal"],
         "color": ["J", "I", "H", "G", "F", "E", "D"],
         "clarity": ["I1", "SI2", "SI1", "VS2", "VS1", "VVS2", "VVS1", "IF"],
     }
-    by_name = dict(zip(columns.names, columns.values, strict=True))
+    names = ("carat", *grades, "depth", "table", "price", "x", "y", "z")
+    layout = [(name, "U9" if name in grades else "f8") for name in names]
+    rows = np.loadtxt(path, layout, delimiter=",", skiprows=1, quotechar='"')
+    by_name = {name: rows[name] for name in names}
     for name, order in grades.items():
-        by_name[name] = np.array([order.index(grade) for grade in by_name[name]], np.float64)
+        by_name[name] = (by_name[name][:, None] == np.array(order)) @ np.arange(float(len(order)))
     odd = (by_name["x"] == 0) | (by_name["y"] == 0) | (by_name["z"] == 0)
     odd |= (by_name["y"] > 30) | (by_name["z"] > 30)
     price = by_name.pop("price")

@@ -30,6 +30,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
+from PIL import Image
 
 from jaxgrad import atomic
 
@@ -250,7 +251,12 @@ def render(drawing: Figure, *, margin: str = "") -> dict[str, bytes]:
         # What `savefig` does, but for drawing everything once more beforehand, in case a layout is to be solved.
         FigureCanvasSVG(drawing).print_svg(svg, metadata={"Date": None, "Creator": None})
         drawing.set_dpi(DPI)  # an SVG's is 72
-        FigureCanvasAgg(drawing).print_png(png, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        canvas = FigureCanvasAgg(drawing)
+        canvas.draw()
+        # Nothing shows through: without its opacity a picture is a tenth smaller. Level 7 is in a quarter of the time
+        # of `optimize` within 2 % of its size.
+        opaque = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+        opaque.save(png, "png", dpi=(DPI, DPI), compress_level=7)
         note.remove()
     return {"svg": _compact(svg.getvalue()), "png": png.getvalue()}
 

@@ -92,7 +92,7 @@ class Config:
     full_steps: int = 20
     """The same of full-batch steps (a quarter of them where each takes long: the net, and beyond cache)."""
     rounds: int = 7
-    min_seconds: float = 0.01
+    min_seconds: float = 0.02
     """Each contender runs at least this long per round."""
     patience: float = 120.0
     """Seconds after which a contender that does not answer is given up."""
@@ -101,8 +101,10 @@ class Config:
     """256 runs of one pass over so many rows, together and one by one."""
     profiled: tuple[int, ...] = (1, 32, 0)
     """Batch sizes whose step is taken apart."""
-    starts: tuple[str, ...] = ("descent_paths",)
-    """Experiments that are started twice, to see what the second start saves."""
+    starts: tuple[str, ...] = (
+        "gd_vs_sgd", "gradient_noise", "samplings", "conditioning", "backprop_cost", "detection",
+    )  # fmt: skip
+    """Experiments that are started twice, to see what the second start saves: every third of the study."""
     start_rounds: int = 1
     import_rounds: int = 6
 

@@ -118,6 +118,21 @@ def test_a_loss_is_the_same_whatever_else_was_traced():
     assert other not in hashes
 
 
+@pytest.mark.parametrize("wrap", [lambda loss: loss, jax.jit])
+def test_losses_are_told_apart_by_every_number_that_they_hold(wrap):
+    """An array that a loss closes over is too long to be printed in full: one entry of 5,000 is another."""
+    shapes = jax.eval_shape(lambda: (start(np.float64), problem(3, np.float64)))
+
+    def program(weights):
+        weights = jnp.asarray(weights)
+        return _program(wrap(lambda params, batch: (params.w.sum() * weights).mean()), *shapes)
+
+    weights = np.arange(5000.0)
+    changed = np.where(weights == 2500, 2500.5, weights)
+    assert program(weights) == program(weights.copy())
+    assert program(weights) != program(changed)
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path, stopped_at_50):
     for content in (b"", stopped_at_50[:-300], b"junk"):
         (tmp_path / "run.npz").write_bytes(content)

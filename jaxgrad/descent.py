@@ -166,6 +166,8 @@ def advance(
     slope = jax.grad(loss)
     if sampling.rows is not None:
         slope = blocks.mean(slope, min(sampling.rows, n))
+    elif sampling.parts > 1:
+        slope = blocks.in_parts(slope, sampling.parts)
 
     def take(state: State, batch: Any) -> State:
         return _step(state, slope(state.params, batch), optimizer=optimizer, halt=halt)
@@ -299,7 +301,8 @@ def descend(
     check_loss(loss, one_start, data)
     rows = _rows(sampling, loss, one_start, data) if here else None
     if sampling.batch_size is None:
-        sampling = sampling._replace(rows=rows)
+        alone = here and rows is None and not shape
+        sampling = sampling._replace(rows=rows, parts=blocks.parts_for(loss, one_start, data) if alone else 1)
     first = int(state.step) if state else 0
     recorded = _record_points(record, first, steps)
     judged = set(range(first, steps, stop.every)) if stop and stop.reason != "small step" else set()

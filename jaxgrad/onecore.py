@@ -36,7 +36,15 @@ def fits(step: Callable[..., Any], *arguments: Any) -> bool:
         return False
     if sum(_bytes(leaf) for leaf in jax.tree.leaves(arguments)) > LARGEST:
         return False
-    return all(_is_simple(equation) for equation in _equations(jax.make_jaxpr(step)(*arguments).jaxpr))
+    return all(
+        _is_simple(equation) and (_is_product(equation) or max(_bytes(out.aval) for out in equation.outvars) <= LARGEST)
+        for equation in _equations(jax.make_jaxpr(step)(*arguments).jaxpr)
+    )
+
+
+def products_of_vectors(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether `function(*arguments)`, of any size, has simple operations only, and no product of two matrices."""
+    return all(map(_is_simple, _equations(jax.make_jaxpr(function)(*arguments).jaxpr)))
 
 
 def call(loop: Callable[..., Any], *arguments: Any) -> Any:
@@ -50,14 +58,18 @@ def call(loop: Callable[..., Any], *arguments: Any) -> Any:
         return jax.jit(all_used)(*arguments)[0]
 
 
+def _is_product(equation: Any) -> bool:
+    return equation.primitive.name == "dot_general"
+
+
 def _is_simple(equation: Any) -> bool:
-    if equation.primitive.name == "dot_general":
+    if _is_product(equation):
         (contracted, _), (batched, _) = equation.params["dimension_numbers"]
         left, right = (variable.aval.shape for variable in equation.invars)
         inner = max(1, math.prod(left[axis] for axis in contracted))
         # A matrix by a vector, or two vectors by each other.
         return not batched and min(inner, math.prod(left) // inner, math.prod(right) // inner) <= 1
-    return equation.primitive.name in _KNOWN and max(_bytes(out.aval) for out in equation.outvars) <= LARGEST
+    return equation.primitive.name in _KNOWN
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

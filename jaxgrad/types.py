@@ -77,6 +77,8 @@ class Sampling(NamedTuple):
     """`draw_many(key, first, steps, n, b) -> int32[steps, b]`: the same, for many steps in less time."""
     take: Callable[[Any, Any], Any] | None = None
     """`take(data, indices) -> batch`, pure; None: those rows of every array."""
+    parts: int = 1
+    """Of the full batch: evaluate its gradient over so many equal parts of the rows at once (`jaxgrad.blocks`)."""
 
     def indices(self, key: Key, step: Any, n: int) -> Int[Array, " b"]:
         """The examples of step `step` out of `n`: `int32[b]`, a pure function of `(key, step)`."""

@@ -47,6 +47,60 @@ def test_blocks_add_up_to_the_whole(loss, net, rows):
         np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(("loss", "net"), [(LINEAR, False), (LOGISTIC, False), (NET, True)])
+@pytest.mark.parametrize("parts", [1, 8, 500, 1000])
+def test_parts_add_up_to_the_whole(loss, net, parts):
+    batch, start = problem(net=net, dtype=jnp.float64)
+    both = jax.value_and_grad(loss)
+    plain, parted = jax.jit(both)(start, batch), jax.jit(blocks.in_parts(both, parts))(start, batch)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(parted), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("loss", "n", "least", "expected"),
+    [
+        (LINEAR, 1000, 2**10, 20),
+        (LOGISTIC, 1000, 2**10, 20),
+        (LINEAR, 5 * 11 * 13, 2**10, 13),  # 11 and 13 divide it: the one nearer to 20
+        (LINEAR, 997, 2**10, 1),  # a prime
+        (LINEAR, 1000, 2**22, 1),  # too small to gain
+        (total, 1000, 2**10, 1),
+        (centred, 1000, 2**10, 1),
+        (NET, 1000, 2**10, 1),  # products of two matrices
+    ],
+)
+def test_parts_are_for_means_with_products_of_vectors(loss, n, least, expected, monkeypatch):
+    monkeypatch.setattr(blocks, "PARTED", least)
+    batch, start = problem(n, net=loss is NET)
+    assert blocks.parts_for(loss, start, batch) == expected
+    monkeypatch.setattr(blocks, "BLOCK", 512)  # beyond the cache rows go in blocks, or all at once
+    assert blocks.parts_for(loss, start, batch) == 1
+
+
+@pytest.mark.parametrize("stop", [None, small_gradient(0.3, every=5)])
+def test_descend_takes_the_full_gradient_in_parts_and_finds_the_same(stop, monkeypatch):
+    batch, start = problem()
+    run = partial(descend, LINEAR, start, batch, optimizer=0.05, steps=40, stop=stop)
+    whole = run(sampling=full_batch(), key=jax.random.key(0))
+    monkeypatch.setattr(blocks, "PARTED", 2**10)
+    seen = []
+    own = blocks.in_parts
+    monkeypatch.setattr(blocks, "in_parts", lambda function, parts: seen.append(parts) or own(function, parts))
+    jax.clear_caches()
+    parted = run(sampling=full_batch(), key=jax.random.key(0))
+    assert set(seen) == {20}
+    assert parted.status == whole.status
+    np.testing.assert_allclose(parted.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(parted.params.w, whole.params.w, rtol=1e-4, atol=1e-6)
+    seen.clear()
+    jax.clear_caches()
+    run(sampling=distinct(10), key=jax.random.key(0))  # a batch is small
+    run(sampling=full_batch(rows=100), key=jax.random.key(0))  # as it was asked for
+    run(sampling=full_batch(), key=jax.random.split(jax.random.key(0), 2))  # two runs are products of matrices
+    assert not seen
+
+
 @pytest.mark.parametrize("loss", [LINEAR, LOGISTIC])
 @pytest.mark.parametrize("cores", [2, 3])
 @pytest.mark.parametrize(("small", "group"), [(1, 256), (7 * 40, 4), (2**15, 2)])

@@ -38,22 +38,15 @@ def problem(n=1000, d=4, net=False, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(("loss", "net"), [(LINEAR, False), (LOGISTIC, False), (NET, True)])
-@pytest.mark.parametrize("rows", [1, 7, 250, 999, 1000])
-def test_blocks_add_up_to_the_whole(loss, net, rows):
+@pytest.mark.parametrize(
+    ("form", "count"),
+    [*((blocks.mean, rows) for rows in (1, 7, 250, 999, 1000)), *((blocks.in_parts, k) for k in (1, 8, 500, 1000))],
+)
+def test_blocks_and_parts_add_up_to_the_whole(loss, net, form, count):
     batch, start = problem(net=net, dtype=jnp.float64)
     both = jax.value_and_grad(loss)
-    plain, blocked = jax.jit(both)(start, batch), jax.jit(blocks.mean(both, rows))(start, batch)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(blocked), strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize(("loss", "net"), [(LINEAR, False), (LOGISTIC, False), (NET, True)])
-@pytest.mark.parametrize("parts", [1, 8, 500, 1000])
-def test_parts_add_up_to_the_whole(loss, net, parts):
-    batch, start = problem(net=net, dtype=jnp.float64)
-    both = jax.value_and_grad(loss)
-    plain, parted = jax.jit(both)(start, batch), jax.jit(blocks.in_parts(both, parts))(start, batch)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(parted), strict=True):
+    plain, pieces = jax.jit(both)(start, batch), jax.jit(form(both, count))(start, batch)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(pieces), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-14)
 
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import onecore
+from jaxgrad import means, onecore
 from jaxgrad.types import Loss, Params
 
 BLOCK = 2**22
@@ -85,26 +85,31 @@ def parts_for(loss: Loss, params: Params, data: Any) -> int:
     """How many parts of its rows the gradient should be evaluated in at once: 1 where that does not pay.
 
     It pays on a CPU, for data that its cache holds (larger ones go in blocks: `rows_for`), with products of a matrix by
-    a vector only: XLA multiplies two matrices better than parts of them. And it must give the same: see `is_mean`.
+    a vector only: XLA multiplies two matrices better than parts of them. And the loss must be known to be a mean over
+    the examples (`jaxgrad.means`), so that parts give the same.
     """
     n, size = jax.tree.leaves(data)[0].shape[0], sum(leaf.nbytes for leaf in jax.tree.leaves(data))
     divisors = [parts for parts in range(PARTS // 2, 2 * PARTS) if n % parts == 0]
     if not divisors or jax.default_backend() != "cpu" or not PARTED <= size < WORTH * BLOCK:
         return 1
-    if not onecore.products_of_vectors(jax.grad(loss), params, data) or not is_mean(loss, params, data):
+    parts = min(divisors, key=lambda parts: abs(parts - PARTS))
+    if not onecore.products_of_vectors(jax.grad(loss), params, data):
         return 1
-    return min(divisors, key=lambda parts: abs(parts - PARTS))
+    return 1 if means.doubt(loss, params, data, [n, n // parts]) else parts
 
 
 def on_all_cores(loss: Loss, params: Params, data: Any) -> Callable[[Params, Any], Any] | None:
     """`∇loss(params, data)` as a function to call from Python, not under `jit`: each core takes a share of the blocks.
 
-    None where it does not apply: one core, not a CPU, or a gradient of more than simple operations.
+    None where it does not apply: one core, not a CPU, a gradient of more than simple operations, or a loss that is not
+    known to be a mean over the examples (`jaxgrad.means`).
     """
     n, cores = jax.tree.leaves(data)[0].shape[0], _cores()
     rows = max(1, SMALL * n // sum(leaf.nbytes for leaf in jax.tree.leaves(data)))
     block = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), data)
     if cores == 1 or not onecore.fits(jax.grad(loss), params, block):
+        return None
+    if means.doubt(loss, params, data, sizes(n, rows)):
         return None
     cuts = np.linspace(0, n // rows, cores + 1).astype(np.int32)
 
@@ -159,40 +164,21 @@ def _total(params, data, shares, *, loss, rows):
 
 
 def rows_for(loss: Loss, params: Params, data: Any) -> int | None:
-    """How many rows a block should have, or None where blocks do not pay or do not give the same: see `is_mean`."""
+    """How many rows a block should have, or None where blocks do not pay, or where the loss is not known to be a
+    mean over the examples (`jaxgrad.means`), so that blocks might not give the same."""
     n = jax.tree.leaves(data)[0].shape[0]
     if any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(data) if isinstance(leaf, jax.Array)):
         return None
     per_example = _largest(loss, params, data) / n
-    if n * per_example < WORTH * BLOCK or not is_mean(loss, params, data):
+    rows = max(1, int(BLOCK // per_example))
+    if n * per_example < WORTH * BLOCK or means.doubt(loss, params, data, sizes(n, rows)):
         return None
-    return max(1, int(BLOCK // per_example))
+    return rows
 
 
-def is_mean(loss: Loss, params: Params, data: Any) -> bool:
-    """Whether the loss of some rows is the mean of the losses of their two halves, and so is its gradient.
-
-    It is not for a sum over examples, nor where examples see each other (normalisation over the batch).
-    """
-    n = jax.tree.leaves(data)[0].shape[0]
-    half = min(64, n // 2)
-    if half == 0:
-        return False
-
-    @jax.jit
-    def off(params: Params, rows: Any) -> Any:
-        both = jax.value_and_grad(loss)
-        first, second = (
-            jax.tree.map(lambda leaf, part=part: leaf[part], rows) for part in (np.s_[:half], np.s_[half:])
-        )
-        parts = jax.tree.map(lambda a, b: (a + b) / 2, both(params, first), both(params, second))
-        whole = both(params, rows)
-        size = [jnp.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves((whole, parts))]
-        apart = [jnp.linalg.norm((a - b).ravel()) for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True)]
-        return jnp.max(jnp.stack(apart)) / jnp.max(jnp.stack(size))
-
-    apart = off(params, jax.tree.map(lambda leaf: leaf[: 2 * half], data))
-    return bool(apart < 1000 * jnp.finfo(apart.dtype).eps)
+def sizes(n: int, rows: int) -> list[int]:
+    """How many rows a loss is evaluated on that is taken in blocks of `rows` out of n: all, a block, what is left."""
+    return [size for size in (n, min(rows, n), n % rows) if size]
 
 
 def _largest(loss: Loss, params: Params, data: Any) -> int:

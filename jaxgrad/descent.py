@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext, suppress
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrad import blocks, onecore, parallel, stream, tiles
+from jaxgrad import blocks, losses, means, onecore, parallel, stream, tiles
 from jaxgrad import checkpoint as saved
 from jaxgrad.checkpoint import Checkpoint
 from jaxgrad.sampling import check_sizes
@@ -46,6 +46,8 @@ class State(NamedTuple):
     """`w_t − w_{t−1}`, the last step taken; zeros before the first."""
     halted: Any
     """bool[]: `halt` was true after step `step`, and no step is taken any more."""
+    examples: Any = None
+    """int64[]: gradients of single examples evaluated so far. `descend` counts them, `advance` does not: None."""
 
 
 class StepSize(NamedTuple):
@@ -77,7 +79,7 @@ class Trace(NamedTuple):
     steps: np.ndarray
     """int64[k]: updates made."""
     examples: np.ndarray
-    """int64[k]: gradients of single examples evaluated, `steps · b`."""
+    """int64[k]: gradients of single examples evaluated: `steps · b`, and what a run that goes on evaluated before."""
     seconds: np.ndarray
     """float64[k]: wall-clock of the steps, all runs of the program together, without compiling and recording."""
     loss: np.ndarray
@@ -91,8 +93,15 @@ class Trace(NamedTuple):
     state: State
     """Final state: give it to `descend` in place of `params` to go on."""
     status: Any
-    """`finished`, `stopped: <rule>` or `diverged at step t`; a tuple of s of them for s keys, of m of those for m step
-    sizes."""
+    """How the run ended; a tuple of s of these for s keys, of m of those for m step sizes:
+
+    `finished`                       all steps were taken
+    `stopped: <rule>`                a stopping rule ended it
+    `diverged at step t`             its parameters ceased to be finite there
+    `grew: ...`                      all steps were taken, but the loss ended over 1,000 times above its start, or not
+                                     finite
+    `not finite at the start: ...`   no step was possible: the loss or its gradient at the start is NaN or infinite
+    """
     stopped_at: np.ndarray
     """int64[(m,) (s)]: the step at which the run ended, stopped or diverged."""
     compile_seconds: float
@@ -107,6 +116,9 @@ def small_step(below: float) -> Stop:
 
     It measures `η‖g‖`, not the distance to a minimum: a smaller step size makes it fire sooner and further
     away, and for small batches it fires by luck. `small_gradient` is what it should have been.
+
+    A step that the optimizer skipped is not judged: an update of exactly 0 against a gradient that is not 0, as of
+    `optax.MultiSteps` between two updates, of a step size that warms up from 0, or of `optax.apply_if_finite`.
     """
     return Stop("small step", below=_positive("below", below))
 
@@ -155,13 +167,15 @@ def advance(
     `until` may be traced. Which examples batch t holds is `sampling.indices(key, t − 1, n)`: t counts from 1,
     the sampling's steps from 0. The result does not depend on how a run is cut into calls.
 
-    With `halt`, each run ends at the first step after which `halt(state)` is true.
+    With `halt`, each run ends at the first step after which `halt(state)` is true. A step that the optimizer skipped
+    (an update of exactly 0 against a gradient that is not 0) is not judged.
 
     `single` says that this is one run, not under `vmap`: on a CPU a loop of small steps is then compiled into one
     function for one core (`onecore`), up to ten times as fast.
     """
     n = _leading_axis(data)
     until = jnp.asarray(until, jnp.int32)
+    state = state._replace(examples=None)
 
     slope = jax.grad(loss)
     if sampling.rows is not None:
@@ -204,7 +218,15 @@ def _step(state: State, gradient: Any, *, optimizer: Optimizer, halt: Callable[[
     update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, update)
     state = State(state.step + 1, params, optimizer_state, update, state.halted)
-    return state if halt is None else state._replace(halted=halt(state))
+    if halt is None:
+        return state
+    skipped = _all_zero(update) & ~_all_zero(gradient)
+    return state._replace(halted=halt(state) & ~skipped)
+
+
+def _all_zero(tree: Any) -> Any:
+    # By sums, which `onecore` knows. One with NaN in it is not 0.
+    return reduce(jnp.logical_and, [jnp.sum(jnp.abs(leaf)) == 0 for leaf in jax.tree.leaves(tree)])
 
 
 def trajectory(
@@ -254,10 +276,12 @@ def descend(
     checkpoint: Checkpoint | None = None,
     memory: float = tiles.MEMORY,
 ) -> Trace:
-    """Run `steps` steps of descent on the mean loss and say what happened (F3, F5).
+    """Run `steps` steps of descent on a loss and say what happened (F3, F5).
 
     Args:
-      loss: `loss(params, batch) -> scalar`, the mean over the batch's examples.
+      loss: `loss(params, batch) -> scalar`. It may be any function of the batch. One that is known to be a mean over
+        the examples (made by `losses.mean_loss` or `losses.mean_of`, or proved by `jaxgrad.means`) may be evaluated
+        in blocks; any other is evaluated on all rows at once.
       params: the start, a pytree of floating-point arrays; or the `State` of an earlier trace, to go on from.
       data: all n examples, a pytree whose leaves share their leading axis; or rows that lie on many devices
         (`jaxgrad.parallel.shard`) or on disk (`jaxgrad.stream.open_rows`).
@@ -280,7 +304,9 @@ def descend(
 
     Raises:
       ValueError, TypeError: for anything that cannot run (shapes, NaN in the data, `b > n`, a loss that is not
-        a scalar, integer parameters, a step size that is not finite and positive), before anything compiles.
+        a scalar, integer parameters, a step size that is not finite and positive, labels that the loss has no meaning
+        for), before anything compiles. Rows on disk, and rows that do not divide evenly over devices, need a loss
+        that is known to be a mean.
 
     A run that diverges is a result: its status says at which step its parameters ceased to be finite, and the
     runs beside it are untouched. A run among others equals that run alone to rounding.
@@ -288,7 +314,9 @@ def descend(
     optimizer, etas = _optimizer(optimizer)
     key, seeds = _keys(key)
     shape = tuple(len(each) for each in (etas, key if seeds else None) if each is not None)
-    own_loss, own_sampling = loss, sampling
+    if mesh is not None and not isinstance(data, stream.Rows | parallel.Sharded):
+        data = parallel.shard(data, mesh)
+    own_loss, own_sampling, own_data = loss, sampling, data
     loss, data, sampling, n, mesh, disk, told = _laid_out(loss, data, sampling, mesh, bool(shape))
     here = disk is None and (mesh is None or mesh.size == 1)
     _count("steps", steps, at_least=0)
@@ -299,11 +327,21 @@ def descend(
     ahead = len(shape) if state else 0 if params_axis is None else 1
     one_start = jax.tree.map(lambda leaf: leaf[(0,) * ahead], start)
     check_loss(loss, one_start, data)
+    if disk is not None:
+        if sampling.batch_size is None or disk.full is None or (stop and stop.reason == "small gradient"):
+            stream.check_mean(own_loss, one_start, disk)
+        losses.check_labels(own_loss, one_start, disk.as_batch(stream.example(disk, 1024)))
+    elif isinstance(own_data, parallel.Sharded):
+        losses.check_labels(own_loss, one_start, own_data.batch, own_data.row)
+    else:
+        losses.check_labels(own_loss, one_start, data)
     rows = _rows(sampling, loss, one_start, data) if here else None
     if sampling.batch_size is None:
         alone = here and rows is None and not shape
         sampling = sampling._replace(rows=rows, parts=blocks.parts_for(loss, one_start, data) if alone else 1)
     first = int(state.step) if state else 0
+    b = n if sampling.batch_size is None else sampling.batch_size
+    before_first = _examples(params, first * b) if state else 0
     recorded = _record_points(record, first, steps)
     judged = set(range(first, steps, stop.every)) if stop and stop.reason != "small step" else set()
     marks = sorted(set(recorded.tolist()) | judged | {steps})
@@ -368,9 +406,16 @@ def descend(
     seconds, seen = 0.0, []
     show = _progress(progress if callable(progress) or parallel.is_main() else False)
 
-    def end(which: Any, why: str, at: Any) -> None:
-        reason[which], ended[which] = why, np.broadcast_to(at, shape)[which]
+    def end(which: Any, why: Any, at: Any) -> None:
+        reason[which], ended[which] = np.broadcast_to(why, shape)[which], np.broadcast_to(at, shape)[which]
         active[which] = False
+
+    def at_start(params: Params) -> str:
+        if disk is not None:
+            streamed = stream.of_rows(_hashable(own_loss), disk)
+            return _at_start(stream.value(streamed, params, disk), stream.gradient(streamed, params, disk))
+        found = _at_start(*_value_and_gradient(params, data, loss=_hashable(loss), rows=rows))
+        return found and found + (_first_bad_example(loss, params, data) if here else "")
 
     if checkpoint is not None:
         like = (state, (0, 0, 0, 0, observe and jax.eval_shape(observe, one_start)), 0, 0, 0, 0, 0, 0)
@@ -398,8 +443,11 @@ def descend(
             finite = np.asarray(sound(state.params))
             if (lost := active & ~finite).any():
                 # Nothing is checked inside the loop; the chunk is run again, watching, to find the step.
-                watched = go(before, key, data, np.int32(mark), halt=_not_finite)
-                end(lost, "diverged", np.asarray(watched.step))
+                watched = np.asarray(go(before, key, data, np.int32(mark), halt=_not_finite).step)
+                end(lost, "diverged", watched)
+                if (at_once := lost & (watched == first + 1)).any():
+                    words = _of_starts(at_start, before.params, at_once, one=ahead == 0)
+                    end(at_once & (words != ""), words, first)
             if halt is not None and (small := active & np.asarray(state.halted)).any():
                 end(small, "stopped: small step", np.asarray(state.step))
             if stop and mark in judged:
@@ -417,7 +465,7 @@ def descend(
             over = not active.any()
             if mark in recorded or over:
                 loss_now, norm, observed = look(state.params, state.update, data)
-                gone = reason == "diverged"
+                gone = _is_lost(reason)
                 at = int(ended.max()) if over else mark
                 seen.append((at, seconds, np.where(gone, np.nan, loss_now), np.asarray(norm), observed))
             show(mark, steps)
@@ -429,13 +477,17 @@ def descend(
                 save()
                 raise parallel.Preempted(mark, checkpoint.path)
 
-    at, clock, losses, norms, observed = zip(*seen, strict=True)
+    at, clock, recorded_losses, norms, observed = zip(*seen, strict=True)
+    loss_at = np.stack(recorded_losses, runs)
+    grown = _growth(loss_at[..., 0], loss_at[..., -1])
+    reason = np.where((reason == "finished") & (grown != ""), grown, reason)
     status = [f"diverged at step {t}" if why == "diverged" else str(why) for why, t in _pairs(reason, ended)]
+    state = state._replace(examples=before_first + (np.asarray(state.step, np.int64) - first) * b)
     return Trace(
         steps=np.asarray(at, np.int64),
-        examples=np.asarray(at, np.int64) * (n if sampling.batch_size is None else sampling.batch_size),
+        examples=before_first + (np.asarray(at, np.int64) - first) * b,
         seconds=np.asarray(clock),
-        loss=np.stack(losses, runs),
+        loss=loss_at,
         step_norm=np.stack(norms, runs),
         observed=None if observe is None else jax.tree.map(lambda *leaves: np.stack(leaves, runs), *observed),
         params=state.params,
@@ -444,6 +496,77 @@ def descend(
         stopped_at=ended,
         compile_seconds=compile_seconds,
     )
+
+
+def _examples(state: State, otherwise: int) -> int:
+    """How many gradients of examples a state stands for; a state without that number, as many as `otherwise`."""
+    return otherwise if state.examples is None else int(np.max(state.examples))
+
+
+GREW = 1000
+"""A run whose loss ends this many times above its start has not merely finished."""
+
+
+def _growth(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Of each run, what is to be said of its last loss; empty where nothing is."""
+
+    def words(first: float, last: float) -> str:
+        if not np.isfinite(last):
+            return f"grew: the loss ended at {last}"
+        if 0 < GREW * first < last:
+            return f"grew: the loss went from {first:.3g} to {last:.3g}"
+        return ""
+
+    return np.vectorize(words, otypes=[object])(first, last)
+
+
+def _is_lost(reason: np.ndarray) -> np.ndarray:
+    """Which runs have parameters that are not finite."""
+    return np.vectorize(lambda why: str(why).startswith(("diverged", "not finite")), otypes=[bool])(reason)
+
+
+@partial(jax.jit, static_argnames=("loss", "rows"))
+def _value_and_gradient(params, data, *, loss, rows):
+    both = jax.value_and_grad(loss)
+    return (both if rows is None else blocks.mean(both, rows))(params, data)
+
+
+def _at_start(value: Any, gradient: Params) -> str:
+    """What is not finite of loss and gradient at the start; empty where all is."""
+    if not np.isfinite(value):
+        return f"not finite at the start: the loss is {float(value)}"
+    bad = [_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if not np.isfinite(leaf).all()]
+    if not bad:
+        return ""
+    where = ", ".join(bad)
+    return f"not finite at the start: the loss is {float(value):.3g}, but its gradient is not finite in {where}"
+
+
+def _first_bad_example(loss: Loss, params: Params, data: Any) -> str:
+    """The first example whose loss or gradient is not finite, if the loss is a mean over them and not all are bad."""
+    try:
+        of_one = means.of_one(loss, params, data, [_leading_axis(data)], "")
+    except ValueError:
+        return ""
+
+    def good(example: Any) -> Any:
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(both(params, example))]).all()
+
+    both = jax.value_and_grad(of_one)
+    fine = np.asarray(jax.jit(lambda data: jax.lax.map(good, data, batch_size=256))(data))
+    return "" if not fine.any() or fine.all() else f"; the first such example is row {np.argmin(fine):,} (from 0)"
+
+
+def _of_starts(words: Callable[[Params], str], params: Params, which: np.ndarray, one: bool) -> np.ndarray:
+    """`words(start)` of each run in `which`; of `one` run for all if they have one start."""
+    found = np.full(which.shape, "", dtype=object)
+    for place in np.argwhere(which):
+        index = tuple(place)
+        found[index] = words(jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf)[index], params))
+        if one:
+            found[which] = found[index]
+            break
+    return found
 
 
 class _LaidOut(NamedTuple):
@@ -466,8 +589,6 @@ def _laid_out(loss: Any, data: Any, sampling: Sampling, mesh: Any, many: bool) -
         check_sizes(sampling, data.n)
         first = stream.example(data)
         return _LaidOut(stream.of_rows(loss, data), first, sampling, data.n, None, data, partial(stream.tell, data))
-    if mesh is not None and not isinstance(data, parallel.Sharded):
-        data = parallel.shard(data, mesh)
     if isinstance(data, parallel.Sharded):
         check_sizes(sampling, data.n)
         step_loss, batch, step_sampling = parallel.on(data, loss, sampling)
@@ -557,10 +678,10 @@ def _rows(sampling: Sampling, loss: Loss, params: Params, data: Any) -> int | No
     """Rows of a block in which to evaluate what is a mean over all examples; None for all at once."""
     if sampling.rows is None:
         return blocks.rows_for(loss, params, data)
-    if not blocks.is_mean(loss, params, data):
+    if found := means.doubt(loss, params, data, blocks.sizes(_leading_axis(data), sampling.rows)):
         raise ValueError(
-            f"full_batch(rows={sampling.rows}) needs a loss that is a mean over the examples: of the first rows it is "
-            "not the mean of the losses of their two halves; take the mean, or leave rows out"
+            f"full_batch(rows={sampling.rows}) needs a loss that is a mean over the examples; of this one it is not "
+            f"known: {found}. {means.HOW}, or leave rows out"
         )
     return sampling.rows
 
@@ -701,7 +822,7 @@ def _continued(state: State, shape: tuple[int, ...], etas: np.ndarray | None) ->
             f"the runs of this state ended at different steps ({step.min()} to {step.max()}), so they cannot go on "
             "together: continue each one by itself"
         )
-    return state._replace(step=jnp.int32(step[0]), halted=jnp.zeros_like(state.halted))
+    return state._replace(step=jnp.int32(step[0]), halted=jnp.zeros_like(state.halted), examples=None)
 
 
 def _runs(shape: tuple[int, ...]) -> str:

@@ -16,7 +16,9 @@ The noise scales (McCandlish et al. 2018) say up to which batch size a bigger ba
 On ill-conditioned problems they differ by orders of magnitude, and both grow without limit towards a minimum:
 there is no single critical batch size.
 
-The example gradient is the gradient on a batch of one, so a penalty in the loss is part of each gᵢ.
+The example gradient is the gradient on a batch of one, so a penalty in the loss is part of each gᵢ. A loss that is not
+known to be a mean over the examples (`jaxgrad.means`), such as a weighted average or one with a batch statistic, has no
+such gᵢ and is refused with ValueError.
 """
 
 import math
@@ -29,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from jaxgrad import means
 from jaxgrad.sampling import check_sizes, distinct
 from jaxgrad.statistics import Interval, mean_interval, ratio_interval
 from jaxgrad.types import Key, Loss, Params, Sampling
@@ -110,7 +113,7 @@ def example_gradients(loss: Loss, params: Params, batch: Any) -> Params:
     Works under `jit` and `vmap`, in the precision of its arguments. It holds n copies of the parameters; the
     functions below do not.
     """
-    return jax.vmap(lambda example: _gradient_of_one(loss, params, example))(batch)
+    return jax.vmap(partial(_gradient_of_one(loss, params, batch), params))(batch)
 
 
 def measure(loss: Loss, params: Params, batch: Any, *, curvature: bool = True, chunk: int = 1024) -> PointNoise:
@@ -274,6 +277,11 @@ def squared_norms(loss: Loss, params: Params, batch: Any, sampling: Sampling, ke
     """`‖g_B‖²[s]` for s independent batches, one per key, in the precision of the arguments."""
     n = _count(batch)
     check_sizes(sampling, n)
+    if found := means.doubt(loss, params, batch, [n, sampling.batch_size or n]):
+        raise ValueError(
+            "the law of the batch gradient's noise is that of a mean over the examples; of this loss it is not known "
+            f"to be one: {found}. {means.HOW}"
+        )
 
     def one(key: Key) -> jax.Array:
         indices = sampling.indices(key, 0, n)
@@ -309,8 +317,12 @@ def monitor(
     return observe
 
 
-def _gradient_of_one(loss: Loss, params: Params, example: Any) -> Params:
-    return jax.grad(loss)(params, jax.tree.map(lambda leaf: leaf[None], example))
+_WHY = "the noise of a batch gradient comes from the gradients of single examples"
+
+
+def _gradient_of_one(loss: Loss, params: Params, batch: Any) -> Callable[[Params, Any], Params]:
+    """`gᵢ = ∇ℓ(params, example i)`; ValueError for a loss that is not known to be a mean over the examples."""
+    return jax.grad(means.of_one(loss, params, batch, [_count(batch)], _WHY))
 
 
 def _example_mean(of: Callable[[Any], Any], batch: Any, chunk: int) -> Any:
@@ -336,19 +348,21 @@ def _example_mean(of: Callable[[Any], Any], batch: Any, chunk: int) -> Any:
 
 def _moments(loss: Loss, params: Params, batch: Any, chunk: int) -> tuple[Params, jax.Array]:
     """G and tr Σ, in two passes: deviations from the mean, not a difference of large squares."""
+    of_one = _gradient_of_one(loss, params, batch)
     G = jax.grad(loss)(params, batch)
 
     def deviation(example: Any) -> jax.Array:
-        return _squared(jax.tree.map(jnp.subtract, _gradient_of_one(loss, params, example), G))
+        return _squared(jax.tree.map(jnp.subtract, of_one(params, example), G))
 
     return G, _example_mean(deviation, batch, chunk)
 
 
 def _covariance(loss: Loss, params: Params, batch: Any, chunk: int) -> jax.Array:
+    of_one = _gradient_of_one(loss, params, batch)
     G = ravel_pytree(jax.grad(loss)(params, batch))[0]
 
     def outer(example: Any) -> jax.Array:
-        d = ravel_pytree(_gradient_of_one(loss, params, example))[0] - G
+        d = ravel_pytree(of_one(params, example))[0] - G
         return jnp.outer(d, d)
 
     # A chunk holds this many p × p matrices.
@@ -366,14 +380,15 @@ def _hessian(loss: Loss, params: Params, batch: Any) -> jax.Array:
 
 
 def _directional(loss: Loss, params: Params, batch: Any, directions: Params, chunk: int) -> jax.Array:
-    def slope(data: Any, v: Params) -> jax.Array:
+    of_one = means.of_one(loss, params, batch, [_count(batch)], _WHY)
+
+    def slope(loss: Loss, data: Any, v: Params) -> jax.Array:
         return jax.jvp(lambda w: loss(w, data), (params,), (v,))[1]
 
-    mean = jax.vmap(lambda v: slope(batch, v))(directions)
+    mean = jax.vmap(lambda v: slope(loss, batch, v))(directions)
 
     def squares(example: Any) -> jax.Array:
-        one = jax.tree.map(lambda leaf: leaf[None], example)
-        return (jax.vmap(lambda v: slope(one, v))(directions) - mean) ** 2
+        return (jax.vmap(lambda v: slope(of_one, example, v))(directions) - mean) ** 2
 
     return _example_mean(squares, batch, chunk)
 

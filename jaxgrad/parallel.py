@@ -33,6 +33,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxgrad import means
 from jaxgrad.sampling import distinct
 from jaxgrad.types import Key, Loss, Params, Sampling
 
@@ -491,6 +493,11 @@ class Sharded(NamedTuple):
         """How many rows there are."""
         return sum(self.counts)
 
+    def row(self, place: int) -> int:
+        """The number of the row at a place along the leaves of `batch`, among all rows in their order."""
+        device, own = divmod(place, max(self.counts))
+        return sum(self.counts[:device]) + min(own, self.counts[device] - 1)
+
 
 class Weighted(NamedTuple):
     """Rows with weights: what `Weighting` makes a mean of."""
@@ -670,12 +677,22 @@ def _telling(leaf: Any) -> Any:
 
 @dataclass(frozen=True)
 class Weighting:
-    """The loss of weighted rows: `Σ weightᵢ loss(w, example i) / Σ weightᵢ`, for any loss that is a mean."""
+    """The loss of weighted rows, `Σ weightᵢ ℓ(w, example i) / Σ weightᵢ`, for a mean over n examples of losses ℓ.
+
+    Called, and so before anything is compiled, it raises ValueError for a loss that is not known to be one.
+    """
 
     loss: Loss
+    n: int
 
     def __call__(self, params: Params, rows: Weighted) -> jax.Array:
-        each = jax.vmap(lambda row: self.loss(params, jax.tree.map(lambda leaf: leaf[None], row)))(rows.batch)
+        why = (
+            f"{self.n:,} rows do not divide evenly over the devices, or are drawn from shares of different sizes: some "
+            "are weighted, which is done example by example"
+        )
+        sizes = [self.n, rows.weight.shape[0]]
+        of_one = means.of_one(self.loss, params, rows.batch, sizes, why)
+        each = jax.vmap(partial(of_one, params))(rows.batch)
         weight = rows.weight.astype(each.dtype)
         return jnp.sum(weight * each) / jnp.sum(weight)
 
@@ -709,7 +726,7 @@ def on(sharded: Sharded, loss: Loss, sampling: Sampling) -> tuple[Loss, Any, Sam
     if sampling.batch_size is not None and sampling.name != STRATIFIED:
         many = sampling.draw_many and _Placed(sampling.draw_many, sharded.counts)
         sampling = sampling._replace(draw=_Placed(sampling.draw, sharded.counts), draw_many=many)
-    return Weighting(loss), Weighted(sharded.batch, sharded.weight), sampling
+    return Weighting(loss, sharded.n), Weighted(sharded.batch, sharded.weight), sampling
 
 
 STRATIFIED = "stratified"

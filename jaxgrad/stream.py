@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.blocks import mean
+from jaxgrad import blocks, means
 from jaxgrad.parallel import digest
 from jaxgrad.types import Batch, Key, Loss, Params, Sampling
 
@@ -521,6 +521,19 @@ def value(loss: Streamed, params: Params, rows: Rows) -> jax.Array:
     return _sum(partial(_part, function=_itself, loss=loss), params, rows)
 
 
+def check_mean(loss: Loss, params: Params, rows: Rows) -> None:
+    """Raise ValueError unless the loss is known to be a mean over the examples: a full pass evaluates it in blocks."""
+    dtype = jax.dtypes.canonicalize_dtype(rows.dtype)
+    counts = {high - low for low, high in _bounds(rows, _PART)}
+    sizes = {size for count in counts for size in blocks.sizes(count, _block_rows(count, rows.columns, dtype))}
+    batch = jax.eval_shape(of_rows(loss, rows).batch, example(rows))
+    if found := means.doubt(loss, params, batch, [rows.n, *sizes]):
+        raise ValueError(
+            "the rows lie on disk, so the full loss is evaluated in blocks of them, which needs a loss that is a mean "
+            f"over the examples; of this one it is not known: {found}. {means.HOW}, or load the rows into memory"
+        )
+
+
 def _itself(loss: Loss) -> Loss:
     return loss
 
@@ -552,10 +565,14 @@ def _part(params: Params, part: Any, *, function: Callable[[Loss], Any], loss: S
             bad |= jnp.any(_no_class(block[:, loss.target], loss.classes))
         return function(loss.loss)(params, _by_columns(loss, params, block)), bad.astype(block.dtype)
 
-    count = part.shape[0]
-    if jax.default_backend() == "cpu":
-        count = min(count, max(256, _BLOCK // (part.shape[1] * part.dtype.itemsize)))
-    return mean(of_block, count)(params, part)
+    return blocks.mean(of_block, _block_rows(part.shape[0], part.shape[1], part.dtype))(params, part)
+
+
+def _block_rows(count: int, columns: int, dtype: Any) -> int:
+    """How many of `count` rows are evaluated at once."""
+    if jax.default_backend() != "cpu":
+        return count
+    return min(count, max(256, _BLOCK // (columns * np.dtype(dtype).itemsize)))
 
 
 def _by_columns(loss: Streamed, params: Params, block: Any) -> Any:

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jaxtyping import TypeCheckError
 
-from jaxgrad import blocks, losses, models
+from jaxgrad import blocks, losses, means, models
 from jaxgrad.descent import descend, small_gradient, small_step
 from jaxgrad.sampling import distinct, full_batch
 from jaxgrad.types import Batch
@@ -122,7 +122,7 @@ def test_one_core_and_products_of_matrices_take_large_blocks(monkeypatch):
 @pytest.mark.parametrize(("loss", "expected"), [(LINEAR, True), (LOGISTIC, True), (total, False), (centred, False)])
 def test_only_a_mean_over_examples_is_taken_in_blocks(loss, expected, monkeypatch):
     batch, start = problem()
-    assert blocks.is_mean(loss, start, batch) is expected
+    assert (not means.doubt(loss, start, batch, [1000, 64])) is expected
     assert blocks.rows_for(loss, start, batch) is None  # it fits the cache
     monkeypatch.setattr(blocks, "BLOCK", 2048)
     rows = blocks.rows_for(loss, start, batch)

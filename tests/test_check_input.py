@@ -158,3 +158,31 @@ def test_the_callers_arrays_and_settings_are_left_alone():
     np.testing.assert_array_equal(w, W)
     np.testing.assert_array_equal(data, X)
     assert jax.config.jax_enable_x64 == before
+
+
+@pytest.mark.parametrize("w", [np.ones(3, complex), jnp.ones(3, jnp.complex64), 1 + 0j])
+def test_a_complex_leaf_is_refused_by_name_not_left_out(w):
+    """A gradient of 0 by a leaf that nobody looks at would pass for right."""
+
+    def loss(params, X):
+        return jnp.mean((X @ params["a"]) ** 2) + jnp.sum(jnp.abs(params["w"]) ** 2)
+
+    def zeroed(params, X):
+        return {"a": right(params["a"], X), "w": np.zeros_like(params["w"])}
+
+    with pytest.raises(TypeError, match=r"params leaf w is complex .* real and imaginary parts"):
+        check_gradient(loss, zeroed, {"a": W, "w": w}, X)
+
+
+def test_a_bfloat16_leaf_of_numpy_is_checked_not_left_out():
+    w = {"a": W, "w": np.ones(3, jnp.bfloat16)}
+
+    def both(params, X):
+        return loss(params["a"], X) + jnp.sum(params["w"] ** 2)
+
+    def zeroed(params, X):
+        return {"a": right(params["a"], X), "w": np.zeros(3)}
+
+    report = check_gradient(both, zeroed, w, X)
+    assert not report.ok
+    assert [leaf.path for leaf in report.leaves if not leaf.ok] == ["w"]

@@ -44,12 +44,15 @@ class Adjoint(NamedTuple):
 
 
 class BackpropReport(NamedTuple):
-    """The verdict on a backward pass."""
+    """The verdict on a backward pass. It counts as true where the pass is right."""
 
     ok: bool
     adjoints: tuple[Adjoint, ...]
     """From the loss backwards; the leaves of the gradient where they are made."""
     findings: tuple[Finding, ...]
+
+    def __bool__(self) -> bool:
+        return self.ok
 
     def __str__(self) -> str:
         return backprop_text(self, colored())

@@ -90,6 +90,11 @@ def prepare(
             raise ValueError(
                 f"params leaf {name} is empty (shape {np.shape(leaf)}): there is nothing to differentiate."
             )
+        if np.iscomplexobj(leaf):
+            raise TypeError(
+                f"params leaf {name} is complex ({_describe(leaf)}): gradients by complex parameters are not checked. "
+                "Give its real and imaginary parts as two real leaves, and put them together in the loss."
+            )
         kinds.append(kind)
         if kind in ("float", "numpy", "jax"):
             value = np.asarray(leaf).astype(np.float64)
@@ -404,7 +409,7 @@ def _kind(leaf: Any, data: bool = False) -> str:
     if isinstance(leaf, (float, int)) and not isinstance(leaf, np.generic):
         return "fixed" if data else "float"
     if isinstance(leaf, (np.ndarray, np.generic)):
-        if leaf.dtype.kind == "f":
+        if jnp.issubdtype(leaf.dtype, jnp.floating):  # bfloat16 and its like are to NumPy no floats
             return "numpy"
         return "int-numpy" if data and leaf.dtype.kind in "biu" else "fixed"
     if isinstance(leaf, jax.Array):

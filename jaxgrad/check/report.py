@@ -57,7 +57,8 @@ class Tried(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The verdict on a gradient: `ok`, how far each leaf is off, and why."""
+    """The verdict on a gradient: `ok`, how far each leaf is off, and why. It counts as true where the gradient is right:
+    `assert check_gradient(...)` fails on a wrong one."""
 
     ok: bool
     leaves: tuple[Leaf, ...]
@@ -67,6 +68,9 @@ class Report(NamedTuple):
     points: tuple[Tried, ...]
     notes: tuple[str, ...] = ()
     """What else is worth knowing: what could not be tried, what the loss itself does wrong."""
+
+    def __bool__(self) -> bool:
+        return self.ok
 
     def __str__(self) -> str:
         return text(self, color=colored())

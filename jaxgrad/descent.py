@@ -366,6 +366,7 @@ def descend(
         state = state._replace(optimizer=StepSize(np.broadcast_to(etas.reshape(-1, *[1] * (len(shape) - 1)), shape)))
     if mesh is not None:
         state = parallel.replicate(state, mesh)
+    first_params = state.params
     single = not shape and (here or disk is not None)
     over = (None,) * (etas is not None) + (0,) * (seeds is not None)
     runs = len(shape)
@@ -479,6 +480,8 @@ def descend(
 
     at, clock, recorded_losses, norms, observed = zip(*seen, strict=True)
     loss_at = np.stack(recorded_losses, runs)
+    if at[0] == first and (never := (reason == "finished") & ~np.isfinite(loss_at[..., 0])).any():
+        end(never, _of_starts(at_start, first_params, never, one=ahead == 0), first)
     grown = _growth(loss_at[..., 0], loss_at[..., -1])
     reason = np.where((reason == "finished") & (grown != ""), grown, reason)
     status = [f"diverged at step {t}" if why == "diverged" else str(why) for why, t in _pairs(reason, ended)]
@@ -557,9 +560,9 @@ def _first_bad_example(loss: Loss, params: Params, data: Any) -> str:
     return "" if not fine.any() or fine.all() else f"; the first such example is row {np.argmin(fine):,} (from 0)"
 
 
-def _of_starts(words: Callable[[Params], str], params: Params, which: np.ndarray, one: bool) -> np.ndarray:
+def _of_starts(words: Callable[[Params], str], params: Params, which: Any, one: bool) -> np.ndarray:
     """`words(start)` of each run in `which`; of `one` run for all if they have one start."""
-    found = np.full(which.shape, "", dtype=object)
+    found = np.full(np.shape(which), "", dtype=object)
     for place in np.argwhere(which):
         index = tuple(place)
         found[index] = words(jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf)[index], params))

@@ -180,7 +180,11 @@ def mean_loss(
         example = lambda params, row: example_loss(model(params, row.x), row.y)  # noqa: E731
     else:
         weight = weights if callable(weights) else _of_class(weights)
-        example = lambda params, row: weight(row) * example_loss(model(params, row.x), row.y)  # noqa: E731
+
+        def example(params: Params, row: Any) -> Any:
+            unweighted = example_loss(model(params, row.x), row.y)
+            return jnp.asarray(weight(row), unweighted.dtype) * unweighted
+
     return replace(mean_of(example, l2), model=model, example_loss=example_loss)
 
 
@@ -195,8 +199,11 @@ def _of_class(weights: Any) -> Callable[[Any], Any]:
 
     def weight(example: Any) -> Any:
         number = jnp.asarray(example.y)
-        known = (number >= 0) & (number < table.size) & (number == jnp.round(number))
-        return jnp.where(known, jnp.asarray(table, float)[jnp.where(known, number, 0).astype(jnp.int32)], jnp.nan)
+        number = number if jnp.issubdtype(number.dtype, jnp.floating) else number.astype(jnp.int32)
+        # By comparison, so that what is no number of a class has no weight, and a missing one is seen.
+        of_each = jnp.where(number == jnp.arange(table.size, dtype=number.dtype), jnp.asarray(table), 0.0)
+        known = jnp.any(number == jnp.arange(table.size, dtype=number.dtype))
+        return jnp.where(known, jnp.sum(of_each), jnp.nan)
 
     return weight
 

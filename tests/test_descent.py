@@ -547,3 +547,101 @@ def test_progress_goes_to_stderr(problem, key, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "step 4 of 4" in captured.err
+
+
+# --- what a run says of itself ---------------------------------------------------------------------------------
+
+
+def skipping(name):
+    return {
+        "accumulated over four batches": optax.MultiSteps(optax.sgd(0.05), 4).gradient_transformation(),
+        "warmed up from 0": optax.sgd(lambda t: jnp.minimum(0.1, 0.005 * t)),
+        "only if finite": optax.apply_if_finite(optax.sgd(0.05), 5),
+    }[name]
+
+
+@pytest.mark.parametrize("runs", [None, 2])
+@pytest.mark.parametrize("name", ["accumulated over four batches", "warmed up from 0", "only if finite"])
+def test_a_step_that_the_optimizer_skipped_is_no_small_step(name, runs, problem, key):
+    def sometimes_nan(params, batch):
+        """Its gradient is NaN at the start only."""
+        return LOSS(params, batch) + jnp.where(jnp.all(params.w == start().w), jnp.nan, 0.0) * jnp.sum(params.w)
+
+    data, loss = problem[0], sometimes_nan if name == "only if finite" else LOSS
+    keys = key if runs is None else jax.random.split(key, runs)
+    how = dict(optimizer=skipping(name), sampling=full_batch(), steps=3000, key=keys, stop=small_step(1e-3))
+    with jax.numpy_dtype_promotion("standard"):
+        trace = descend(loss, start(), data, **how | ({} if loss is LOSS else {"steps": 4}))
+    if loss is LOSS:
+        assert np.all(trace.stopped_at > 10)
+        assert np.all(trace.loss[..., -1] < 0.2 * trace.loss[..., 0])
+    else:  # it never leaves the start, which is no convergence
+        assert np.all(trace.stopped_at == 4)
+
+
+def test_a_gradient_of_exactly_zero_is_a_small_step(problem, key):
+    data, _, _, w_star = problem
+    flat = lambda params, batch: jnp.mean(jnp.maximum(batch.x @ params.w, 0.0)) * 0.0  # noqa: E731
+    trace = descend(
+        flat, Linear(jnp.asarray(w_star)), data, optimizer=0.1, sampling=full_batch(), steps=9, key=key,
+        stop=small_step(1e-6),
+    )  # fmt: skip
+    assert (trace.status, trace.stopped_at) == ("stopped: small step", 1)
+
+
+@pytest.mark.parametrize("runs", [None, 2])
+def test_examples_are_counted_through_a_change_of_the_batch_size(runs, problem, key):
+    run = lambda params, sampling, steps: descend(  # noqa: E731
+        LOSS, params, problem[0], optimizer=0.01, sampling=sampling, steps=steps,
+        key=key if runs is None else jax.random.split(key, runs), record=3,
+    )  # fmt: skip
+    first = run(start(), distinct(4), 10)
+    second = run(first.state, distinct(20), 30)
+    third = run(second.state, full_batch(), 31)
+    assert second.examples.tolist() == [40, 40 + 10 * 20, 40 + 20 * 20]
+    assert third.examples[-1] == third.state.examples == 40 + 400 + N
+    np.testing.assert_array_equal(run(run(start(), distinct(4), 10).state, distinct(4), 20).examples, [40, 60, 80])
+
+
+def test_a_state_of_advance_goes_on_and_a_state_of_descend_goes_into_advance(problem, key):
+    data, how = problem[0], dict(loss=LOSS, optimizer=optax.sgd(0.01), sampling=distinct(4))
+    by_hand = advance(init(start(), how["optimizer"]), key, data, 10, **how)
+    trace = descend(LOSS, by_hand, data, optimizer=how["optimizer"], sampling=distinct(4), steps=20, key=key)
+    assert trace.examples[[0, -1]].tolist() == [40, 80]
+    on = jax.jit(lambda state: advance(state, key, data, 30, **how))(trace.state)
+    whole = descend(LOSS, start(), data, optimizer=how["optimizer"], sampling=distinct(4), steps=30, key=key)
+    np.testing.assert_allclose(on.params.w, whole.params.w, rtol=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_at_the_start_is_not_called_divergence(problem, key):
+    norm = lambda params, batch: LOSS(params, batch) + jnp.linalg.norm(params.w)  # noqa: E731
+    run = lambda start, **how: descend(  # noqa: E731
+        norm, start, problem[0], sampling=full_batch(), steps=9, **{"key": key, "optimizer": 0.01} | how
+    )
+    zero = Linear(jnp.zeros(D))
+    said = run(zero).status
+    assert said.startswith("not finite at the start: the loss is ")
+    assert said.endswith("but its gradient is not finite in w")
+    assert np.isnan(run(zero).loss[1:]).all()
+    assert run(zero, optimizer=[0.01, 0.02]).status == (said, said)
+    keys = jax.random.split(key, 2)
+    both = run(Linear(jnp.stack([start().w, zero.w])), key=keys, params_axis=0)
+    assert both.status == ("finished", said)
+    assert both.stopped_at.tolist() == [9, 0]
+
+
+def test_the_first_row_that_has_no_finite_loss_is_named(problem, key):
+    data = problem[0]._replace(y=problem[0].y.at[17].set(-1e3))
+    log = lambda params, batch: jnp.mean(jnp.log(batch.y + 10 + 0 * (batch.x @ params.w)))  # noqa: E731
+    trace = descend(log, start(), data, optimizer=0.1, sampling=full_batch(), steps=3, key=key)
+    assert trace.status == "not finite at the start: the loss is nan; the first such example is row 17 (from 0)"
+
+
+def test_a_loss_that_grew_is_not_said_to_have_finished(problem, key):
+    lam = problem[1]
+    run = lambda steps: descend(  # noqa: E731
+        LOSS, start(), problem[0], optimizer=8 / lam.max(), sampling=full_batch(), steps=steps, key=key
+    )
+    trace = run(12)
+    assert trace.status == f"grew: the loss went from {trace.loss[0]:.3g} to {trace.loss[-1]:.3g}"
+    assert run(1).status == "finished"

@@ -1,11 +1,14 @@
 """Losses against plain numpy and mpmath-free closed forms, and their gradients where JAX goes wrong."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
-from jaxgrad import losses, models
+from jaxgrad import descend, distinct, full_batch, losses, models
 from jaxgrad.types import Batch, Layer, Linear
 
 LOGITS = [0.0, -0.0, 1e-30, 0.3, -0.3, 20.0, -20.0, 36.8, -36.8, 710.0, -710.0, 1e9, -1e9]
@@ -93,3 +96,151 @@ def test_l2_spares_biases_and_nothing_else():
 def test_l2_must_be_a_finite_number(l2):
     with pytest.raises(ValueError, match="l2 must be a finite number >= 0"):
         losses.mean_loss(models.linear, losses.squared, l2=l2)
+
+
+# --- labels ----------------------------------------------------------------------------------------------------
+
+KINDS = [bool, *(getattr(np, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)), np.float16,
+         np.float32, np.float64, jnp.bfloat16]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_labels_0_and_1_cost_the_same_in_every_dtype(kind):
+    """1 − 2y of an unsigned 1 wraps around: uint8 gave 254 in place of −1."""
+    h, y = jnp.linspace(-3.0, 3.0, 8), np.arange(8) % 2
+    with jax.numpy_dtype_promotion("standard"):
+        got = [
+            jax.value_and_grad(losses.logloss)(logit, jnp.asarray(label))
+            for logit, label in zip(h, y.astype(kind), strict=True)
+        ]
+    right = [jax.value_and_grad(losses.logloss)(logit, label) for logit, label in zip(h, y * 1.0, strict=True)]
+    np.testing.assert_allclose(got, right, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if np.dtype(kind).kind in "iu"], ids=str)
+def test_class_numbers_cost_the_same_in_every_dtype(kind):
+    z = jnp.array([1.0, -2.0, 0.5])
+    for label in range(3):
+        got = losses.softmax_cross_entropy(z, jnp.asarray(label, kind))
+        np.testing.assert_allclose(got, losses.softmax_cross_entropy(z, label), rtol=1e-14)
+
+
+@pytest.mark.parametrize("label", [-1.0, -1, 2, 0.5, 255, 1e9, -0.1])
+def test_other_labels_than_0_and_1_make_loss_and_gradient_nan(label):
+    for function in (jax.value_and_grad(losses.logloss), jax.jit(jax.value_and_grad(losses.logloss))):
+        assert np.isnan(function(jnp.asarray(0.3), jnp.asarray(label))).all()
+
+
+@pytest.mark.parametrize("label", [-1, -3, 3, 4, 10**6])
+def test_other_class_numbers_make_loss_and_gradient_nan(label):
+    for function in (jax.value_and_grad(losses.softmax_cross_entropy),) * 2:
+        value, gradient = jax.jit(function)(jnp.array([1.0, -2.0, 0.5]), label)
+        assert np.isnan(value)
+        assert np.isnan(gradient).all()
+
+
+def test_a_one_hot_label_of_integers_is_a_distribution_not_three_class_numbers():
+    z = jnp.array([1.0, -2.0, 0.5])
+    for kind in (np.int32, np.uint8, bool, np.float32):
+        with jax.numpy_dtype_promotion("standard"):
+            got = losses.softmax_cross_entropy(z, jnp.asarray([0, 0, 1], kind))
+        np.testing.assert_allclose(got, losses.softmax_cross_entropy(z, 2), rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: losses.softmax_cross_entropy(jnp.zeros(3), jnp.zeros(4)), "distribution over the 3 classes"),
+        (lambda: losses.softmax_cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 1])), r"the logits z\[k\] of one"),
+        (lambda: losses.squared(jnp.zeros(3), jnp.zeros(())), "its target has shape"),
+        (lambda: losses.absolute(jnp.zeros(3), jnp.zeros(2)), "its target has shape"),
+        (lambda: losses.half_squared(jnp.zeros(()), jnp.zeros(2)), "its target has shape"),
+    ],
+)
+def test_shapes_that_would_be_spread_over_each_other_are_refused(call, words):
+    with pytest.raises((ValueError, TypeCheckError), match=words + "|Type-check error"):
+        call()
+
+
+def test_an_output_of_one_entry_and_a_target_of_none_are_the_same_number():
+    assert losses.squared(jnp.array([3.0]), jnp.asarray(1.0)) == 4
+    assert losses.absolute(jnp.asarray(3.0), jnp.asarray([1.0])) == 2
+
+
+# --- means -----------------------------------------------------------------------------------------------------
+
+
+class Weighted(NamedTuple):
+    x: Any
+    y: Any
+    weight: Any
+
+
+@pytest.fixture
+def weighted():
+    r = np.random.default_rng(2)
+    return Weighted(*map(jnp.asarray, (r.normal(size=(30, 3)), np.arange(30) % 2.0, r.uniform(0.1, 5, 30))))
+
+
+def test_the_mean_of_any_loss_of_one_example(weighted):
+    loss = losses.mean_of(lambda w, row: row.weight * (row.x @ w - row.y) ** 2, l2=0.2)
+    w = jnp.array([1.0, -1.0, 0.5])
+    expected = np.mean(weighted.weight * (weighted.x @ w - weighted.y) ** 2) + 0.1 * np.sum(w**2)
+    np.testing.assert_allclose(loss(w, weighted), expected, rtol=1e-14)
+
+
+def test_weights_of_examples_and_of_classes_follow_the_law_that_is_stated(weighted):
+    """`(1/n) Σ ωᵢ ℓᵢ`: divided by n, not by the weights."""
+    params, of_class = Linear(jnp.array([1.0, -1.0, 0.5]), jnp.asarray(0.1)), np.array([1.0, 20.0])
+    each = np.array([losses.logloss(models.linear(params, x), y) for x, y in zip(weighted.x, weighted.y, strict=True)])
+    by_row = losses.mean_loss(models.linear, losses.logloss, weights=lambda row: row.weight)
+    by_class = losses.mean_loss(models.linear, losses.logloss, weights=of_class)
+    np.testing.assert_allclose(by_row(params, weighted), np.mean(weighted.weight * each), rtol=1e-13)
+    np.testing.assert_allclose(by_class(params, weighted), np.mean(of_class[np.arange(30) % 2] * each), rtol=1e-13)
+    for kind in (np.uint8, np.int64, bool):
+        with jax.numpy_dtype_promotion("standard"):
+            got = by_class(params, weighted._replace(y=weighted.y.astype(kind)))
+        np.testing.assert_allclose(got, by_class(params, weighted), rtol=1e-6)
+    assert np.isnan(by_class(params, weighted._replace(y=weighted.y + 1)))
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [], [[1.0, 2.0]], [float("nan"), 1.0], "balanced", 3.0])
+def test_class_weights_that_cannot_be_are_refused(weights):
+    with pytest.raises(ValueError, match="weights must be a function of one example, or one finite number"):
+        losses.mean_loss(models.linear, losses.logloss, weights=weights)
+
+
+def test_a_loss_of_one_example_that_is_several_numbers_is_refused():
+    loss = losses.mean_of(lambda w, row: (row.x * w - row.y) ** 2)
+    with pytest.raises(ValueError, match="the loss of one example must be one number"):
+        loss(jnp.ones(3), Batch(jnp.ones((4, 3)), jnp.ones(4)))
+
+
+def run(loss, start, y, **how):
+    rows = Batch(np.random.default_rng(0).normal(size=(len(y), 3)).astype(np.float32), y)
+    how = {"optimizer": 0.1, "sampling": distinct(2), "steps": 2, "key": jax.random.key(0)} | how
+    with jax.numpy_dtype_promotion("standard"):
+        return descend(loss, start, rows, **how)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.float32, np.float64])
+def test_labels_that_logloss_has_no_meaning_for_are_refused_before_the_first_step(kind):
+    loss = losses.mean_loss(models.linear, losses.logloss)
+    labels = np.array([1, 0, 1, -1, 1, -1], kind)
+    with pytest.raises(ValueError, match=r"takes the labels 0 and 1: row 3 .* has label -1\. .*\(y \+ 1\) / 2"):
+        run(loss, models.init_linear(3), labels)
+    assert run(loss, models.init_linear(3), abs(labels)).status == "finished"
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32])
+def test_labels_that_count_from_1_are_refused_before_the_first_step(kind):
+    loss = losses.mean_loss(models.linear, losses.softmax_cross_entropy)
+    with pytest.raises(ValueError, match=r"labels count from 0 to 4: row 4 .* has label 5\. Subtract 1"):
+        run(loss, models.init_linear(3, 5), np.array([1, 2, 3, 4, 5, 1], kind))
+    assert run(loss, models.init_linear(3, 6), np.array([1, 2, 3, 4, 5, 1], kind)).status == "finished"
+
+
+def test_labels_that_a_loss_of_their_own_meets_make_a_run_that_says_so():
+    loss = lambda p, b: jnp.mean(jax.vmap(lambda x, y: losses.logloss(models.linear(p, x), y))(b.x, b.y))  # noqa: E731
+    trace = run(loss, models.init_linear(3), np.array([1.0, 0, 1, -1, 1, 0]), sampling=full_batch())
+    assert trace.status == "not finite at the start: the loss is nan; the first such example is row 3 (from 0)"

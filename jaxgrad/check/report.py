@@ -57,8 +57,10 @@ class Tried(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The verdict on a gradient: `ok`, how far each leaf is off, and why. It counts as true where the gradient is right:
-    `assert check_gradient(...)` fails on a wrong one."""
+    """The verdict on a gradient: `ok`, how far each leaf is off, and why.
+
+    It counts as true where the gradient is right: `assert check_gradient(...)` fails on a wrong one.
+    """
 
     ok: bool
     leaves: tuple[Leaf, ...]

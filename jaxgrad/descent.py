@@ -100,7 +100,7 @@ class Trace(NamedTuple):
     `diverged at step t`             its parameters ceased to be finite there
     `grew: ...`                      all steps were taken, but the loss ended over 1,000 times above its start, or not
                                      finite
-    `not finite at the start: ...`   no step was possible: the loss or its gradient at the start is NaN or infinite
+    `not finite at the start: ...`   the loss or its gradient at the start is NaN or infinite; no step size would help
     """
     stopped_at: np.ndarray
     """int64[(m,) (s)]: the step at which the run ended, stopped or diverged."""
@@ -481,7 +481,7 @@ def descend(
     at, clock, recorded_losses, norms, observed = zip(*seen, strict=True)
     loss_at = np.stack(recorded_losses, runs)
     if at[0] == first and (never := (reason == "finished") & ~np.isfinite(loss_at[..., 0])).any():
-        end(never, _of_starts(at_start, first_params, never, one=ahead == 0), first)
+        reason = np.where(never, _of_starts(at_start, first_params, never, one=ahead == 0), reason)
     grown = _growth(loss_at[..., 0], loss_at[..., -1])
     reason = np.where((reason == "finished") & (grown != ""), grown, reason)
     status = [f"diverged at step {t}" if why == "diverged" else str(why) for why, t in _pairs(reason, ended)]

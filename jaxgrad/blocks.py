@@ -2,6 +2,8 @@
 
     f(w; all) = Σ_k (m_k / n) f(w; block k)      for a mean over examples, and so for its gradient
 
+Only a loss that is known to be such a mean (`jaxgrad.means`) is evaluated so.
+
 The gradient of a linear model reads its data twice, forward and back. In blocks the second time is from the cache;
 and a net keeps the activations of one block only. Equal to the plain evaluation to rounding.
 

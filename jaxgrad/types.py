@@ -2,7 +2,8 @@
 
 A *batch* is any pytree whose leaves share a leading axis of examples. *Parameters* are any pytree of
 floating-point arrays; the models of this package use the NamedTuples below. A *loss* is a pure function
-`loss(params, batch) -> scalar`, the **mean** over the batch's examples (F1). A *sampling* says which
+`loss(params, batch) -> scalar`, by convention the **mean** over the batch's examples (F1); whether it is one is known
+or proved (`jaxgrad.means`), and a loss that is none is evaluated on the whole batch. A *sampling* says which
 examples a step sees, and is a pure function of `(key, step)`.
 
 One alphabet of sizes everywhere: n examples, d features, h hidden units, k outputs, b batch size, s seeds.
@@ -56,7 +57,7 @@ Deep: TypeAlias = tuple[Layer, ...]
 """Parameters of a net of any depth: one `Layer` per matrix, first to last."""
 
 Loss: TypeAlias = Callable[[Params, Any], Float[Array, ""]]
-"""`loss(params, batch) -> scalar`, the mean over the batch."""
+"""`loss(params, batch) -> scalar`, by convention the mean over the batch."""
 
 
 class Sampling(NamedTuple):

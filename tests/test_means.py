@@ -107,6 +107,12 @@ def chosen(p, b):
     return jnp.mean(jnp.where(jnp.abs(r) < 1, 0.5 * r**2, jnp.abs(r) - 0.5))
 
 
+def stacked(p, b):
+    both = jnp.stack([b.x @ p["w"], jnp.tile(b.y[:, None], (1, 2)).sum(1)], axis=1)
+    first, second = (both[:, k] for k in range(2))
+    return jnp.mean((first - second) ** 2)
+
+
 TEXT = np.zeros((8, T), np.int32)
 ATTENTION = {"E": numbers(V, H), "Q": numbers(H, H), "K": numbers(H, H), "V": numbers(H, H), "O": numbers(H, V)}
 RECURRENT = {"u": numbers(H), "W": numbers(H, H), "v": numbers(H)}
@@ -136,6 +142,7 @@ ARE_MEANS = [
     ("convolution", convolved, {"k": numbers(3, 3, 1, 2), "v": numbers(32)}, Batch(numbers(8, 64), Y)),
     ("recurrent", recurrent, RECURRENT, Batch(X, Y)),
     ("attention", attention, ATTENTION, Batch(TEXT, Y)),
+    ("stacked", stacked, LINEAR, Batch(X, Y)),
     ("gates", gated, {"W": numbers(D, 2 * H)}, Batch(X, Y)),
 ]
 
@@ -221,6 +228,8 @@ ARE_NONE = [
     ("trimmed", lambda p, b: jnp.mean(jnp.sort(apart(p, b))[: len(b.y) // 2]), LINEAR, "pad"),
     ("turned round", lambda p, b: jnp.mean(apart(p, b) * apart(p, b)[::-1]), LINEAR, "rev"),
     ("rolled", lambda p, b: jnp.mean(apart(p, b) * jnp.roll(apart(p, b), 1)), LINEAR, "slice|split"),
+    ("stacked on itself", lambda p, b: jnp.mean(jnp.stack([b.y, b.y[::-1]]).prod(0) * apart(p, b)), LINEAR, "rev"),
+    ("tiled", lambda p, b: jnp.mean(jnp.tile(b.y, 2) * jnp.repeat(apart(p, b), 2)), LINEAR, "tile|reshape|broadcast"),
     ("transposed", transposed, LINEAR, "reshape"),
     ("a mask drawn inside", dropped, LINEAR, "random_bits"),
     ("turns of a loop", by_turns, LINEAR, "loop turns|custom|not known|Reverse"),

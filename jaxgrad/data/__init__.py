@@ -68,8 +68,8 @@ def load(
     """A data set by name (see the module's table), or read from a user's own file.
 
     Files, told by their suffix:
-    - `.csv`, `.tsv`, also with `.gz`: with or without a header; `target` is a column's name or number (negative
-      counts from the end). Cells are separated by commas, semicolons, tabs, bars or blanks. A column of text becomes
+    - `.csv`, `.tsv` (also `.gz`), `.txt`, `.data`: with or without a header; `target` is a column's name or number
+      (negative counts from the end). Cells are separated by commas, semicolons, tabs, bars or blanks. A column of text becomes
       one 0/1 column for each level but the first (in sorted order), up to `MAX_LEVELS` levels. Whatever is not all
       plain numbers is read by pandas.
     - `.npz`: arrays `x` (or `X`) and `y`; `target` may name another array for `y`.

@@ -24,7 +24,7 @@ _MONEY = "$€£¥₹"
 _NUMBER = re.compile(
     rf"(?P<sign>[+\-−]?) ?(?P<before>[{_MONEY}]?) ?(?P<inner>[+\-−]?)"
     rf"(?P<body>[0-9](?:[0-9.,{_GROUPS}]*[0-9.,])?|[.,][0-9]+)"
-    rf"(?P<exponent>[eE][+\-−]?[0-9]+)?[ \u00a0\u202f]?(?P<after>[%‰{_MONEY}]|[^\W\d_][\w²³°µ/]*|°[CF]?)?"
+    rf"(?P<exponent>[eE][+\-−]?[0-9]+|[dD][+\-−][0-9]+)?[ \u00a0\u202f]?(?P<after>[%‰{_MONEY}]|[^\W\d_][\w²³°µ/]*|°[CF]?)?"
 )
 _PLAIN = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _THREES = re.compile(rf"[0-9]{{1,3}}(?:(?P<by>[{_GROUPS}])[0-9]{{3}})(?:(?P=by)[0-9]{{3}})*(?P<rest>[.,][0-9]*)?")
@@ -83,7 +83,13 @@ def number(cell: str) -> Number | None:
         if proves is None:
             return None
     sign = "-" if (found["sign"] or found["inner"]) in ("-", "−") else ""
-    return Number(sign, body, exponent.replace("−", "-"), (found["before"], found["after"] or ""), proves)
+    return Number(
+        sign,
+        body,
+        exponent.lower().replace("−", "-").replace("d", "e"),
+        (found["before"], found["after"] or ""),
+        proves,
+    )
 
 
 def _proves(body: str, exponent: str) -> str | None:
@@ -94,6 +100,8 @@ def _proves(body: str, exponent: str) -> str | None:
     if commas + points == 1:
         sign = "," if commas else "."
         whole, part = body.split(sign)
+        if sign == "," and not part:
+            return None
         may_group = len(part) == 3 and 1 <= len(whole) <= 3 and whole[0] != "0" and not exponent
         return f"either{sign}" if may_group else sign
     decimal = "." if commas > 1 or (commas and points and body.rfind(".") > body.rfind(",")) else ","
@@ -275,10 +283,10 @@ def settle(
             f"else in the file tells which: {ask}"
         )
     either = seen["either."]
-    if either and not point and delimiter == ";":
+    if either and not point and delimiter != ",":
         raise ValueError(
-            f"column {either[0]!r} holds {either[1]!r}, whose point may be a decimal point or part thousands, since "
-            f"the columns are separated by semicolons as where people write decimal commas; {ask}"
+            f"column {either[0]!r} holds {either[1]!r}, whose point may be a decimal point or part thousands; nothing "
+            f"else in the file tells which: {ask}"
         )
     return Notation(
         ".", thousands or ",", f"decimal point, as {point[1]!r} in column {point[0]!r} shows" if point else ""
@@ -315,6 +323,11 @@ def convert(column: Numbers, notation: Notation) -> tuple[np.ndarray, str]:
         )
         said.append(f"{example!r} was read as {values[column.cells.index(example)]:.15g}")
     return values[column.which], "; ".join(said)
+
+
+def resemble_numbers(levels: Sequence[str]) -> bool:
+    """Whether every one of these texts begins as a number does."""
+    return all(re.match(rf"[(<>~≈]?[+\-−]?[{_MONEY}]?\.?[0-9]", level) for level in levels)
 
 
 def as_numbers(cells: Sequence[str]) -> Numbers:

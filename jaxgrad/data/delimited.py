@@ -37,23 +37,24 @@ class Cells(NamedTuple):
     """The line of the file where a row, counted from 0, ends."""
 
 
-def read_cells(path: Path, target: str | int | None = None, header: bool | None = None) -> Cells:
+def read_cells(path: Path, target: str | int | None = None, header: bool | None = None, quickly: bool = True) -> Cells:
     """The cells of a delimited text file, perhaps gzipped; cut at commas, semicolons, tabs, bars or blanks.
 
     The separator is the one that cuts every row into equally many cells. Whether the first row is a header is told
     from what is in it and below, unless `header` says so. A header that is one cell short, as R writes it, leaves the
-    first column, the row names, without a name. pandas reads what is not all plain numbers.
+    first column, the row names, without a name. pandas reads what is not all plain numbers, and everything where not
+    `quickly`.
 
     Raises ValueError for rows of unequal length, for a first row that may or may not be a header, and for a file that
     is blank, damaged, or not text. ModuleNotFoundError where pandas is needed and not installed.
     """
     try:
-        return _read(path, target, header)
+        return _read(path, target, header, quickly)
     except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path.name} is damaged, cut off or not what its name says: {error}") from None
 
 
-def _read(path: Path, target: str | int | None, header: bool | None) -> Cells:
+def _read(path: Path, target: str | int | None, header: bool | None, quickly: bool) -> Cells:
     text, notes = _decode(path)
     start, given, skipped = _preamble(text)
     if start:
@@ -69,7 +70,7 @@ def _read(path: Path, target: str | int | None, header: bool | None) -> Cells:
         _Rows(body, delimiter, lines_above, False, width, path.name).check_widths()
     below = [row for row in sample[1:] if len(row) == width]
     columns_below = [[row[i] for row in below] for i in range(width)]
-    top = [*first, ""] if short and not any(columns_below[-1]) else ["", *first] if short else first
+    top = [*first, ""] if short and first[-1] and not any(columns_below[-1]) else ["", *first] if short else first
     has_header, why = (True, "") if short else (header, "") if header is not None else _header(top, below, target)
     if has_header is None:
         raise ValueError(
@@ -81,7 +82,7 @@ def _read(path: Path, target: str | int | None, header: bool | None) -> Cells:
     if why:
         notes += (why,)
     columns = None
-    if has_header or all(is_number(cell) for cell in first):
+    if quickly and (has_header or all(is_number(cell) for cell in first)):
         skip = lines_above + (next(_rows(body, delimiter))[1] if has_header else 0)
         columns = _all_numbers(path, text, delimiter, width, skip)
     rows = _Rows(body, delimiter, lines_above, has_header, width, path.name)
@@ -159,11 +160,12 @@ def _rows(body: str, delimiter: str) -> Iterator[tuple[list[str], int]]:
 def _delimiter(body: str, path: Path, given: str | None) -> tuple[str, list[list[str]]]:
     """`(delimiter, the first rows)`.
 
-    Of the separators that cut all sampled rows into equally many cells it is the one that leaves most numbers, then
-    the one that leaves most cells. If none does, it is the one that leaves most cells in the first row.
+    Of the separators that cut all sampled rows into equally many cells it is the one that leaves the fewest cells with
+    another separator in them (the comma of a number is none), then most numbers. If none does, it is the one that
+    leaves most cells in the first row.
     """
     candidates = given or ",;\t|" + BLANK
-    if given is None and path.name.lower().endswith(".tsv"):
+    if given is None and path.name.lower().removesuffix(".gz").endswith(".tsv"):
         candidates = "\t"
     found = []
     for delimiter in candidates:
@@ -175,12 +177,17 @@ def _delimiter(body: str, path: Path, given: str | None) -> tuple[str, list[list
     even = [one for one in found if _is_even(one[1])]
     if not even:
         return max(found, key=lambda one: (one[0] != BLANK, len(one[1][0])))
-    share = {delimiter: _share_of_numbers(sample) if len(even) > 1 else 1.0 for delimiter, sample in even}
-    # Blanks are within cells, too: they separate only where nothing else does, or leave nothing but numbers.
-    others = [share[delimiter] for delimiter, _ in even if delimiter != BLANK]
-    if others and BLANK in share and not (share[BLANK] == 1 and max(others) < 1):
+    signs = [delimiter for delimiter, _ in even]
+    if "\t" in signs:  # between columns on purpose, where blanks may be within cells
         even = [one for one in even if one[0] != BLANK]
-    return max(even, key=lambda one: (share[one[0]], len(one[1][-1])))
+    if len(even) == 1:
+        return even[0]
+    score = {delimiter: _score(sample, [sign for sign in signs if sign != delimiter]) for delimiter, sample in even}
+    others = [score[delimiter][0] for delimiter in signs if delimiter != BLANK]
+    # Blanks are within cells, too: they separate only where they alone leave clean cells.
+    if others and BLANK in score and not (score[BLANK][0] == 1 and max(others) < 1):
+        even = [one for one in even if one[0] != BLANK]
+    return max(even, key=lambda one: score[one[0]])
 
 
 def _is_even(sample: list[list[str]]) -> bool:
@@ -192,9 +199,13 @@ def _is_even(sample: list[list[str]]) -> bool:
     return not widths and width > 1 and (len(first) == width or named)
 
 
-def _share_of_numbers(sample: list[list[str]]) -> float:
-    cells = [cell for row in sample[1:21] or sample for cell in row]
-    return sum(is_number(cell) or is_missing(cell) for cell in cells) / len(cells)
+def _score(sample: list[list[str]], others: list[str]) -> tuple[float, ...]:
+    """`(the share of cells that are numbers or hold no other separator, numbers in a row, cells in a row)`."""
+    rows = sample[1:21] or sample
+    cells = [cell for row in rows for cell in row]
+    numbers = [is_number(cell) or is_missing(cell) for cell in cells]
+    clean = [so or not any(sign in cell for sign in others) for cell, so in zip(cells, numbers, strict=True)]
+    return sum(clean) / len(cells), sum(numbers) / len(rows), len(cells) / len(rows)
 
 
 def _header(top: list[str], below: list[list[str]], target: str | int | None) -> tuple[bool | None, str]:
@@ -274,7 +285,7 @@ def _all_numbers(path: Path, text: str, delimiter: str, width: int, skip: int) -
         return None
     if not (len(table) and table.shape[1] == width and np.isfinite(table).all()):
         return None
-    if delimiter == ";" and "." in text and not shows_a_point(table):
+    if delimiter != "," and "." in text and not shows_a_point(table):
         return None  # points may part thousands: the cells themselves must tell
     return list(table.T)
 

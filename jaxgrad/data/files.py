@@ -175,6 +175,8 @@ _READERS: dict[str, Callable[[Path, str | int | None], Table]] = {
     ".csv.gz": read_delimited,
     ".tsv": read_delimited,
     ".tsv.gz": read_delimited,
+    ".txt": read_delimited,
+    ".data": read_delimited,
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".svm": _read_svmlight,

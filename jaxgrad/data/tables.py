@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgrad.data.cells import Bad, Notation, Numbers, as_numbers, convert, judge, settle
+from jaxgrad.data.cells import Bad, Notation, Numbers, as_numbers, convert, judge, resemble_numbers, settle
 from jaxgrad.data.dataset import Column, Table
 from jaxgrad.data.delimited import Cells, read_cells
 from jaxgrad.data.doubts import doubts
@@ -56,7 +56,8 @@ class Reading(NamedTuple):
 
 def read_delimited(path: Path, target: str | int | None, reading: Reading = Reading()) -> Table:  # noqa: B008
     """The table in a delimited text file; see `jaxgrad.data.load` for what is refused."""
-    cells = read_cells(path, target, reading.header)
+    by_comma = reading.decimal == "," or reading.thousands == "."
+    cells = read_cells(path, target, reading.header, quickly=not by_comma)
     names, file = cells.names, path.name
     at = column_number(target, names, file)
     dropped = {column_number(name, names, file, "drop") for name in reading.drop}
@@ -177,10 +178,8 @@ _Judged = list[np.ndarray | Numbers | list[str] | None]
 def _settled(cells: Cells, judged: _Judged, file: str, reading: Reading) -> tuple[_Judged, Notation]:
     """The columns, those of plain numbers cell by cell where points and commas matter, and the notation of the file."""
     by_comma = reading.decimal == "," or reading.thousands == "."
-    if by_comma and isinstance(cells.columns[0], np.ndarray):
-        raise ValueError(f"{file} holds plain numbers only, without any comma: leave decimal= and thousands= out")
     commas = any(isinstance(c, Numbers) and (c.first(",") or c.first("either,")) for c in judged)
-    if commas or by_comma or cells.delimiter == ";":
+    if commas or by_comma or cells.delimiter != ",":
         judged = [
             as_numbers(raw) if isinstance(raw, list) and isinstance(c, np.ndarray) and any("." in x for x in raw) else c
             for raw, c in zip(cells.columns, judged, strict=True)
@@ -241,6 +240,11 @@ def _coded(name: str, column: np.ndarray, n: int, asked: bool, file: str) -> tup
     if same:
         alike = [level for level in levels if level.casefold() == same[0]]
         doubt = f"has levels that differ only in capitals: {', '.join(map(repr, alike))}"
+    elif not asked and len(levels) > 2 and resemble_numbers(levels):
+        doubt = (
+            f"is text, though each value begins as a number does (such as {show(levels[0])}); if these are numbers, "
+        )
+        doubt += "write them as numbers"
     made = len(levels) - 1
     done = "feature" if made == 1 else f"{made} features"
     why = _join("text= says so" if asked else "", one)

@@ -69,9 +69,9 @@ def load(
 
     Files, told by their suffix:
     - `.csv`, `.tsv` (also `.gz`), `.txt`, `.data`: with or without a header; `target` is a column's name or number
-      (negative counts from the end). Cells are separated by commas, semicolons, tabs, bars or blanks. A column of text becomes
-      one 0/1 column for each level but the first (in sorted order), up to `MAX_LEVELS` levels. Whatever is not all
-      plain numbers is read by pandas.
+      (negative counts from the end). Cells are separated by commas, semicolons, tabs, bars or blanks. A column of
+      text becomes one 0/1 column for each level but the first (in sorted order), up to `MAX_LEVELS` levels. Whatever
+      is not all plain numbers is read by pandas.
     - `.npz`: arrays `x` (or `X`) and `y`; `target` may name another array for `y`.
     - `.npy`: one table; `target` is the column's number.
     - `.svm`, `.svmlight`, `.libsvm`: `label index:value ...`, written out densely.

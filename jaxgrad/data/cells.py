@@ -24,7 +24,8 @@ _MONEY = "$€£¥₹"
 _NUMBER = re.compile(
     rf"(?P<sign>[+\-−]?) ?(?P<before>[{_MONEY}]?) ?(?P<inner>[+\-−]?)"
     rf"(?P<body>[0-9](?:[0-9.,{_GROUPS}]*[0-9.,])?|[.,][0-9]+)"
-    rf"(?P<exponent>[eE][+\-−]?[0-9]+|[dD][+\-−][0-9]+)?[ \u00a0\u202f]?(?P<after>[%‰{_MONEY}]|[^\W\d_][\w²³°µ/]*|°[CF]?)?"
+    rf"(?P<exponent>[eE][+\-−]?[0-9]+|[dD][+\-−][0-9]+)?"
+    rf"[ \u00a0\u202f]?(?P<after>[%‰{_MONEY}]|[^\W\d_][\w²³°µ/]*|°[CF]?)?"
 )
 _PLAIN = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _THREES = re.compile(rf"[0-9]{{1,3}}(?:(?P<by>[{_GROUPS}])[0-9]{{3}})(?:(?P=by)[0-9]{{3}})*(?P<rest>[.,][0-9]*)?")

@@ -18,6 +18,8 @@ from jaxgrad.data.words import INSTALL, count
 
 SAMPLE = 200
 """Delimiter and header are told from so many rows."""
+HEAD = 2**20
+"""The rows that these are told from lie among so many characters."""
 BLANK = " "
 """Stands for any run of blanks and tabs."""
 _CALLED = {"\t": "tabs", BLANK: "blanks"}
@@ -61,7 +63,8 @@ def _read(path: Path, target: str | int | None, header: bool | None, quickly: bo
         notes += (f"skipped {count(len(skipped), 'line')} above the table: {', '.join(map(repr, skipped[:3]))}",)
     body = text[start:]
     lines_above = _lines_in(text[:start])
-    delimiter, sample = _delimiter(body, path, given)
+    head = _head(body)
+    delimiter, sample = _delimiter(head, path, given)
     if not sample:
         raise ValueError(f"{path.name} has no rows: it is blank")
     first, width = sample[0], max(len(row) for row in sample[:2])
@@ -83,7 +86,7 @@ def _read(path: Path, target: str | int | None, header: bool | None, quickly: bo
         notes += (why,)
     columns = None
     if quickly and (has_header or all(is_number(cell) for cell in first)):
-        skip = lines_above + (next(_rows(body, delimiter))[1] if has_header else 0)
+        skip = lines_above + (next(_rows(head, delimiter))[1] if has_header else 0)
         columns = _all_numbers(path, text, delimiter, width, skip)
     rows = _Rows(body, delimiter, lines_above, has_header, width, path.name)
     if columns is None:
@@ -144,6 +147,11 @@ def _preamble(text: str) -> tuple[int, str | None, list[str]]:
         skipped.append(line[:40])
         start = after
     return start, given, skipped
+
+
+def _head(body: str) -> str:
+    """The whole lines among the first characters, enough to tell how the file is written."""
+    return body if len(body) <= HEAD else body[: body.rfind("\n", 0, HEAD) + 1] or body
 
 
 def _rows(body: str, delimiter: str) -> Iterator[tuple[list[str], int]]:
@@ -324,9 +332,9 @@ def _text_columns(rows: _Rows) -> tuple[list[np.ndarray | list[str]], int]:
         ) from None
     start = 0
     if rows.has_header:
-        end = next(line for _, line in _rows(rows.body, rows.delimiter))
+        end = next(line for _, line in _rows(_head(rows.body), rows.delimiter))
         start = next(islice((m.end() for m in re.finditer(r"\r\n|\r|\n", rows.body)), end - 1, None))
-    if len(next(_rows(rows.body[start:], rows.delimiter))[0]) != rows.width:
+    if len(next(_rows(_head(rows.body[start:]), rows.delimiter))[0]) != rows.width:
         rows.check_widths()
     try:
         table = pandas.read_csv(

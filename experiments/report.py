@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import catalogue, plots, results
+from experiments import account, catalogue, plots, results
 from experiments.results import Claim, Result
 from experiments.verdicts import ROWS, evidence, settled
 from jaxgrad import atomic
@@ -227,6 +227,9 @@ def _chapter(chapter: Chapter) -> str:
             parts.append(f"On {result.device}: [figure]({chapter.name}/{figure_stem(result.device)}.svg).")
         if hasattr(chapter.module, "report"):
             parts.append(chapter.module.report(result.numbers).strip())
+        if result.columns:
+            file = account.escaped(str(result.config.get("data", "the file")))
+            parts.append(f"The columns of {file}:\n\n{account.markdown(result.columns)}")
         parts.append(_provenance(chapter, result))
     return "\n\n".join(parts)
 

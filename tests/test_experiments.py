@@ -435,7 +435,7 @@ class TestCommand:
 
     def test_settings_reach_the_experiment_and_leave_the_study_alone(self, study, capsys):
         data = study / "mine.csv"
-        data.write_text("price\n1\n")
+        data.write_text("area,price\n1,2\n3,5\n4,6\n")
         arguments = ["line", "--data", str(data), "--target", "-1", "--seeds", "7"]
         assert command.main(arguments) == 0
         assert not (study / "results").exists()

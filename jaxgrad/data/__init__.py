@@ -3,7 +3,7 @@
 `load("diamonds")` or `load("prices.csv", target="price")` gives a `Dataset`: a `Batch` of float32 arrays,
 cleaned and standardised, with the statistics that carry a prediction back and, in words, everything that
 was done to the rows and columns. Nothing is downloaded but for the two sets that say so. `split` holds
-rows out. `linear_problem` and `logistic_problem` make problems whose minimum and condition number are
+rows out, `sample` draws some. `linear_problem` and `logistic_problem` make problems whose minimum and condition number are
 known to rounding. `check_batch` refuses bad data, naming the row and the column.
 
 | name | task | n x d | what it is good for |
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgrad.data.checks import TASKS, check_batch, check_task
-from jaxgrad.data.dataset import Column, Dataset, Doubtful, split, to_dataset
+from jaxgrad.data.dataset import Column, Dataset, Doubtful, sample, split, to_dataset
 from jaxgrad.data.files import SUFFIXES, read_file
 from jaxgrad.data.problems import linear_problem, logistic_problem
 from jaxgrad.data.sets import OFFLINE, SETS
@@ -46,6 +46,7 @@ __all__ = [
     "linear_problem",
     "load",
     "logistic_problem",
+    "sample",
     "split",
 ]
 

@@ -389,7 +389,7 @@ def columns_of(plan: Plan) -> tuple["Column", ...]:
     file = plan.overrides.get("data")
     if file is None or not Path(file).expanduser().is_file():
         return ()
-    from experiments import account, on_disk
+    from experiments import on_disk, report
     from jaxgrad import data
 
     if on_disk.stays(file, plan.overrides.get("memory")):
@@ -400,7 +400,7 @@ def columns_of(plan: Plan) -> tuple["Column", ...]:
             own = data.load(file, target=plan.overrides.get("target"), **(plan.overrides.get("options") or {}))
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise Unusable(on_the_command_line(str(error))) from None
-    say("\n".join(account.screen(own, Path(file).name)))
+    say("\n".join(report.columns_text(own, Path(file).name)))
     return own.columns
 
 

@@ -40,8 +40,8 @@ PACKAGES = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
 """Packages whose versions every result records, beside Python's."""
 
 MACHINERY = (
-    "__main__", "account", "inline", "page", "plots", "published", "recorded", "report", "results", "spread",
-    "verdicts", "verify", "work",
+    "__main__", "inline", "page", "plots", "published", "recorded", "report", "results", "spread", "verdicts", "verify",
+    "work",
 )  # fmt: skip
 """Modules of `experiments` that show, store or compare numbers and make none: no part of the `code` of a result."""
 

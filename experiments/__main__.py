@@ -406,7 +406,10 @@ def columns_of(plan: Plan) -> tuple["Column", ...]:
 
 def on_the_command_line(message: str) -> str:
     """A message of `data.load` with its keyword arguments as options of the command line."""
-    return re.sub(r"\b(target|task|decimal|thousands|header|drop|text)=", r"--\1 ", message)
+    message = message.replace("header=True", "--header yes").replace("header=False", "--header no")
+    return re.sub(
+        r"\b(target|task|decimal|thousands|drop|text)=(?=(\w|'|\")?)", lambda m: f"--{m[1]}{' ' * bool(m[2])}", message
+    )
 
 
 def check_processes(plan: Plan) -> None:

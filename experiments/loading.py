@@ -31,4 +31,4 @@ def some_rows(dataset: data.Dataset, rows: int | None, progress: Callable[[str],
 def plain(text: str) -> str:
     """A name without signs that mean something in Markdown, HTML or a figure's formulas; each becomes a dot."""
     words = " ".join(text.split())[:80]
-    return re.sub(r"[^\w .,;:+\-=()%@'/°²³€£]|:(?=/)|_(?=_)", "·", words) or "data"
+    return re.sub(r"[^\w .,;:+\-=()%@'/°²³€£]|:(?=/)|(?<![^\W_])_|_(?![^\W_])", "·", words) or "data"

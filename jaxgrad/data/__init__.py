@@ -3,8 +3,8 @@
 `load("diamonds")` or `load("prices.csv", target="price")` gives a `Dataset`: a `Batch` of float32 arrays,
 cleaned and standardised, with the statistics that carry a prediction back and, in words, everything that
 was done to the rows and columns. Nothing is downloaded but for the two sets that say so. `split` holds
-rows out, `sample` draws some. `linear_problem` and `logistic_problem` make problems whose minimum and condition number are
-known to rounding. `check_batch` refuses bad data, naming the row and the column.
+rows out, `sample` draws some. `linear_problem` and `logistic_problem` make problems whose minimum and
+condition number are known to rounding. `check_batch` refuses bad data, naming the row and the column.
 
 | name | task | n x d | what it is good for |
 |---|---|---|---|

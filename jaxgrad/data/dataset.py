@@ -221,8 +221,8 @@ def split(dataset: Dataset, fraction: float | int, key: Any) -> tuple[Dataset, D
 def sample(dataset: Dataset, rows: int | None, key: Any) -> Dataset:
     """At most `rows` of the rows, drawn at random without replacement, in the order that they had; None: all.
 
-    Every class has at least one row among them. `key` is a whole number or a JAX key; the same key gives the same rows,
-    on every platform and version. Nothing is standardised again: the statistics stay those of all rows.
+    Every class has at least one row among them. `key` is a whole number or a JAX key; the same key gives the same
+    rows, on every platform and version. Nothing is standardised again: the statistics stay those of all rows.
 
     Raises ValueError where `rows` is not a whole number from 1, or smaller than the number of classes.
     """
@@ -236,10 +236,10 @@ def sample(dataset: Dataset, rows: int | None, key: Any) -> Dataset:
     firsts = np.sort(np.unique(dataset.batch.y[order], return_index=True)[1]) if dataset.labels else np.arange(0)
     # The first row of each class in this random order comes first; the others follow in their order.
     chosen = np.sort(np.concatenate([order[firsts], np.delete(order, firsts)])[:rows])
-    note = f"a random sample of {count(int(rows), 'row')} of {n:,}" + (", every class among them" * bool(dataset.labels))
-    return dataset._replace(
-        batch=Batch(dataset.batch.x[chosen], dataset.batch.y[chosen]), notes=(*dataset.notes, note)
+    note = f"a random sample of {count(int(rows), 'row')} of {n:,}" + (
+        ", every class among them" * bool(dataset.labels)
     )
+    return dataset._replace(batch=Batch(dataset.batch.x[chosen], dataset.batch.y[chosen]), notes=(*dataset.notes, note))
 
 
 def are_classes(values: np.ndarray, n: int) -> bool:

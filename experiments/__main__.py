@@ -9,12 +9,14 @@ import gc
 import importlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -35,6 +37,7 @@ except ModuleNotFoundError:
 if TYPE_CHECKING:
     from experiments.report import Chapter
     from experiments.results import Result
+    from jaxgrad.data import Column
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 """The study's own results, which the front page shows."""
@@ -105,6 +108,24 @@ class Arguments:
     target: Annotated[str | None, conf.arg(metavar="COLUMN", **QUIET)] = None
     """The column of --data to predict."""
 
+    task: Annotated[str | None, conf.arg(metavar="{regression,binary,classes}", **QUIET)] = None
+    """What the target of --data is. By default its values tell."""
+
+    decimal: Annotated[str | None, conf.arg(metavar="SIGN", **QUIET)] = None
+    """The decimal sign in a CSV file's numbers, '.' or ','. By default all its numbers together tell."""
+
+    thousands: Annotated[str | None, conf.arg(metavar="SIGN", **QUIET)] = None
+    """The sign between thousands in a CSV file's numbers."""
+
+    header: Annotated[str | None, conf.arg(metavar="{yes,no}", **QUIET)] = None
+    """Whether the first row of a CSV file is a header. By default what is in it and below tells."""
+
+    drop: Annotated[tuple[str, ...], conf.arg(metavar="COLUMN ...", **QUIET)] = ()
+    """Columns of a CSV file to leave out."""
+
+    text: Annotated[tuple[str, ...], conf.arg(metavar="COLUMN ...", **QUIET)] = ()
+    """Columns of a CSV file that are words, whatever they look like."""
+
     memory: Annotated[str | None, conf.arg(metavar="GIB", **QUIET)] = None
     """Memory that --data may take (default: what is free). A larger npy file, or a folder of them, is read as it is
     needed."""
@@ -144,6 +165,8 @@ class Plan(NamedTuple):
     device: str | None
     resume: bool = False
     bare: bool = False
+    columns: tuple["Column", ...] = ()
+    """What becomes of each column of a person's own file."""
 
 
 COMMANDS = ("list", "report", "verify", "spread")
@@ -217,7 +240,7 @@ def plan(arguments: Arguments) -> Plan:
             raise Unusable(f"--{option} is for verify: python -m experiments verify --{option} ...")
     given = {
         "seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target,
-        "memory": gibibytes(arguments.memory),
+        "memory": gibibytes(arguments.memory), "options": reading(arguments),
     }  # fmt: skip
     overrides = {field: value for field, value in given.items() if value is not None}
     entries = tuple(known[name] for name in dict.fromkeys(arguments.names)) or tuple(known.values())
@@ -226,7 +249,8 @@ def plan(arguments: Arguments) -> Plan:
             for field in overrides:
                 if field not in entry.fields:
                     able = ", ".join(name for name, other in known.items() if field in other.fields)
-                    raise Unusable(f"{entry.name} takes no --{field}; {able or 'none'} does")
+                    option = next(iter(overrides["options"])) if field == "options" else field
+                    raise Unusable(f"{entry.name} takes no --{option}; {able or 'none'} does")
     elif "data" in overrides:
         # Without names: every experiment that can use the data at all.
         entries = tuple(entry for entry in entries if set(overrides) - {"seeds"} <= set(entry.fields))
@@ -237,6 +261,24 @@ def plan(arguments: Arguments) -> Plan:
     out = Path(arguments.out or RESULTS.with_name(RESULTS.name + suffix))
     check_folder(out)
     return Plan(entries, overrides, arguments.quick, out, arguments.device, arguments.resume, arguments.bare)
+
+
+READING = ("task", "decimal", "thousands", "header", "drop", "text")
+"""Options that say how the file of --data is read."""
+
+
+def reading(arguments: Arguments) -> dict[str, Any] | None:
+    """How --data is read, as keyword arguments of `data.load`; None where nothing is said."""
+    given = {name: value for name in READING if (value := getattr(arguments, name)) not in (None, ())}
+    if given and arguments.data is None:
+        raise Unusable(f"--{next(iter(given))} is for --data, and there is no --data")
+    if given.get("task", "classes") not in ("regression", "binary", "classes"):
+        raise Unusable(f"--task must be regression, binary or classes, got {given['task']!r}")
+    if given.get("header", "yes") not in ("yes", "no"):
+        raise Unusable(f"--header must be yes or no, got {given['header']!r}")
+    if "header" in given:
+        given["header"] = given["header"] == "yes"
+    return given or None
 
 
 def whole(seeds: str | None) -> int | None:
@@ -315,6 +357,7 @@ def run(plan: Plan) -> int:
     device = start_jax(plan.device, join=True)
     if several():
         check_processes(plan)
+    plan = plan._replace(columns=columns_of(plan))
     with writing(plan.out):
         say(f"results go to {plan.out}")
         there = finished_before(plan, device) if plan.resume else ()
@@ -336,6 +379,37 @@ def run(plan: Plan) -> int:
             results.environment(RESULTS)
     show_verdicts([chapter for chapter in chapters if chapter.name in outcome.done])
     return outcome.status
+
+
+def columns_of(plan: Plan) -> tuple["Column", ...]:
+    """What becomes of each column of a person's own file, which is said before anything runs; () without one.
+
+    Refuses, in the reader's words, a file that cannot be used.
+    """
+    file = plan.overrides.get("data")
+    if file is None or not Path(file).expanduser().is_file():
+        return ()
+    from experiments import on_disk, report
+    from jaxgrad import data
+
+    if on_disk.stays(file, plan.overrides.get("memory")):
+        return ()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", data.Doubtful)  # the account says the same
+            own = data.load(file, target=plan.overrides.get("target"), **(plan.overrides.get("options") or {}))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise Unusable(on_the_command_line(str(error))) from None
+    say("\n".join(report.columns_text(own, Path(file).name)))
+    return own.columns
+
+
+def on_the_command_line(message: str) -> str:
+    """A message of `data.load` with its keyword arguments as options of the command line."""
+    message = message.replace("header=True", "--header yes").replace("header=False", "--header no")
+    return re.sub(
+        r"\b(target|task|decimal|thousands|drop|text)=(?=(\w|'|\")?)", lambda m: f"--{m[1]}{' ' * bool(m[2])}", message
+    )
 
 
 def check_processes(plan: Plan) -> None:
@@ -383,7 +457,7 @@ def carry_out(plan: Plan, device: str) -> Outcome:
                         continue
                     with undisturbed():
                         if rank() == 0:
-                            store(plan.out, name, device, outcome)
+                            store(plan.out, name, device, outcome, plan.columns)
                             shutil.rmtree(unfinished(plan.out, name), ignore_errors=True)
                         done.append(name)
                     line("{}: {seconds:.1f} s, compiling {compile_seconds:.1f} core s".format(name, **outcome.times))
@@ -521,7 +595,7 @@ def record_spread(arguments: Arguments) -> int:
 
 def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ...]]:
     """The folder that verify and spread are about, and the experiments."""
-    for option in ("seeds", "data", "target", "resume", "bare"):
+    for option in ("seeds", "data", "target", *READING, "resume", "bare"):
         if getattr(arguments, option):
             raise Unusable(f"{command!r} runs what is committed, as it is: --{option} has no meaning for it")
     if command == "spread" and (arguments.rerun or arguments.every or arguments.note):
@@ -619,11 +693,11 @@ def unfinished(out: Path, name: str) -> Path:
     return out / name / "unfinished"
 
 
-def store(out: Path, name: str, device: str, product: work.Product) -> None:
+def store(out: Path, name: str, device: str, product: work.Product, columns: tuple["Column", ...] = ()) -> None:
     """Write what an experiment yielded: numbers and figure, each file whole or not at all."""
     from experiments import plots, report, results
 
-    results.write(out, name, device, product.config, product.numbers, product.claims, product.times)
+    results.write(out, name, device, product.config, product.numbers, product.claims, product.times, columns)
     if product.figure:
         plots.write(product.figure, out / name, report.figure_stem(device))
 

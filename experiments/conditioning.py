@@ -23,6 +23,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from experiments import plots
+from experiments.loading import ROWS_KEY, load, some_rows
 from experiments.results import Claim
 from jaxgrad import data, losses, models
 from jaxgrad.descent import State, advance, init, trajectory
@@ -38,6 +39,8 @@ class Config:
     """A regression data set or a file."""
     target: str | None = None
     """The column of the file to predict."""
+    options: dict[str, Any] | None = None
+    """How a file is read: what `data.load` takes beside the target."""
     steps: int = 4000
     """Updates of GD on the data."""
     fraction: float = 0.5
@@ -89,12 +92,12 @@ def quadratic(d: Any, H: Any) -> Any:
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    dataset = data.load(config.data, target=config.target)
+    dataset = some_rows(load(config), config.rows, progress)
     if dataset.task != "regression":
         raise ValueError(f"conditioning needs a regression data set: {dataset.name} is {dataset.task}; try diamonds")
     # optax mixes integer counters with floats.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        x, y = (np.asarray(leaf[: config.rows], np.float64) for leaf in dataset.batch)
+        x, y = (np.asarray(leaf, np.float64) for leaf in dataset.batch)
         geometry = theory.problem(Batch(x, y))
         progress(f"GD on {dataset.name} in float64, {config.steps:,} steps")
         numbers = _directions(geometry, Batch(jnp.asarray(x), jnp.asarray(y)), config)
@@ -250,8 +253,9 @@ def _hessian(geometry: theory.Problem) -> np.ndarray:
 
 def _scalings(config: Config, name: str) -> dict[str, Any]:
     """Condition numbers of the data as measured, with columns over their rms, and standardised."""
-    raw = data.load(config.data, target=config.target, standardise=False)
-    x, y = (np.asarray(leaf[: config.rows], float) for leaf in raw.batch)
+    raw = load(config, standardise=False)
+    x, y = (np.asarray(leaf, float) for leaf in data.sample(raw, config.rows, ROWS_KEY).batch)
+    x = x[:, x.std(axis=0) > 0]
     spread = (x - x.mean(axis=0)) / x.std(axis=0)
     return {
         "kappa/raw": theory.condition_number(theory.problem(Batch(x, y))),

@@ -27,6 +27,7 @@ from matplotlib.lines import Line2D
 
 from experiments import plots, random_keys
 from experiments.expected_path import few_features
+from experiments.loading import load
 from experiments.results import Claim
 from jaxgrad import data, losses, models, noise, statistics
 from jaxgrad.descent import State, advance, init, trajectory
@@ -56,6 +57,8 @@ class Config:
     """Regression data of the nets."""
     target: str | None = None
     """The column of the file to predict."""
+    options: dict[str, Any] | None = None
+    """How a file is read: what `data.load` takes beside the target."""
     nets: tuple[str, ...] = ("wide", "narrow")
     """Which of the two nets."""
     starts: int = 120
@@ -98,7 +101,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     numbers |= _landscape("well", escape.double_well(), well, config.well_etas, config, progress)
     numbers |= _landscape("frequency", escape.frequency(), sine, config.frequency_etas, config, progress)
     numbers["collapse"], numbers["collapse_b"] = _collapse(escape.double_well(), config)
-    dataset = data.load(config.data, target=config.target)
+    dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(f"escape needs a regression data set for its nets: {dataset.name} is {dataset.task}")
     for key in config.nets:

@@ -24,6 +24,7 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 from experiments import plots, random_keys
+from experiments.loading import ROWS_KEY, load
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import log_spaced, trajectory
@@ -38,6 +39,8 @@ class Config:
     """A regression data set or a file."""
     target: str | None = None
     """The column of the file to predict."""
+    options: dict[str, Any] | None = None
+    """How a file is read: what `data.load` takes beside the target."""
     features: int = 2
     """Only the features most correlated with the target: at most 3."""
     rows: int | None = None
@@ -76,7 +79,7 @@ LEVEL = 0.99
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    dataset = data.load(config.data, target=config.target)
+    dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(f"expected_path needs a regression data set: {dataset.name} is {dataset.task}")
     batch, names = few_features(dataset, config.features, config.rows)
@@ -152,8 +155,8 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
 
 
 def few_features(dataset: data.Dataset, features: int, rows: int | None) -> tuple[Batch, tuple[str, ...]]:
-    """The features most correlated with the target, in their order, and their names."""
-    x, y = (np.asarray(leaf[:rows], np.float32) for leaf in dataset.batch)
+    """The features most correlated with the target, in their order, and their names; of `rows` rows at random."""
+    x, y = (np.asarray(leaf, np.float32) for leaf in data.sample(dataset, rows, ROWS_KEY).batch)
     deviation = x.std(axis=0)
     correlation = np.abs((x - x.mean(axis=0)[None, :]).T @ (y - y.mean())) / np.where(deviation > 0, deviation, np.inf)
     chosen = np.sort(np.argsort(-correlation, kind="stable")[:features])

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments import on_disk, plots, random_keys, side_by_side, work
+from experiments.loading import load, some_rows
 from experiments.report import brief
 from experiments.results import Claim
 from experiments.tuning import finals, label_of, sampling_of, size_of
@@ -42,6 +43,8 @@ class Config:
     """A data set or a file in place of `problems`; its task chooses the model (classes: the two-layer net)."""
     target: str | None = None
     """The column of the file to predict."""
+    options: dict[str, Any] | None = None
+    """How a file is read: what `data.load` takes beside the target."""
     problems: tuple[str, ...] = ("diamonds", "shuttle", "mnist5k")
     """Data sets: a linear regression, a logistic one, a net."""
     seeds: int = 20
@@ -115,10 +118,10 @@ def _run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     jobs: list[tuple[Problem, int | None]] = []
     for name in names:
         progress(f"loading {name}")
-        problem = _problem(name, config)
+        problem = _problem(name, config, progress)
         prefix = problem.name
         n = problem.batch.x.shape[0]
-        sizes: list[int | None] = [None, *(b for b in config.batch_sizes if b < n)]
+        sizes: list[int | None] = [None, *([b for b in config.batch_sizes if b < n] or [max(1, n // 2)])]
         jobs += [(problem, b) for b in sizes]
         numbers["problems"].append(prefix)
         numbers |= {
@@ -139,12 +142,14 @@ def _run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     return numbers
 
 
-def _problem(name: str, config: Config) -> Problem:
+def _problem(name: str, config: Config, progress: Callable[[str], None]) -> Problem:
     """The data set with the model and the loss that its task calls for."""
-    dataset = data.load(name, target=config.target) if config.data else data.load(name)
+    dataset = load(config, name)
     train, test = data.split(dataset, 0.2, 0) if dataset.task == "classes" else (dataset, None)
-    x, y = (jnp.asarray(leaf[: config.rows]) for leaf in train.batch)
+    some = some_rows(train, config.rows, progress)
+    x, y = (jnp.asarray(leaf) for leaf in some.batch)
     batch, (n, d) = Batch(x, y), x.shape
+    size = f"n = {n:,}" + ("" if some is train else f" of {len(train.batch.x):,} at random")
     spread = parallel.shard(batch, parallel.mesh()) if len(jax.devices()) > 1 else None
     short = dataset.name
     if test is not None:
@@ -158,7 +163,7 @@ def _problem(name: str, config: Config) -> Problem:
             return jnp.mean(jnp.argmax(logits, axis=-1) == y_test)
 
         loss = losses.mean_loss(model, losses.softmax_cross_entropy)
-        what = f"two-layer net {d}–{config.hidden}–{k}, n = {n:,}"
+        what = f"two-layer net {d}–{config.hidden}–{k}, {size}"
         return Problem(short, what, loss, start, batch, spread, 16.0, config.updates_net, None, accuracy)
     start = models.init_linear(d)
     # Beyond 2/λmax not even the full batch converges; the largest curvature of the logloss is λmax(E x xᵀ)/4.
@@ -167,11 +172,11 @@ def _problem(name: str, config: Config) -> Problem:
     if dataset.task == "binary":
         loss = losses.mean_loss(models.linear, losses.logloss, l2=config.l2)
         minimum = optimum.logistic(batch, l2=config.l2)
-        what = f"logistic regression, n = {n:,}, d = {d}"
+        what = f"logistic regression, {size}, d = {d}"
         return Problem(short, what, loss, start, batch, spread, 8 / top, config.updates, minimum, None)
     loss = losses.mean_loss(models.linear, losses.squared)
     minimum = optimum.least_squares(batch)
-    what = f"linear regression, n = {n:,}, d = {d}"
+    what = f"linear regression, {size}, d = {d}"
     return Problem(short, what, loss, start, batch, spread, 1 / top, config.updates, minimum, None)
 
 

@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments import plots, random_keys
+from experiments.loading import load
 from experiments.results import Claim
-from jaxgrad import data, losses, models, noise, statistics
+from jaxgrad import losses, models, noise, statistics
 from jaxgrad.descent import trajectory
 from jaxgrad.sampling import distinct, full_batch, reshuffled, with_replacement
 from jaxgrad.types import Batch, Loss, Params, Sampling
@@ -37,6 +38,8 @@ class Config:
     """A data set or a file in place of the three; its task chooses the model (classes: the two-layer net)."""
     target: str | None = None
     """The column of the file to predict."""
+    options: dict[str, Any] | None = None
+    """How a file is read: what `data.load` takes beside the target."""
     rows: int = 400
     """Examples of each set, a seeded choice: few enough that b can go all the way to n."""
     batch_sizes: tuple[int, ...] = (1, 5, 25, 100, 200, 400)
@@ -83,7 +86,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _problem(name: str, config: Config) -> Problem:
-    dataset = data.load(name, target=config.target) if config.data else data.load(name)
+    dataset = load(config, name)
     chosen = np.random.default_rng(0).permutation(len(dataset.batch.y))[: config.rows]
     x, y = (jnp.asarray(leaf[chosen]) for leaf in dataset.batch)
     n, d = x.shape

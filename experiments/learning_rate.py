@@ -18,8 +18,9 @@ import optax
 from matplotlib.figure import Figure
 
 from experiments import plots, random_keys
+from experiments.loading import load, some_rows
 from experiments.results import Claim
-from jaxgrad import data, losses, models, statistics
+from jaxgrad import losses, models, statistics
 from jaxgrad.descent import trajectory
 from jaxgrad.sampling import distinct, full_batch
 from jaxgrad.theory import least_squares as theory
@@ -32,6 +33,8 @@ class Config:
     """A regression data set or a file."""
     target: str | None = None
     """The column of the file to predict."""
+    options: dict[str, Any] | None = None
+    """How a file is read: what `data.load` takes beside the target."""
     steps: int = 3000
     """Budget of GD; a target not reached in it is not reached."""
     fractions: tuple[float, ...] = (
@@ -69,13 +72,13 @@ LOSS = losses.mean_loss(models.linear, losses.squared)
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    dataset = data.load(config.data, target=config.target)
+    dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(
             f"learning_rate needs a regression data set: {dataset.name} is {dataset.task}; "
             "try --data diamonds, or --target with a column of numbers"
         )
-    x, y = (leaf[: config.rows] for leaf in dataset.batch)
+    x, y = some_rows(dataset, config.rows, progress).batch
     batch = Batch(jnp.asarray(x), jnp.asarray(y))
     geometry, start = theory.problem(batch), models.init_linear(x.shape[1])
     edge = theory.edge(geometry)

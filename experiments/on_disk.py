@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import work
+from experiments.loading import plain
 from experiments.tuning import finals, label_of, sampling_of
 from jaxgrad import losses, models, stream
 from jaxgrad.data.dataset import are_classes
@@ -84,7 +85,7 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
     rows = raw.scaled(mean, spread)._replace(full=lambda params: gap(params) + minimum)
     loss, start = losses.mean_loss(models.linear, losses.squared), models.init_linear(len(features))
     top = max(1.0, float(np.linalg.eigvalsh(R)[-1]))
-    name, n = path.stem, raw.n
+    name, n = plain(path.stem), raw.n
     sizes: list[int | None] = [None, *(b for b in config.batch_sizes if b < n)]
     numbers: dict[str, Any] = {
         "problems": [name], f"{name}/what": f"linear regression from disk, n = {n:,}, d = {len(features)}",

@@ -5,10 +5,11 @@ results give the same bytes.
 """
 
 import dataclasses
+import html
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,8 +21,13 @@ from experiments import catalogue, plots, results
 from experiments.results import Claim, Result
 from experiments.verdicts import ROWS, evidence, settled
 from jaxgrad import atomic
+from jaxgrad.data import Column, Dataset
 
 SECTION = re.compile(r"<!-- generated:(?P<name>[\w-]+) -->(?P<old>.*?)<!-- end -->", re.DOTALL)
+
+
+MOST_COLUMNS = 60
+"""More columns of a file than this are counted and not listed, but for those that are no plain feature."""
 
 
 class Chapter(NamedTuple):
@@ -181,6 +187,46 @@ def claims_table(rows: Iterable[tuple[str, str, Claim]]) -> str:
     return "\n".join(lines)
 
 
+def columns_table(columns: Sequence[Column]) -> str:
+    """What became of each column of a person's own file, as a Markdown table."""
+    lines = ["| column | kind | levels | what was done | why |", "|---|---|---|---|---|"]
+    shown, rest = _few_columns(columns)
+    for column in shown:
+        doubt = f"**probably a mistake: {escaped(column.doubt)}**" if column.doubt else ""
+        why = "; ".join(part for part in (escaped(column.why), doubt) if part)
+        levels = ", ".join(map(escaped, column.levels))
+        lines.append(f"| {escaped(column.name)} | {column.kind} | {levels} | {escaped(column.done)} | {why} |")
+    if rest:
+        lines.append(f"| {rest:,} more | number | | feature | |")
+    return "\n".join(lines)
+
+
+def columns_text(dataset: Dataset, file: str) -> Iterator[str]:
+    """The lines to print: every column with its kind, what was done and why; then notes on the whole."""
+    n, d = dataset.batch.x.shape
+    yield f"{_line(file)}: {n:,} rows, {d:,} {'feature' if d == 1 else 'features'}, {dataset.task}; the columns:"
+    shown, rest = _few_columns(dataset.columns)
+    rows = [(_line(c.name), c.kind, c.done) for c in shown]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
+    for column, row in zip(shown, rows, strict=True):
+        cells = "  ".join(f"{cell:<{min(width, 40)}}" for cell, width in zip(row, widths, strict=True))
+        yield f"  {cells}  {_line(_few_levels(column) + column.why, 160)}".rstrip()
+        if column.doubt:
+            yield f"  ! {_line(column.name)} {_line(column.doubt, 160)}"
+    if rest:
+        yield f"  and {rest:,} more columns of numbers, each a feature"
+    told = tuple(f"column {c.name!r}" for c in dataset.columns)
+    for note in dataset.notes:
+        if not note.startswith((*told, "text column", "dropped", "target ")):
+            yield f"  {_line(note, 200)}"
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown and HTML show as it is: every sign that could mean something is escaped."""
+    words = html.escape(" ".join(_printable(text).split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$^])", r"\\\1", words)
+
+
 def verdict(claim: Claim) -> str:
     return "holds" if claim.holds else "**does not hold**"
 
@@ -227,6 +273,9 @@ def _chapter(chapter: Chapter) -> str:
             parts.append(f"On {result.device}: [figure]({chapter.name}/{figure_stem(result.device)}.svg).")
         if hasattr(chapter.module, "report"):
             parts.append(chapter.module.report(result.numbers).strip())
+        if result.columns:
+            file = escaped(str(result.config.get("data", "the file")))
+            parts.append(f"The columns of {file}:\n\n{columns_table(result.columns)}")
         parts.append(_provenance(chapter, result))
     return "\n\n".join(parts)
 
@@ -293,3 +342,28 @@ def _lecture_order(id: str) -> tuple[int, int, str]:
 
 def _cell(text: Any) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def _few_columns(columns: Sequence[Column]) -> tuple[list[Column], int]:
+    """The columns worth listing, and how many plain features are left out where there are many columns."""
+    if len(columns) <= MOST_COLUMNS:
+        return list(columns), 0
+    plain = [c.kind == "number" and c.done == "feature" and not (c.why or c.doubt) for c in columns]
+    return [c for c, so in zip(columns, plain, strict=True) if not so], sum(plain)
+
+
+def _few_levels(column: Column) -> str:
+    if not column.levels:
+        return ""
+    some = ", ".join(column.levels[:5]) + (", ..." if len(column.levels) > 5 else "")
+    return f"{len(column.levels)} levels ({some}); "
+
+
+def _line(text: str, most: int = 40) -> str:
+    """One printable line, cut where it is long."""
+    words = " ".join(_printable(text).split())
+    return words if len(words) <= most else words[: most - 3] + "..."
+
+
+def _printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else " " for sign in text)

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgrad import atomic
+from jaxgrad.data import Column
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
 """Packages whose versions every result records, beside Python's."""
@@ -69,6 +70,8 @@ class Result(NamedTuple):
     times: dict[str, Any]
     provenance: dict[str, Any]
     """`versions`, `machine`, `precision`, `seeds`, `code`, and the `sha256` of the npz."""
+    columns: tuple[Column, ...] = ()
+    """What became of each column of a person's own file."""
 
 
 def write(
@@ -79,6 +82,7 @@ def write(
     numbers: dict[str, Any],
     claims: Sequence[Claim],
     times: dict[str, Any],
+    columns: Sequence[Column] = (),
 ) -> Path:
     """Write `folder/<name>/<device>.json` and `.npz`, both or neither; returns the path of the JSON.
 
@@ -101,6 +105,8 @@ def write(
         "code": code(name),
         **surroundings(),
     }
+    if columns:
+        document["columns"] = [column._asdict() for column in columns]
     text = _json(_sealed(_encode(document, "result")))
     place = Path(folder) / name
     place.mkdir(parents=True, exist_ok=True)
@@ -144,6 +150,7 @@ def read(folder: str | Path, name: str, device: str) -> Result:
         claims=tuple(Claim(**claim) for claim in document["claims"]),
         times=document["times"],
         provenance={key: document.get(key) for key in kept} | {"sha256": digest},
+        columns=tuple(Column(**{**c, "levels": tuple(c["levels"])}) for c in document.get("columns", ())),
     )
 
 

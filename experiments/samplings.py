@@ -21,8 +21,9 @@ from matplotlib.lines import Line2D
 
 from experiments import plots, random_keys
 from experiments.expected_path import few_features, runs_of
+from experiments.loading import load
 from experiments.results import Claim
-from jaxgrad import data, models, statistics
+from jaxgrad import models, statistics
 from jaxgrad.sampling import distinct, reshuffled, with_replacement
 from jaxgrad.theory import least_squares as theory
 from jaxgrad.theory import reshuffling
@@ -35,6 +36,8 @@ class Config:
     """A regression data set or a file."""
     target: str | None = None
     """The column of the file to predict."""
+    options: dict[str, Any] | None = None
+    """How a file is read: what `data.load` takes beside the target."""
     features: int = 2
     """Only the features most correlated with the target."""
     examples: int = 12
@@ -71,7 +74,7 @@ LEVEL = 0.99
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    dataset = data.load(config.data, target=config.target)
+    dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(f"samplings needs a regression data set: {dataset.name} is {dataset.task}")
     everything, names = few_features(dataset, config.features, None)

@@ -29,10 +29,11 @@ from matplotlib.ticker import LogLocator
 
 from experiments import plots, random_keys, work
 from experiments.gd_vs_sgd import first_at_most
+from experiments.loading import load, some_rows
 from experiments.report import brief
 from experiments.results import Claim
 from experiments.tuning import label_of, sampling_of
-from jaxgrad import data, losses, models, noise, optimum, statistics
+from jaxgrad import losses, models, noise, optimum, statistics
 from jaxgrad.descent import advance, init, trajectory
 from jaxgrad.sampling import full_batch, with_replacement
 from jaxgrad.theory import least_squares as theory
@@ -45,6 +46,8 @@ class Config:
     """A regression data set or a file."""
     target: str | None = None
     """The column of the file to predict."""
+    options: dict[str, Any] | None = None
+    """How a file is read: what `data.load` takes beside the target."""
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
     """b of SGD; the full batch comes on top."""
     shares: tuple[float, ...] = (0.01, 0.001)
@@ -84,10 +87,10 @@ POINTS = 150
 
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    dataset = data.load(config.data, target=config.target)
+    dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(f"speed_of_convergence needs a regression data set: {dataset.name} is {dataset.task}")
-    x, y = (jnp.asarray(leaf[: config.rows]) for leaf in dataset.batch)
+    x, y = (jnp.asarray(leaf) for leaf in some_rows(dataset, config.rows, progress).batch)
     batch, n = Batch(x, y), len(y)
     geometry, start = theory.problem(batch), models.init_linear(x.shape[1])
     certified = optimum.least_squares(batch)

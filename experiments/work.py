@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -81,6 +82,7 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
     import jax
 
     from experiments import plots, published, report, results
+    from jaxgrad.data import Doubtful
 
     name = task.entry.name
     status(name)
@@ -95,7 +97,9 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
         # It pays for its own compilation, whichever ran before, and what they compile does not pile up.
         jax.clear_caches()
     start, compiled_before = time.perf_counter(), clock()
-    numbers = module.run(config, lambda message: status(f"{name}: {message}"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=Doubtful)  # the command line said it before
+        numbers = module.run(config, lambda message: status(f"{name}: {message}"))
     times = {
         "seconds": round(time.perf_counter() - start, 3),
         "compile_seconds": round(clock() - compiled_before, 3),

@@ -34,12 +34,12 @@ def pytest_collection_finish():
     gc.enable()
     # Called by the ten thousand, with numbers or cells of a file. Those that call them have their types checked.
     from jaxgrad.check import agreement, diagnosis, faults, problem
-    from jaxgrad.data import delimited
+    from jaxgrad.data import cells
     from jaxgrad.theory import escape
 
     for step in (
         agreement._norm, agreement.Tolerance.allowed, diagnosis._allowed, faults._sigmoid, faults._slope,
-        faults.change, faults.extra_factor, problem._convert, delimited._number, delimited._blank,
-        escape._compositions,
+        faults.change, faults.extra_factor, problem._convert, cells.number, cells.is_number,
+        cells.is_missing, cells._proves, cells._value, escape._compositions,
     ):  # fmt: skip
         step.__no_type_check__ = True

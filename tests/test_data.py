@@ -472,7 +472,7 @@ def test_csv_header_with_numbers_in_it(tmp_path):
 
 def test_the_task_is_told_from_the_target(tmp_path):
     def of(values, **options):
-        rows = "\n".join(f"{i},{value}" for i, value in enumerate(values))
+        rows = "\n".join(f"{(7 * i) % 5},{value}" for i, value in enumerate(values))
         return plain(write(tmp_path, "t.csv", "a,t\n" + rows), target="t", **options)
 
     def labels(dataset):
@@ -570,7 +570,7 @@ BAD_FILES = {
     "underscore": ("f.csv", CSV.replace("8", "8_0"), "target", r"line 4, column 'a' is '8_0', but most"),
     "many levels": (
         "f.csv",
-        "a,b\n" + "\n".join(f"name{i},{i}" for i in range(40)),
+        "a,b\n" + "\n".join(f"name{i % 40},{i}" for i in range(60)),
         "b",
         r"column 'a' is text with 40 distinct values \('name0', 'name1', 'name10', ...\); at most 32",
     ),
@@ -1027,3 +1027,233 @@ def test_a_bad_batch_is_refused_in_words(case):
 def test_shapes_are_checked_under_a_trace():
     with pytest.raises(ValueError, match="must share the leading axis"):
         jax.jit(lambda x, y: check_batch(Batch(x, y)))(np.ones(3), np.ones(4))
+
+
+# What each column of a file is
+
+
+def many(header, *columns, sep=","):
+    """30 rows, each column a function of the row, below a header."""
+    rows = [sep.join(str(column(i)) for column in columns) for i in range(30)]
+    return "\n".join([*([sep.join(header)] if header else []), *rows]) + "\n"
+
+
+def noise(seed):
+    values = np.random.default_rng(seed).normal(size=30).round(2).tolist()
+    return values.__getitem__
+
+
+def account(dataset):
+    return {column.name: column for column in dataset.columns}
+
+
+A, Y = noise(1), noise(2)
+
+
+def test_every_column_is_accounted_for(tmp_path):
+    text = many(
+        ["", "name", "pay", "share", "town", "same", "y"],
+        lambda i: i, lambda i: f"p{i}", lambda i: f'"${1000 * (i % 7) + 500:,}"', lambda i: f"{i % 11}.5%",
+        lambda i: ["Ulm", "Bonn", "Kiel"][i % 3], lambda i: 7, Y,
+    )  # fmt: skip
+    dataset = load(write(tmp_path, "f.csv", text), target="y")
+    assert dataset.names == ("pay", "share", "town=Kiel", "town=Ulm")
+    found = account(dataset)
+    assert list(found) == ["column 0", "name", "pay", "share", "town", "same", "y"]
+    assert [c.done for c in dataset.columns] == [
+        "left out", "left out", "feature", "feature", "2 features", "left out", "target",
+    ]  # fmt: skip
+    assert found["column 0"].why == "it numbers the rows"
+    assert "differs in each of 30 rows" in found["name"].why
+    assert found["pay"].why == "'$' was taken off each number; '$1,500' was read as 1500"
+    assert found["share"].why == "'%' was taken off each number"
+    assert (found["town"].kind, found["town"].levels) == ("text", ("Bonn", "Kiel", "Ulm"))
+    assert "same number in every row" in found["same"].why
+    assert "regression" in found["y"].why
+
+
+def test_the_sets_and_numpy_files_account_for_their_columns_too(sets, tmp_path):
+    assert [c.name for c in sets["diamonds"].columns] == [*sets["diamonds"].names, "log price"]
+    left_out = [c.name for c in sets["digits"].columns if c.done == "left out"]
+    assert left_out == ["pixel_0_0", "pixel_4_0", "pixel_4_7"]
+    np.savez(tmp_path / "a.npz", x=np.eye(4), y=np.arange(4))
+    assert [c.done for c in load(tmp_path / "a.npz").columns] == ["feature"] * 4 + ["target"]
+
+
+DOUBTS = {
+    "counts the rows": (lambda i: i, Y, "column 'a' counts the rows"),
+    "an identifier": (lambda i: 17 * (i * 7 % 31) + 3, Y, "column 'a' is a different whole number in each row"),
+    "the target itself": (Y, Y, "column 'a' equals the target 'y' in every row"),
+    "other units": (lambda i: f"{10 * Y(i) + 3:.1f}", Y, "column 'a' is the target 'y' in other units"),
+    "the same order": (lambda i: f"{np.exp(Y(i)):.9f}", Y, "column 'a' puts the rows into the same order"),
+    "one label each": (lambda i: "pqr"[i % 3], lambda i: "uvw"[i % 3], "has one value of the target 'y' only for each"),
+    "collinear": (lambda i: f"{2 * A(i) - 1:.2f}", Y, "column 'b' is collinear with 'a'"),
+    "capitals": (lambda i: ["yes", "Yes", "no"][i % 3], Y, "levels that differ only in capitals: 'Yes', 'yes'"),
+    "almost numbers": (lambda i: ["1-5", "6-9", "10+"][i % 3], Y, "is text, though each value begins as a number"),
+    "a combination": (lambda i: f"{A(i) + Y(i):.2f}", Y, "the features together fit the target 'y' exactly"),
+}
+
+
+@pytest.mark.parametrize("case", DOUBTS)
+def test_what_is_probably_a_mistake_is_said_aloud_and_in_the_account(tmp_path, case):
+    column, target, words = DOUBTS[case]
+    path = write(tmp_path, "f.csv", many(["a", "b", "y"], column, A, target))
+    with pytest.warns(data.Doubtful, match=f"f.csv: .*{words}"):
+        dataset = load(path, target="y")
+    assert any(words.split("'")[-1].strip() in note for note in dataset.notes)
+    assert "combination" in case or any(column.doubt for column in dataset.columns)
+
+
+def test_as_many_features_as_rows_are_said_aloud(tmp_path):
+    columns = [noise(seed) for seed in range(10, 50)]
+    path = write(tmp_path, "f.csv", many([*(f"c{i}" for i in range(40)), "y"], *columns, Y))
+    with pytest.warns(data.Doubtful, match="40 features for 30 rows: a linear model fits any target exactly"):
+        load(path, target="y")
+
+
+REFUSED = {
+    "dates": (lambda i: f"2024-01-{i % 28 + 1:02d}", r"column 'a' holds dates or times \(such as '2024-01-01'\)"),
+    "units": (lambda i: f"{i % 9} kg", r"column 'a' holds numbers with 'kg' behind them"),
+    "some percent": (lambda i: f"{i % 9}%" if i % 2 else i % 9, r"column 'a' writes its numbers in more than one way"),
+    "half text": (lambda i: i % 9 if i % 2 else "S", r"column 'a' mixes text \(such as 'S', 15 cells\) with numbers"),
+    "accounts": (lambda i: f"({i % 9})" if i % 3 else i % 9, r"column 'a' mixes text \(such as '\(1\)'"),
+    "a word for missing": (lambda i: ["u", "v", "N/A"][i % 3], r"line 4, column 'a' is 'N/A' \(10 such cells"),
+    "all missing": (lambda i: "NA", r"column 'a' holds nothing but 'NA': leave it out \(drop=\)"),
+    "names, some twice": (lambda i: f"n{i * 2 // 3}", r"column 'a' is text with 20 distinct values in 30 rows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_column_that_would_falsify_is_refused_and_drop_or_text_is_the_way_out(tmp_path, case):
+    column, message = REFUSED[case]
+    path = write(tmp_path, "f.csv", many(["a", "b", "y"], column, A, Y))
+    with pytest.raises(ValueError, match=message) as caught:
+        load(path, target="y")
+    assert "drop" in str(caught.value) or case == "some percent"
+    dataset = load(path, target="y", drop=["a"])
+    assert dataset.names == ("b",)
+    assert account(dataset)["a"].done == "left out"
+    if case not in ("dates", "all missing"):
+        assert load(path, target="y", text=("a",)).names[0].startswith("a=")
+
+
+def test_a_sign_with_two_readings_is_settled_by_the_file_or_by_the_person(tmp_path):
+    ambiguous = write(
+        tmp_path, "f.csv", many(["a", "y"], lambda i: f"{i % 7 + 1},{100 + i % 3}", lambda i: i % 5, sep=";")
+    )
+    with pytest.raises(ValueError, match=r"column 'a' holds '1,100', whose comma may be .*: say decimal="):
+        load(ambiguous, target="y")
+    assert plain(ambiguous, target="y", decimal=",").batch.x[0, 0] == np.float32(1.1)
+    assert plain(ambiguous, target="y", decimal=".").batch.x[0, 0] == 1100
+    assert plain(ambiguous, target="y", thousands=",").batch.x[0, 0] == 1100
+    points = write(tmp_path, "p.csv", ambiguous.read_text().replace(",", "."))
+    with pytest.raises(ValueError, match=r"column 'a' holds '1.100', whose point may be"):
+        load(points, target="y")
+    assert plain(points, target="y", thousands=".").batch.x[0, 0] == 1100
+    both = many(["a", "b", "y"], lambda i: f"{i % 7},5", lambda i: f"{i % 7}.25", lambda i: i % 5, sep=";")
+    with pytest.raises(ValueError, match=r"column 'a' .* decimal comma \('0,5'\) but column 'b' with a decimal point"):
+        load(write(tmp_path, "b.csv", both), target="y")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decimal": ";"}, "decimal must be '.' or ','; got ';'"),
+        ({"thousands": "x"}, "thousands must be"),
+        ({"decimal": ",", "thousands": ","}, "decimal and thousands must differ"),
+        ({"drop": "a"}, "drop is a list of columns, by name or number; got 'a'"),
+        ({"drop": ["z"]}, "f.csv has no column 'z'"),
+        ({"drop": ["y"]}, "column 'y' is the target and cannot be dropped"),
+        ({"text": [True]}, "text is a list of columns"),
+    ],
+)
+def test_how_a_file_is_read_is_checked(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path, "f.csv", many(["a", "y"], A, Y)), target="y", **options)
+
+
+def test_only_csv_files_are_read_in_more_than_one_way(tmp_path):
+    with pytest.raises(ValueError, match=r"decimal= can only be given for CSV files, not for 'diamonds'"):
+        load("diamonds", decimal=",")
+    np.save(tmp_path / "f.npy", np.eye(3))
+    with pytest.raises(ValueError, match=r"f.npy: drop= can only be given for CSV and TSV files"):
+        load(tmp_path / "f.npy", target=0, drop=[1])
+
+
+def test_a_first_row_is_a_header_by_what_is_in_it_and_below(tmp_path):
+    def of(text, **options):
+        return load(write(tmp_path, "f.csv", text), target=-1, **options)
+
+    years = of(many(["1960", "1970", "1980"], A, noise(3), Y))
+    assert years.names == ("1960", "1970")
+    assert any("look like years" in note for note in years.notes)
+    counted = many(["0", "1", "2"], lambda i: i * 7 % 11, lambda i: i * 5 % 13, lambda i: i * 3 % 7)
+    with pytest.raises(
+        ValueError, match=r"cannot tell whether the first row .* is a header, for it numbers the columns"
+    ):
+        of(counted)
+    assert len(of(counted, header=True).batch.x) == 30
+    assert len(of(counted, header=False).batch.x) == 31
+    assert of(many(["0", "1", "2"], A, noise(3), Y)).names == ("0", "1")  # whole numbers above fractions
+    letters = "\n".join("pe"[i % 2] + f",{'xfk'[i % 3]},{'uvw'[i // 2 % 3]}" for i in range(30))
+    assert len(of(letters).batch.x) == 30
+    with pytest.raises(ValueError, match="some of its words occur again below it and others do not"):
+        of("z" + letters[1:])
+
+
+def test_what_stands_around_a_table_is_skipped_with_a_note_or_refused(tmp_path):
+    table = many(["a", "b", "y"], A, lambda i: i * 7 % 11, Y)
+    for above in ("# by hand, in 2024\n\n", "sep=,\n"):
+        dataset = load(write(tmp_path, "f.csv", above + table), target="y")
+        assert (dataset.names, len(dataset.batch.x)) == (("a", "b"), 30)
+        assert any("above the table" in note for note in dataset.notes)
+    assert load(write(tmp_path, "f.csv", "#" + table), target="y").names == ("#a", "b")
+    trailing = load(write(tmp_path, "f.csv", table.replace("\n", ",\n")), target="y")
+    assert trailing.names == ("a", "b")
+    with pytest.raises(ValueError, match=r"line 1 has 1 cell where the next row has 3 .*nothing else may stand above"):
+        load(write(tmp_path, "f.csv", "My table\n" + table), target="y")
+    with pytest.raises(ValueError, match=r"line 32 has 1 cell where the first row has 3"):
+        load(write(tmp_path, "f.csv", table + "Source: me\n"), target="y")
+
+
+def test_other_encodings_are_read_with_a_note(tmp_path):
+    table = many(["größe", "b", "y"], A, lambda i: ["Köln", "Ulm"][i % 2], Y)
+    for code, words in (("latin-1", "not UTF-8"), ("utf-16", "UTF-16")):
+        dataset = load(write(tmp_path, "f.csv", table.encode(code)), target="y")
+        assert dataset.names == ("größe", "b=Ulm")
+        assert any(words in note for note in dataset.notes)
+
+
+def test_without_pandas_only_plain_numbers_are_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert load(write(tmp_path, "f.csv", many(["a", "b", "y"], A, noise(3), Y)), target="y").names == ("a", "b")
+    with pytest.raises(ModuleNotFoundError, match=r"f.csv .* needs pandas.*python -m pip install \"jaxgrad\[study\]\""):
+        load(write(tmp_path, "f.csv", HOUSES), target="price")
+
+
+# A random sample
+
+
+def test_a_sample_is_random_repeatable_and_keeps_every_class(tmp_path):
+    rows = "\n".join(f"{i % 97},{i % 89},{'a' if i < 5000 else 'b' if i < 5999 else 'c'}" for i in range(6000))
+    dataset = load(write(tmp_path, "f.csv", "p,q,label\n" + rows), target="label")
+    some = data.sample(dataset, 50, 7)
+    assert some.batch.x.shape == (50, 2)
+    assert set(some.batch.y.tolist()) == {0, 1, 2}
+    assert 30 <= (some.batch.y == 0).sum() <= 48
+    assert some.notes[-1] == "a random sample of 50 rows of 6,000, every class among them"
+    np.testing.assert_array_equal(some.batch.x, data.sample(dataset, 50, 7).batch.x)
+    assert not np.array_equal(some.batch.x, data.sample(dataset, 50, 8).batch.x)
+    assert set(data.sample(dataset, 3, 0).batch.y.tolist()) == {0, 1, 2}
+    assert data.sample(dataset, None, 0) is dataset
+    assert data.sample(dataset, 6000, 0) is dataset
+    for few in (0, 2, -1):
+        with pytest.raises(ValueError, match="rows must be a whole number from 1, one for each of the 3 classes"):
+            data.sample(dataset, few, 0)
+
+
+def test_a_sample_of_sorted_rows_is_like_all_rows(tmp_path):
+    table = np.sort(np.random.default_rng(0).normal(size=(6000, 2)), axis=0)
+    some = data.sample(load(table_file(tmp_path, table), target=1), 2000, 0)
+    assert abs(float(some.batch.y.mean(dtype=np.float64))) < 0.08
+    assert abs(float(some.batch.y.std(dtype=np.float64)) - 1) < 0.08

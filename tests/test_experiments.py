@@ -5,6 +5,7 @@ One test runs every real experiment at its quick size.
 
 import dataclasses
 import hashlib
+import html
 import importlib
 import json
 import os
@@ -18,13 +19,14 @@ import time
 import zipfile
 from pathlib import Path
 
+import markdown_it
 import matplotlib.figure
 import numpy as np
 import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import gd_vs_sgd, page, plots, published, report, results, verdicts, verify, work
+from experiments import gd_vs_sgd, loading, page, plots, published, report, results, verdicts, verify, work
 from experiments.results import Claim
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -435,12 +437,42 @@ class TestCommand:
 
     def test_settings_reach_the_experiment_and_leave_the_study_alone(self, study, capsys):
         data = study / "mine.csv"
-        data.write_text("price\n1\n")
+        data.write_text("area,price\n1,2\n3,5\n4,6\n")
         arguments = ["line", "--data", str(data), "--target", "-1", "--seeds", "7"]
         assert command.main(arguments) == 0
         assert not (study / "results").exists()
         config = results.read(study / "results-custom", "line", "cpu").config
         assert (config["data"], config["target"], config["seeds"]) == ("mine.csv", "-1", 7)
+
+    def test_a_file_is_accounted_for_before_the_run_and_in_the_report_with_every_name_escaped(self, study, capsys):
+        (study / "package" / "line.py").write_text(
+            FAKE.replace("target: str | None = None", "target: str | None = None\n    options: dict | None = None")
+        )
+        file = study / "<b>mine.csv"
+        rows = [f"{i % 7},{['<i>u</i>', '[z](javascript:1)'][i % 2]},7,{i * 5 % 11}" for i in range(30)]
+        file.write_text("\n".join(["<script>alert(1)</script>,[x](javascript:2),same,y|z", *rows]) + "\n")
+        assert command.main(["line", "--data", str(file), "--target", "y|z", "--task", "regression"]) == 0
+        err = capsys.readouterr().err
+        assert err.index("<b>mine.csv: 30 rows, 2 features, regression; the columns:") < err.index("results go to")
+        for words in ("2 levels", "the same number in every row", "regression"):
+            assert words in err
+        saved = results.read(study / "results-custom", "line", "cpu")
+        assert [c.done for c in saved.columns] == ["feature", "feature", "left out", "target"]
+        assert saved.config["options"] == {"task": "regression"}
+        text = (study / "results-custom" / "README.md").read_text()
+        assert r"| \[x\]\(javascript:2\) | text | &lt;i&gt;u&lt;/i&gt;, \[z\]\(javascript:1\) | feature |" in text
+        assert r"y\|z" in text
+        for raw in ("<script", "<i>", "<b>", "](javascript"):
+            assert raw not in text
+
+    def test_a_file_that_cannot_be_used_is_refused_before_the_run(self, study, capsys):
+        file = study / "mine.csv"
+        file.write_text("a,y\n1,2\nNA,3\n4,4\n")
+        assert command.main(["line", "--data", str(file), "--target", "y"]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: mine.csv: line 3, column 'a' is 'NA' (1 such cell")
+        assert "leave the column out (--drop)" in last
+        assert not (study / "results-custom").exists()
 
     def test_data_without_a_name_runs_what_can_use_it(self, study, capsys):
         assert command.main(["--data", "shuttle"]) == 0
@@ -488,6 +520,10 @@ class TestCommand:
             (["line", "--seeds", "many"], "--seeds must be a whole number and at least 1, got 'many'"),
             (["line", "--target", "price"], "--target names a column of --data, and there is no --data"),
             (["bare", "--data", "diamonds"], "bare takes no --data; line does"),
+            (["line", "--task", "regression"], "--task is for --data, and there is no --data"),
+            (["line", "--data", "f.csv", "--task", "guess"], "--task must be regression, binary or classes"),
+            (["line", "--data", "f.csv", "--header", "maybe"], "--header must be yes or no, got 'maybe'"),
+            (["list", "--drop", "id"], "'list' runs nothing: --drop has no meaning for it"),
             (["bare", "--seeds", "3"], "bare takes no --seeds; line does"),
             (["line", "--device", "tpu"], "--device must be cpu or gpu, got 'tpu'"),
             (["line", "--out", "{file}"], "is a file, not a folder"),
@@ -873,6 +909,24 @@ def test_classes_on_disk_are_not_run_as_regression(tmp_path, classes):
     config = dataclasses.replace(gd_vs_sgd.QUICK, data=str(tmp_path / "rows.npy"), target="2", memory=1e-6)
     with pytest.raises(ValueError, match=f"rows.npy: the target looks like {classes} classes, .* only regression"):
         gd_vs_sgd.run(config, print)
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "[x](javascript:1)", "$x_$ | `y`", "__a__", "http://b"])
+def test_a_name_in_a_figure_or_a_sentence_means_nothing_to_markdown_html_or_formulas(name):
+    shown = loading.plain(name)
+    assert not set(shown) & set("<>[]`|$*\\{}")
+    assert "__" not in shown
+    assert "://" not in shown
+    rendered = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).render(f"{report.escaped(name)} and {shown}")
+    assert "<script" not in rendered
+    assert "<a" not in rendered
+    assert "<em" not in rendered
+    assert html.escape(name, quote=False) in rendered
+
+
+def test_names_that_are_ordinary_are_shown_as_they_are():
+    for name in ("randhie_any", "prix été", "surface (m²)", "km/h", "a-b_c 1.5%", "x=y"):
+        assert loading.plain(name) == name
 
 
 def test_the_quick_study_runs_every_experiment(tmp_path):

@@ -3,8 +3,8 @@
 `load("diamonds")` or `load("prices.csv", target="price")` gives a `Dataset`: a `Batch` of float32 arrays,
 cleaned and standardised, with the statistics that carry a prediction back and, in words, everything that
 was done to the rows and columns. Nothing is downloaded but for the two sets that say so. `split` holds
-rows out. `linear_problem` and `logistic_problem` make problems whose minimum and condition number are
-known to rounding. `check_batch` refuses bad data, naming the row and the column.
+rows out, `sample` draws some. `linear_problem` and `logistic_problem` make problems whose minimum and
+condition number are known to rounding. `check_batch` refuses bad data, naming the row and the column.
 
 | name | task | n x d | what it is good for |
 |---|---|---|---|
@@ -21,13 +21,16 @@ known to rounding. `check_batch` refuses bad data, naming the row and the column
 """
 
 import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgrad.data.checks import TASKS, check_batch, check_task
-from jaxgrad.data.dataset import Dataset, split, to_dataset
-from jaxgrad.data.files import MAX_LEVELS, SUFFIXES, read_file
+from jaxgrad.data.dataset import Column, Dataset, Doubtful, sample, split, to_dataset
+from jaxgrad.data.files import SUFFIXES, read_file
 from jaxgrad.data.problems import linear_problem, logistic_problem
 from jaxgrad.data.sets import OFFLINE, SETS
+from jaxgrad.data.tables import MAX_LEVELS, Reading
 from jaxgrad.data.words import nearest
 
 __all__ = [
@@ -36,11 +39,14 @@ __all__ = [
     "OFFLINE",
     "SUFFIXES",
     "TASKS",
+    "Column",
     "Dataset",
+    "Doubtful",
     "check_batch",
     "linear_problem",
     "load",
     "logistic_problem",
+    "sample",
     "split",
 ]
 
@@ -54,16 +60,30 @@ def load(
     target: str | int | None = None,
     task: str | None = None,
     standardise: bool = True,
+    decimal: str | None = None,
+    thousands: str | None = None,
+    header: bool | None = None,
+    drop: Sequence[str | int] = (),
+    text: Sequence[str | int] = (),
 ) -> Dataset:
     """A data set by name (see the module's table), or read from a user's own file.
 
     Files, told by their suffix:
-    - `.csv`, `.tsv`, `.csv.gz`: with or without a header; `target` is a column's name or number (negative
-      counts from the end). A column of text becomes one 0/1 column for each level but the first (in sorted
-      order), up to `MAX_LEVELS` levels.
+    - `.csv`, `.tsv` (also `.gz`), `.txt`, `.data`: with or without a header; `target` is a column's name or number
+      (negative counts from the end). Cells are separated by commas, semicolons, tabs, bars or blanks. A column of
+      text becomes one 0/1 column for each level but the first (in sorted order), up to `MAX_LEVELS` levels. Whatever
+      is not all plain numbers is read by pandas.
     - `.npz`: arrays `x` (or `X`) and `y`; `target` may name another array for `y`.
     - `.npy`: one table; `target` is the column's number.
     - `.svm`, `.svmlight`, `.libsvm`: `label index:value ...`, written out densely.
+
+    `Dataset.columns` accounts for every column of a file. Row names, row numbers without a name and identifiers are
+    left out. `10.65%`, `$1,200` and `2,5` are numbers. A sign with two readings, such as the comma of `1,037`, is
+    settled by the other cells of the file, or refused. For CSV files a person can say what the file does not tell:
+    - `decimal`, `thousands`: the signs in its numbers, '.' or ','. Without them they are told from all cells.
+    - `header`: whether the first row is one. Without it, that is told from what is in it and below.
+    - `drop`: columns to leave out, by name or number.
+    - `text`: columns whose cells are words whatever they look like: codes, or `NA` where that is a value.
 
     The task of a file is read off its target, and can be forced with `task`: two distinct values are
     'binary' (the smaller is 0); text, or few distinct whole numbers, are 'classes'; the rest 'regression'.
@@ -76,15 +96,24 @@ def load(
 
     Raises:
         ValueError: an unknown name (with the nearest ones), a target that is not there, a constant target,
-            NaN, infinite or missing entries (with line or row, and column), too few rows, a file that is
+            NaN, infinite or missing entries (with line or row, and column), numbers mixed with text, dates, a
+            sign with two readings, a first row that may be a header, too few rows, a file that is
             not what its suffix says, or that is not the one this release knows (sha256).
         FileNotFoundError: no such file (with the nearest names). IsADirectoryError: a folder.
         ModuleNotFoundError: the package that carries the set is not installed (with the command).
         ConnectionError: an online set that is neither cached nor can be downloaded.
+
+    Warns:
+        Doubtful: a column of a CSV file of at least 8 rows that gives the target away, counts the rows, is a
+            different whole number in each, or is collinear with others; as many features as rows.
     """
+    reading = Reading(decimal, thousands, header, _names(drop, "drop"), _names(text, "text"))
+    reading.check()
     if task is not None:
         check_task(task)
     if isinstance(name_or_path, str) and name_or_path in SETS:
+        if given := reading.given():
+            raise ValueError(f"{' and '.join(given)} can only be given for CSV files, not for {name_or_path!r}")
         if target is not None or task is not None:
             raise ValueError(f"target and task of {name_or_path!r} are fixed; leave target= and task= out")
         return to_dataset(SETS[name_or_path](), name_or_path, None, standardise)
@@ -94,7 +123,19 @@ def load(
             f"no data set is called {name_or_path!r}{nearest(name_or_path, NAMES)}; there are "
             f"{', '.join(NAMES)}, or give the path of a file ({', '.join(SUFFIXES)})"
         )
-    return to_dataset(read_file(path, target), path.name.split(".")[0], task, standardise)
+    table = read_file(path, target, reading)
+    dataset = to_dataset(table, path.name.split(".")[0], task, standardise)
+    for doubt in table.doubts if len(table.y) >= 8 else ():  # fewer rows are a toy; the notes say it all the same
+        warnings.warn(f"{path.name}: {doubt}", Doubtful, stacklevel=2)
+    return dataset
+
+
+def _names(columns: Sequence[str | int], option: str) -> tuple[str | int, ...]:
+    if isinstance(columns, str | bytes | int) or any(
+        isinstance(c, bool) or not isinstance(c, str | int) for c in columns
+    ):
+        raise ValueError(f"{option} is a list of columns, by name or number; got {columns!r}")
+    return tuple(columns)
 
 
 def _means_a_file(text: str) -> bool:

@@ -14,6 +14,26 @@ MAX_CLASSES = 20
 """A whole-number target with at most this many distinct values, five rows each on average, is classes."""
 
 
+class Column(NamedTuple):
+    """What became of one column of a file."""
+
+    name: str
+    kind: str
+    """'number' or 'text'; 'empty' where no cell holds anything."""
+    levels: tuple[str, ...]
+    """The values of a text column that was coded, in order; none for numbers and for what was left out."""
+    done: str
+    """'feature', 'N features' (one for each level but the first), 'target' or 'left out'."""
+    why: str = ""
+    """How its cells were read, and the reason for what was done."""
+    doubt: str = ""
+    """What is probably a mistake about it; empty if nothing is."""
+
+
+class Doubtful(UserWarning):
+    """Data that can be used and are probably a mistake: a column that gives the target away, or counts the rows."""
+
+
 class Dataset(NamedTuple):
     """A data set ready for descent.
 
@@ -44,6 +64,8 @@ class Dataset(NamedTuple):
     """float64[d]"""
     y_mean: float
     y_scale: float
+    columns: tuple[Column, ...] = ()
+    """An account of every column there was, the target and those left out included, in the order of the file."""
 
 
 class Table(NamedTuple):
@@ -63,6 +85,10 @@ class Table(NamedTuple):
     """Given when `y` already holds the numbers 0, 1, ..."""
     pixel: float | None = None
     """For images: the largest value of a pixel. They are divided by it and centred, not standardised."""
+    columns: tuple[Column, ...] = ()
+    """The account so far; empty where every column of `x` is a number and a feature."""
+    doubts: tuple[str, ...] = ()
+    """What is probably a mistake, to be said aloud."""
 
 
 def to_dataset(table: Table, name: str, task: str | None, standardise: bool) -> Dataset:
@@ -71,11 +97,25 @@ def to_dataset(table: Table, name: str, task: str | None, standardise: bool) -> 
     n, d = x.shape
     if n < 2:
         raise ValueError(f"{name} has {count(n, 'row')} of data; at least two are needed")
+    columns = table.columns or (
+        *(Column(feature, "number", (), "feature") for feature in names),
+        Column(table.target, "text" if table.y.dtype.kind == "U" else "number", (), "target"),
+    )
     if d == 0:
-        raise ValueError(f"{name} has no column left beside the target {table.target!r}; a feature is needed")
+        out = "; ".join(f"{c.name!r} was left out: {c.why}" for c in columns if c.done == "left out")
+        raise ValueError(
+            f"{name} has no column left beside the target {table.target!r}; a feature is needed"
+            + (f" ({out})" if out else "")
+        )
     y, task, labels, how = _target(table, task)
+    columns = tuple(c._replace(levels=labels, why=_and(task, c.why)) if c.done == "target" else c for c in columns)
     notes = table.notes + how
     scaling = "none" if not standardise else "standardised" if table.pixel is None else "centred"
+    if scaling == "none" and table.columns:
+        same = {column for column, one in zip(names, x.T, strict=True) if (one == one[0]).all()}
+        columns = tuple(
+            c._replace(doubt=c.doubt or "is the same number in every row") if c.name in same else c for c in columns
+        )
     if scaling == "standardised":
         varies = (x != x[0]).any(axis=0)
         if not varies.any():
@@ -84,6 +124,12 @@ def to_dataset(table: Table, name: str, task: str | None, standardise: bool) -> 
         if dropped:
             x, names = x[:, varies], tuple(c for c, keep in zip(names, varies, strict=True) if keep)
             notes += (f"dropped {count(len(dropped), 'constant column')}: {', '.join(dropped)}",)
+            columns = tuple(
+                c._replace(done="left out", why=_and(c.why, "the same number in every row"))
+                if c.name in dropped and c.kind == "number" and c.done == "feature"
+                else c
+                for c in columns
+            )
     x_mean, x_scale = np.zeros(x.shape[1]), np.full(x.shape[1], table.pixel or 1.0)
     y_mean, y_scale = 0.0, 1.0
     if scaling == "standardised":
@@ -112,6 +158,7 @@ def to_dataset(table: Table, name: str, task: str | None, standardise: bool) -> 
         x_scale=x_scale,
         y_mean=y_mean,
         y_scale=y_scale,
+        columns=columns,
     )
 
 
@@ -171,6 +218,30 @@ def split(dataset: Dataset, fraction: float | int, key: Any) -> tuple[Dataset, D
     return part(train, "training"), part(test, "held-out")
 
 
+def sample(dataset: Dataset, rows: int | None, key: Any) -> Dataset:
+    """At most `rows` of the rows, drawn at random without replacement, in the order that they had; None: all.
+
+    Every class has at least one row among them. `key` is a whole number or a JAX key; the same key gives the same
+    rows, on every platform and version. Nothing is standardised again: the statistics stay those of all rows.
+
+    Raises ValueError where `rows` is not a whole number from 1, or smaller than the number of classes.
+    """
+    n = len(dataset.batch.x)
+    if rows is None or (isinstance(rows, int) and rows >= n):
+        return dataset
+    if isinstance(rows, bool) or not isinstance(rows, int | np.integer) or rows < max(1, len(dataset.labels)):
+        classes = f", one for each of the {len(dataset.labels)} classes at least" if dataset.labels else ""
+        raise ValueError(f"rows must be a whole number from 1{classes}; got {rows!r}")
+    order = permutation(n, key)
+    firsts = np.sort(np.unique(dataset.batch.y[order], return_index=True)[1]) if dataset.labels else np.arange(0)
+    # The first row of each class in this random order comes first; the others follow in their order.
+    chosen = np.sort(np.concatenate([order[firsts], np.delete(order, firsts)])[:rows])
+    note = f"a random sample of {count(int(rows), 'row')} of {n:,}" + (
+        ", every class among them" * bool(dataset.labels)
+    )
+    return dataset._replace(batch=Batch(dataset.batch.x[chosen], dataset.batch.y[chosen]), notes=(*dataset.notes, note))
+
+
 def are_classes(values: np.ndarray, n: int) -> bool:
     """Whether a target of n rows with these distinct numbers is taken for classes: few, and whole."""
     return len(values) <= min(MAX_CLASSES, max(2, n // 5)) and bool((values == np.floor(values)).all())
@@ -215,6 +286,10 @@ def _target(table: Table, task: str | None) -> tuple[np.ndarray, str, tuple[str,
         tuple(show(value, quote=False) for value in values),
         (f"target {name!r}: {task}{told}; {coded}",),
     )
+
+
+def _and(*whys: str) -> str:
+    return "; ".join(why for why in whys if why)
 
 
 def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import math
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,16 +13,14 @@ import numpy as np
 
 from jaxgrad.data.checks import check_finite
 from jaxgrad.data.dataset import Table
-from jaxgrad.data.delimited import read_columns
-from jaxgrad.data.words import count, few, nearest, show
+from jaxgrad.data.tables import Reading, column_number, read_delimited
+from jaxgrad.data.words import nearest
 
-MAX_LEVELS = 32
-"""A text column with more distinct values than this is refused, not one-hot coded."""
 MAX_DENSE = 2**28
 """The most entries (n d) of a sparse file once it is written out: 2 GiB of float64."""
 
 
-def read_file(path: Path, target: str | int | None) -> Table:
+def read_file(path: Path, target: str | int | None, reading: Reading) -> Table:
     """The table in a file of the user's; see `jaxgrad.data.load` for the kinds and the errors."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give one file in it ({', '.join(SUFFIXES)})")
@@ -38,61 +36,15 @@ def read_file(path: Path, target: str | int | None) -> Table:
         raise ValueError(f"{path.name} is empty (0 bytes)")
     if isinstance(target, bool):
         raise ValueError(f"target is a column's name or number; got {target}")
-    table = read(path, target)
+    if read is read_delimited:
+        table = read_delimited(path, target, reading)
+    elif given := reading.given():
+        raise ValueError(f"{path.name}: {' and '.join(given)} can only be given for CSV and TSV files; leave it out")
+    else:
+        table = read(path, target)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return table._replace(source=f"{path.name} (sha256 {digest})", licence="the user's own file")
-
-
-def _read_delimited(path: Path, target: str | int | None) -> Table:
-    columns = read_columns(path, target)
-    at = _column_number(target, columns.names, path.name)
-    features, names, notes = [], [], columns.notes
-    for i, (column, name) in enumerate(zip(columns.values, columns.names, strict=True)):
-        if i == at:
-            continue
-        if column.dtype.kind == "f":
-            features.append(column)
-            names.append(name)
-            continue
-        levels = np.unique(column)
-        if len(levels) > MAX_LEVELS:
-            raise ValueError(
-                f"{path.name}: column {name!r} is text with {len(levels):,} distinct values ({few(levels)}); at "
-                f"most {MAX_LEVELS} are one-hot coded: drop it, group its values or turn it into numbers"
-            )
-        features += [(column == level).astype(np.float64) for level in levels[1:]]
-        names += [f"{name}={level}" for level in levels[1:]]
-        if len(levels) == 1:
-            notes += (f"dropped text column {name!r}: {show(levels[0])} in every row",)
-        else:
-            coded = f"a 0/1 column for each but the first ({show(levels[0])})"
-            notes += (f"text column {name!r}: {len(levels)} levels, {coded}",)
-    y = columns.values[at]
-    x = np.stack(features, axis=1) if features else np.empty((len(y), 0))
-    return Table(x, y, tuple(names), columns.names[at], path.name, notes)
-
-
-def _column_number(target: str | int | None, names: Sequence[str], file: str) -> int:
-    """Which column is the target: by name, or by number (also as text, as a command line gives it)."""
-    shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
-    if target is None:
-        raise ValueError(f"{file}: say which column is the target (target=NAME or NUMBER); columns: {shown}")
-    if isinstance(target, str):
-        if names.count(target) > 1:
-            raise ValueError(f"{file}: {names.count(target)} columns are called {target!r}; give the column's number")
-        if target in names:
-            return names.index(target)
-        try:
-            target = int(target)
-        except ValueError:
-            raise ValueError(f"{file} has no column {target!r}{nearest(target, names)}; columns: {shown}") from None
-    if not -len(names) <= target < len(names):
-        raise ValueError(
-            f"{file} has {count(len(names), 'column')}, so the target's number is from {-len(names)} to "
-            f"{len(names) - 1}; got {target}"
-        )
-    return target % len(names)
 
 
 def _read_npz(path: Path, target: str | int | None) -> Table:
@@ -138,7 +90,7 @@ def _read_npy(path: Path, target: str | int | None) -> Table:
         raise ValueError(f"{path.name} has shape {table.shape}; a table of shape [rows, columns] is needed")
     table = _floats(table, path.name)
     names = tuple(f"column {i}" for i in range(table.shape[1]))
-    at = _column_number(target, names, path.name)
+    at = column_number(target, names, path.name)
     return Table(np.delete(table, at, axis=1), table[:, at], names[:at] + names[at + 1 :], names[at], path.name)
 
 
@@ -219,9 +171,12 @@ def _index(text: str) -> int:
 
 
 _READERS: dict[str, Callable[[Path, str | int | None], Table]] = {
-    ".csv": _read_delimited,
-    ".csv.gz": _read_delimited,
-    ".tsv": _read_delimited,
+    ".csv": read_delimited,
+    ".csv.gz": read_delimited,
+    ".tsv": read_delimited,
+    ".tsv.gz": read_delimited,
+    ".txt": read_delimited,
+    ".data": read_delimited,
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".svm": _read_svmlight,

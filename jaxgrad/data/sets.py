@@ -18,9 +18,7 @@ import numpy as np
 
 from jaxgrad.data.dataset import Table
 from jaxgrad.data.seeds import permutation
-from jaxgrad.data.words import count
-
-INSTALL = 'python -m pip install "jaxgrad[study]"'
+from jaxgrad.data.words import INSTALL, count
 
 
 def _shipped(package: str, file: str, sha256: str) -> tuple[Path, str]:

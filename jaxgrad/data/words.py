@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+INSTALL = 'python -m pip install "jaxgrad[study]"'
+"""How to install what the library needs beyond its own dependencies."""
+
 
 def nearest(name: str, there: Sequence[str]) -> str:
     """` (did you mean 'a' or 'b'?)`, or nothing if no name is close."""

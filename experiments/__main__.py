@@ -73,8 +73,8 @@ On your own data, or in several processes (srun, mpirun, python -m jaxgrad.launc
 as it goes. SIGTERM and Ctrl-C then end it at the next checkpoint with status 75, run me again: --resume goes on from
 there, and also after a kill. Without --resume it begins anew.
 
-exit status: 0 done, 1 an experiment failed or a number differs, 2 unusable arguments or data, 75 stopped when asked:
-run again with --resume, 130 interrupted
+exit status: 0 done, 1 an experiment failed or a number differs, 2 unusable arguments, data, files or folders, 75
+stopped when asked: run again with --resume, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM)
 """
 
 
@@ -165,18 +165,16 @@ def main(argv: list[str] | None = None) -> int:
             status = record_spread(arguments)
         else:
             status = run(plan(arguments))
-        sys.stdout.flush()
         return status
     except Unusable as error:
         complain(f"error: {error}")
         return UNUSABLE
+    except OSError as error:
+        complain(f"error: {files().sentence(error)}")
+        return UNUSABLE
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -410,7 +408,9 @@ def carry_out(plan: Plan, device: str) -> Outcome:
 def writing(out: Path) -> Iterator[None]:
     """Be the only one that writes to a folder."""
     from experiments import results
+    from jaxgrad import commandline
 
+    commandline.interruptible()
     with ExitStack() as held:
 
         def hold() -> None:
@@ -471,7 +471,7 @@ def verify_study(arguments: Arguments) -> int:
             module = importlib.import_module(f"experiments.{entry.name}")
             try:
                 found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED, not arguments.quick))
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 raise Unusable(str(error)) from None
         if arguments.note and ran:
             say(f"noted: {verify.note(folder, rerun, device, found)}")
@@ -587,7 +587,8 @@ def outcomes(
 
         while timed or others or at_work:
             while task := next_task():
-                at_work[pool.submit(work.perform_here, task)] = task
+                with unheard():  # this process ends the workers
+                    at_work[pool.submit(work.perform_here, task)] = task
             running[:] = [task.entry.name for task in at_work.values()]
             # A wait without end could not be interrupted everywhere.
             finished = wait(at_work, timeout=0.1, return_when=FIRST_COMPLETED).done
@@ -630,18 +631,36 @@ def store(out: Path, name: str, device: str, product: work.Product) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Put off Ctrl-C until the end of the block. It reaches the main thread only."""
+    """Put off Ctrl-C and SIGTERM until the end of the block. They reach the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     asked: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    before = {
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not None
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if asked:
-        raise KeyboardInterrupt
+        signal.raise_signal(asked[0])
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What is started in the block never gets a Ctrl-C or SIGTERM of its own; to this process they come after it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load(out: Path) -> list["Chapter"]:
@@ -651,7 +670,8 @@ def load(out: Path) -> list["Chapter"]:
     try:
         return report.load(out)
     except (ValueError, OSError) as error:
-        raise Unusable(f"no report was written: {error}") from error
+        words = files().sentence(error) if isinstance(error, OSError) else error
+        raise Unusable(f"no report was written: {words}") from error
 
 
 def publish(out: Path, chapters: list["Chapter"]) -> None:
@@ -687,6 +707,9 @@ def start_jax(device: str | None, join: bool = False) -> str:
         if not join:
             raise
         raise Unusable(str(error)) from None
+    from jaxgrad import commandline
+
+    commandline.interruptible()
     if device == "gpu" and backend != "gpu":
         raise Unusable(
             "--device gpu: JAX finds no GPU here; where there is one, install the extra cuda12 or cuda13 "
@@ -740,16 +763,23 @@ def rank() -> int:
     return sys.modules["jax"].process_index() if several() else 0
 
 
+def files() -> Any:
+    """`jaxgrad.files`, which the help and the errors of a command line do without."""
+    from jaxgrad import files
+
+    return files
+
+
 if __name__ == "__main__":
-    exit_status = main()
+    from jaxgrad import commandline
+
+    exit_status = commandline.outcome(main)
     if several():
         from jaxgrad import parallel
 
         parallel.run(lambda: exit_status)
-    if exit_status in (AGAIN, INTERRUPTED, UNUSABLE):
-        # Without this, Python would wait for what other threads or the device still run. Locks of the workers that
-        # are not collected before are reported as leaks.
+    # Python would wait for what other threads or the device still run. Locks of the workers that are not collected
+    # before are reported as leaks.
+    if at_once := exit_status not in (OK, FAILED):
         gc.collect()
-        sys.stdout.flush()
-        os._exit(exit_status)
-    sys.exit(exit_status)
+    commandline.leave(exit_status, at_once)

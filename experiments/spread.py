@@ -148,7 +148,8 @@ if __name__ == "__main__":
     # python -m experiments.spread SEED ARGUMENTS: one echo of `python -m experiments ARGUMENTS`.
     from experiments import work
     from experiments.__main__ import main
+    from jaxgrad import commandline
 
     work.nudge = int(sys.argv[1])
     nudge_data(work.nudge)
-    sys.exit(main(sys.argv[2:]))
+    commandline.leave(commandline.outcome(lambda: main(sys.argv[2:])))

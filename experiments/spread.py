@@ -125,8 +125,13 @@ def read(folder: str | Path, old: Result) -> Spread | None:
     path = _path(folder, old)
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # damaged bytes make NumPy and zipfile raise anything
+        raise ValueError(
+            f"{path} is not a whole npz file ({error}); run `python -m experiments spread` again"
+        ) from None
     if str(arrays.pop("seal")) != results.seal(folder, old.name, old.device):
         return None
     echoes = tuple(arrays.pop("echoes").tolist())

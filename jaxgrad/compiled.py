@@ -55,7 +55,7 @@ def _seal_what_jax_reads() -> bool:
         def __init__(self, path: str):
             self._path = Path(path)
 
-        def get(self, key: str) -> bytes | None:
+        def get(self, key: str) -> Any:
             return read(self._path, key)
 
         def put(self, key: str, value: bytes) -> None:

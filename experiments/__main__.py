@@ -262,11 +262,15 @@ def gibibytes(text: str | None) -> float | None:
 
 def check_folder(out: Path) -> None:
     """Refuse a folder that cannot be written to."""
-    existing = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
+    existing = next(parent for parent in (out, *Path(os.path.realpath(out)).parents) if parent.exists())
     if not existing.is_dir():
         raise Unusable(f"--out {out}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise Unusable(f"--out {out}: {existing} cannot be written to")
+
+
+def is_the_studys_own(out: Path) -> bool:
+    return os.path.realpath(out) == str(RESULTS)  # `Path.resolve` raises where links lead in a circle
 
 
 def show_list(arguments: Arguments) -> int:
@@ -330,7 +334,7 @@ def run(plan: Plan) -> int:
         # Whoever stopped the study may have done so between the numbers and their figures.
         report.draw(plan.out, [chapter for chapter in chapters if chapter.name in {entry.name for entry in there}])
         publish(plan.out, chapters)
-        if plan.out.resolve() == RESULTS and device == "cpu":
+        if is_the_studys_own(plan.out) and device == "cpu":
             results.environment(RESULTS)
     show_verdicts([chapter for chapter in chapters if chapter.name in outcome.done])
     return outcome.status
@@ -686,7 +690,7 @@ def publish(out: Path, chapters: list["Chapter"]) -> None:
     except ModuleNotFoundError as error:
         raise Unusable(f"no page was written, for {error.name} is not installed; {INSTALL}") from None
     readme = RESULTS.parent / "README.md"
-    if out.resolve() == RESULTS and readme.is_file() and report.front_page(readme, out, chapters):
+    if is_the_studys_own(out) and readme.is_file() and report.front_page(readme, out, chapters):
         say(f"front page: {readme}")
 
 

@@ -377,8 +377,9 @@ def is_the_persons(error: Exception, task: Task) -> bool:
 
     if isinstance(error, ModuleNotFoundError):
         return True
-    if isinstance(error, OSError) and error.errno in files.REMEDIES and error.errno != errno.ENOENT:
-        return True  # a full disk, a folder that is read-only
+    if isinstance(error, OSError) and error.errno in files.REMEDIES:
+        # A full disk, a folder that is read-only. A file that an experiment misses is its own mistake.
+        return error.errno != errno.ENOENT or files.working_folder_is_gone()
     if not task.overrides or not isinstance(error, ValueError | OSError):
         return False
     import jaxgrad

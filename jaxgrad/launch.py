@@ -170,7 +170,7 @@ def _start(
     }
     if arguments.devices:
         own["JAXGRAD_DEVICES"] = str(arguments.devices)
-    path = os.getcwd() if arguments.module else str(Path(arguments.program[0]).resolve().parent)
+    path = os.getcwd() if arguments.module else os.path.dirname(os.path.realpath(arguments.program[0]))
     argv = ["-m", *arguments.program] if arguments.module else arguments.program
     call = f"rank({alive}, {path!r}, {argv!r}, {arguments.module!r})"
     code = f"from jaxgrad import commandline; commandline.prepare(quiet=True); from jaxgrad.launch import rank; {call}"

@@ -85,7 +85,7 @@ def _load(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
     spec.loader.exec_module(module)
     return module
 

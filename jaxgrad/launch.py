@@ -102,6 +102,9 @@ def run(argv: Sequence[str] | None = None) -> Ended:
             processes.append(_start(rank, arguments, coordinator, logs, alive))
             _tell(guard, processes[-1].pid)
         status = _watch(processes, logs, asked)
+        if status:
+            for process in processes:
+                _kill(process)
         return Ended(status, tuple(_end(process) for process in processes))
     finally:
         for process in processes:
@@ -234,9 +237,14 @@ def rank(alive: int, path: str, argv: list[str], module: str | None) -> None:
 def _end(process: subprocess.Popen[bytes]) -> int:
     """Kill a process that still runs, and all that it started; its exit status."""
     if process.poll() is None:
-        with suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
     return process.wait()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill all of a process's session that is left; nothing is an error."""
+    with suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _show(pipe: BinaryIO, log: Path, screen: BinaryIO) -> None:

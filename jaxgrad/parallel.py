@@ -304,9 +304,9 @@ def _part() -> None:
     try:
         _tell(_OVER)
         _hang_up()
-        while len(ends := _ends()) < jax.process_count():
-            if failed := [rank for rank, end in ends.items() if end == _FAILED]:
-                raise Elsewhere(f"rank {failed[0]} failed")
+        while (ends := list(_ends().values())).count(_OVER) < jax.process_count():
+            if _FAILED in ends:
+                raise Elsewhere("one that had not ended failed")
             time.sleep(0.05)
         jax.distributed.shutdown()
     except BaseException as error:
@@ -362,13 +362,26 @@ def _die(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if early:
             why = f"rank {early[0]} {EARLY}"
         print(f"rank {rank} of {processes} ended because {why}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        _tell_failure()
         _exit(PEER_LOST)
     traceback.print_exception(kind, error, trace)
     print(f"rank {rank} of {processes} failed: {kind.__name__}: {error}", file=sys.stderr)
-    telling = threading.Thread(target=_tell, args=(_FAILED,), daemon=True)
+    _tell_failure()
+    _exit(1)
+
+
+def _tell_failure() -> None:
+    """Let those know that wait at the end: JAX would end them by SIGABRT once the coordinator, rank 0, is gone."""
+
+    def tell() -> None:
+        with suppress(Exception):
+            _tell(_FAILED)
+
+    telling = threading.Thread(target=tell, daemon=True)
     telling.start()
     telling.join(1)  # the coordinator may be gone
-    _exit(1)
+    if is_main():
+        time.sleep(0.3)
 
 
 EARLY = "had ended its program while others still computed with it"

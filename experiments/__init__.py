@@ -35,6 +35,13 @@ A `*` in KEY, SCORES and OPTIONS stands for what it stood for in the name.
 Nothing heavy is imported here: a command line is read, and refused, before JAX is loaded.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # `python -m experiments` begins here: from now on a Ctrl-C is one line
+    from jaxgrad import commandline
+
+    commandline.prepare()
+
 import ast
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence

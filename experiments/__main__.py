@@ -76,8 +76,8 @@ On your own data, or in several processes (srun, mpirun, python -m jaxgrad.launc
 as it goes. SIGTERM and Ctrl-C then end it at the next checkpoint with status 75, run me again: --resume goes on from
 there, and also after a kill. Without --resume it begins anew.
 
-exit status: 0 done, 1 an experiment failed or a number differs, 2 unusable arguments or data, 75 stopped when asked:
-run again with --resume, 130 interrupted
+exit status: 0 done, 1 an experiment failed or a number differs, 2 unusable arguments, data, files or folders, 75
+stopped when asked: run again with --resume, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM)
 """
 
 
@@ -188,18 +188,16 @@ def main(argv: list[str] | None = None) -> int:
             status = record_spread(arguments)
         else:
             status = run(plan(arguments))
-        sys.stdout.flush()
         return status
     except Unusable as error:
         complain(f"error: {error}")
         return UNUSABLE
+    except OSError as error:
+        complain(f"error: {files().sentence(error)}")
+        return UNUSABLE
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -306,11 +304,15 @@ def gibibytes(text: str | None) -> float | None:
 
 def check_folder(out: Path) -> None:
     """Refuse a folder that cannot be written to."""
-    existing = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
+    existing = next(parent for parent in (out, *Path(os.path.realpath(out)).parents) if parent.exists())
     if not existing.is_dir():
         raise Unusable(f"--out {out}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise Unusable(f"--out {out}: {existing} cannot be written to")
+
+
+def is_the_studys_own(out: Path) -> bool:
+    return os.path.realpath(out) == str(RESULTS)  # `Path.resolve` raises where links lead in a circle
 
 
 def show_list(arguments: Arguments) -> int:
@@ -375,7 +377,7 @@ def run(plan: Plan) -> int:
         # Whoever stopped the study may have done so between the numbers and their figures.
         report.draw(plan.out, [chapter for chapter in chapters if chapter.name in {entry.name for entry in there}])
         publish(plan.out, chapters)
-        if plan.out.resolve() == RESULTS and device == "cpu":
+        if is_the_studys_own(plan.out) and device == "cpu":
             results.environment(RESULTS)
     show_verdicts([chapter for chapter in chapters if chapter.name in outcome.done])
     return outcome.status
@@ -484,7 +486,9 @@ def carry_out(plan: Plan, device: str) -> Outcome:
 def writing(out: Path) -> Iterator[None]:
     """Be the only one that writes to a folder."""
     from experiments import results
+    from jaxgrad import commandline
 
+    commandline.interruptible()
     with ExitStack() as held:
 
         def hold() -> None:
@@ -545,7 +549,7 @@ def verify_study(arguments: Arguments) -> int:
             module = importlib.import_module(f"experiments.{entry.name}")
             try:
                 found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED, not arguments.quick))
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 raise Unusable(str(error)) from None
         if arguments.note and ran:
             say(f"noted: {verify.note(folder, rerun, device, found)}")
@@ -661,7 +665,8 @@ def outcomes(
 
         while timed or others or at_work:
             while task := next_task():
-                at_work[pool.submit(work.perform_here, task)] = task
+                with unheard():  # this process ends the workers
+                    at_work[pool.submit(work.perform_here, task)] = task
             running[:] = [task.entry.name for task in at_work.values()]
             # A wait without end could not be interrupted everywhere.
             finished = wait(at_work, timeout=0.1, return_when=FIRST_COMPLETED).done
@@ -704,18 +709,36 @@ def store(out: Path, name: str, device: str, product: work.Product, columns: tup
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Put off Ctrl-C until the end of the block. It reaches the main thread only."""
+    """Put off Ctrl-C and SIGTERM until the end of the block. They reach the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     asked: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    before = {
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not None
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if asked:
-        raise KeyboardInterrupt
+        signal.raise_signal(asked[0])
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What is started in the block never gets a Ctrl-C or SIGTERM of its own; to this process they come after it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load(out: Path) -> list["Chapter"]:
@@ -725,7 +748,8 @@ def load(out: Path) -> list["Chapter"]:
     try:
         return report.load(out)
     except (ValueError, OSError) as error:
-        raise Unusable(f"no report was written: {error}") from error
+        words = files().sentence(error) if isinstance(error, OSError) else error
+        raise Unusable(f"no report was written: {words}") from error
 
 
 def publish(out: Path, chapters: list["Chapter"]) -> None:
@@ -740,7 +764,7 @@ def publish(out: Path, chapters: list["Chapter"]) -> None:
     except ModuleNotFoundError as error:
         raise Unusable(f"no page was written, for {error.name} is not installed; {INSTALL}") from None
     readme = RESULTS.parent / "README.md"
-    if out.resolve() == RESULTS and readme.is_file() and report.front_page(readme, out, chapters):
+    if is_the_studys_own(out) and readme.is_file() and report.front_page(readme, out, chapters):
         say(f"front page: {readme}")
 
 
@@ -761,6 +785,9 @@ def start_jax(device: str | None, join: bool = False) -> str:
         if not join:
             raise
         raise Unusable(str(error)) from None
+    from jaxgrad import commandline
+
+    commandline.interruptible()
     if device == "gpu" and backend != "gpu":
         raise Unusable(
             "--device gpu: JAX finds no GPU here; where there is one, install the extra cuda12 or cuda13 "
@@ -814,16 +841,23 @@ def rank() -> int:
     return sys.modules["jax"].process_index() if several() else 0
 
 
+def files() -> Any:
+    """`jaxgrad.files`, which the help and the errors of a command line do without."""
+    from jaxgrad import files
+
+    return files
+
+
 if __name__ == "__main__":
-    exit_status = main()
+    from jaxgrad import commandline
+
+    exit_status = commandline.outcome(main)
     if several():
         from jaxgrad import parallel
 
         parallel.run(lambda: exit_status)
-    if exit_status in (AGAIN, INTERRUPTED, UNUSABLE):
-        # Without this, Python would wait for what other threads or the device still run. Locks of the workers that
-        # are not collected before are reported as leaks.
+    # Python would wait for what other threads or the device still run. Locks of the workers that are not collected
+    # before are reported as leaks.
+    if at_once := exit_status not in (OK, FAILED):
         gc.collect()
-        sys.stdout.flush()
-        os._exit(exit_status)
-    sys.exit(exit_status)
+    commandline.leave(exit_status, at_once)

@@ -12,6 +12,7 @@ under its temporary name, which the next `read` renames.
 
 The JSON also holds what a later reader needs to trust it: the hash of every source file that made the numbers
 (`code`), and the hash of its own contents (`sha256`), so that stale and edited files can be told from sound ones.
+`read` refuses an edited one. This is for accidents: a person can compute a hash, too.
 """
 
 import ast
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad import atomic
+from jaxgrad import atomic, files
 from jaxgrad.data import Column
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
@@ -109,7 +110,8 @@ def write(
         document["columns"] = [column._asdict() for column in columns]
     text = _json(_sealed(_encode(document, "result")))
     place = Path(folder) / name
-    place.mkdir(parents=True, exist_ok=True)
+    with files.explained(f"the result of {name} cannot be written"):
+        place.mkdir(parents=True, exist_ok=True)
     json_path, npz_path = place / f"{device}.json", place / f"{device}.npz"
     waiting = atomic.temporary(json_path)
     atomic.write(waiting, text)
@@ -122,25 +124,30 @@ def write(
     return json_path
 
 
-def read(folder: str | Path, name: str, device: str) -> Result:
+def read(folder: str | Path, name: str, device: str, sealed: bool = True) -> Result:
     """Read back what `write` wrote: arrays from the npz, the rest from the JSON.
 
-    Raises FileNotFoundError where there is no such result, ValueError where a file is truncated, is not what
-    its name says, or where the JSON and the npz do not belong together.
+    Raises FileNotFoundError where there is no such result, OSError where it cannot be read, ValueError where a file is
+    truncated, is not what its name says, was changed since it was written (unless `sealed` is False), or where the
+    JSON and the npz do not belong together.
     """
     json_path, npz_path = (Path(folder) / name / f"{device}.{kind}" for kind in ("json", "npz"))
     again = f"run `python -m experiments {name}` again"
-    for path in (json_path, npz_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"no result of {name} on {device}: {path} is missing; {again}")
-    archive = npz_path.read_bytes()
-    digest = hashlib.sha256(archive).hexdigest()
-    document = _document(json_path, again)
-    if document["arrays"]["sha256"] != digest and _finish(json_path, digest):
+    with files.explained(f"the result of {name} on {device} cannot be read"):
+        for path in (json_path, npz_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"no result of {name} on {device}: {path} is missing; {again}")
+        archive = npz_path.read_bytes()
+        digest = hashlib.sha256(archive).hexdigest()
         document = _document(json_path, again)
+        if document["arrays"]["sha256"] != digest and _finish(json_path, digest):
+            document = _document(json_path, again)
     arrays = _arrays(npz_path, archive, again)
     if document["arrays"]["sha256"] != digest:
         raise ValueError(f"{json_path} and {npz_path.name} are not of one run (sha256 differs); {again}")
+    if sealed and "results" in _changed(json_path, document):
+        raise ValueError(f"{json_path} was changed since it was written (sha256 differs); {again}")
+    document = _decode(document)
     kept = ("versions", "machine", "precision", "seeds", "code")
     return Result(
         name=document["experiment"],
@@ -174,19 +181,22 @@ def reclaim(folder: str | Path, result: Result, claims: Sequence[Claim]) -> Resu
 
 
 def edited(folder: str | Path, name: str, device: str) -> list[str]:
-    """Which parts of a saved JSON (`results`, `claims`) are not what was written: somebody changed them since.
-
-    A JSON from before parts were hashed says nothing, and gives an empty list.
-    """
-    document = json.loads((Path(folder) / name / f"{device}.json").read_text(encoding="utf-8"))
-    recorded = document.get("sha256", {})
-    return [part for part, digest in _digests(document).items() if recorded.get(part, digest) != digest]
+    """Which parts of a saved JSON (`results`, `claims`) are not what was written, or have no hash to tell by."""
+    path = Path(folder) / name / f"{device}.json"
+    return _changed(path, _document(path, f"run `python -m experiments {name}` again"))
 
 
 def seal(folder: str | Path, name: str, device: str) -> str:
     """The hash of a saved result: of all but its claims."""
-    document = json.loads((Path(folder) / name / f"{device}.json").read_text(encoding="utf-8"))
-    return _digests(document)["results"]
+    path = Path(folder) / name / f"{device}.json"
+    return _digests(_document(path, f"run `python -m experiments {name}` again"))["results"]
+
+
+def _changed(path: Path, document: dict[str, Any]) -> list[str]:
+    changed = [part for part, digest in _digests(document).items() if document["sha256"].get(part) != digest]
+    # A digit too many is another text for the same number.
+    same = path.read_text(encoding="utf-8") == _json(document).decode()
+    return changed if changed or same else ["results"]
 
 
 def code(name: str) -> dict[str, str]:
@@ -251,8 +261,9 @@ def lock(folder: str | Path) -> Iterator[None]:
     except ModuleNotFoundError:  # Windows
         yield
         return
-    place.mkdir(parents=True, exist_ok=True)
-    handle = os.open(place, os.O_RDONLY)
+    with files.explained(f"nothing can be written to {place}"):
+        place.mkdir(parents=True, exist_ok=True)
+        handle = os.open(place, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -353,13 +364,22 @@ def _finish(json_path: Path, digest: str) -> bool:
 
 
 def _document(path: Path, again: str) -> dict[str, Any]:
+    """The JSON as it is written, once it is seen to be a result."""
     try:
-        document = _decode(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not whole JSON ({error}); {again}") from None
-    keys = ("experiment", "device", "config", "numbers", "arrays", "claims", "times", "versions", "machine")
-    if missing := [key for key in keys if not isinstance(document, dict) or key not in document]:
-        raise ValueError(f"{path} is not a result: it has no {missing[0]!r}; {again}")
+    kinds = {
+        "experiment": str, "device": str, "config": dict, "numbers": dict, "arrays": dict, "claims": list,
+        "times": dict, "versions": dict, "machine": dict, "sha256": dict,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(document, dict) or not isinstance(document.get(key), kind):
+            raise ValueError(f"{path} is not a result: it has no {key!r}; {again}")
+    if not isinstance(document["arrays"].get("sha256"), str):
+        raise ValueError(f"{path} is not a result: it has no 'sha256' of its arrays; {again}")
+    if any(not isinstance(claim, dict) or set(claim) != set(Claim._fields) for claim in document["claims"]):
+        raise ValueError(f"{path} is not a result: a claim is not whole; {again}")
     return document
 
 
@@ -367,7 +387,7 @@ def _arrays(path: Path, archive: bytes, again: str) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(archive), allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except Exception as error:  # damaged bytes make NumPy and zipfile raise anything
         raise ValueError(f"{path} is not a whole npz file ({error}); {again}") from None
 
 
@@ -377,11 +397,8 @@ def _plain_claims(claims: Sequence[Claim]) -> list[dict[str, Any]]:
 
 def _sealed(document: dict[str, Any], only: str | None = None) -> dict[str, Any]:
     """The plain document with the hashes of its parts; `only` one of them renewed."""
-    fresh, old = _digests(document), document.get("sha256")
-    if only is not None:
-        # What was not hashed when it was written is not vouched for now.
-        return document if old is None else document | {"sha256": {**old, only: fresh[only]}}
-    return document | {"sha256": fresh}
+    fresh = _digests(document)
+    return document | {"sha256": fresh if only is None else {**document["sha256"], only: fresh[only]}}
 
 
 def _digests(document: dict[str, Any]) -> dict[str, str]:

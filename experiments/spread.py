@@ -125,8 +125,13 @@ def read(folder: str | Path, old: Result) -> Spread | None:
     path = _path(folder, old)
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # damaged bytes make NumPy and zipfile raise anything
+        raise ValueError(
+            f"{path} is not a whole npz file ({error}); run `python -m experiments spread` again"
+        ) from None
     if str(arrays.pop("seal")) != results.seal(folder, old.name, old.device):
         return None
     echoes = tuple(arrays.pop("echoes").tolist())
@@ -148,7 +153,8 @@ if __name__ == "__main__":
     # python -m experiments.spread SEED ARGUMENTS: one echo of `python -m experiments ARGUMENTS`.
     from experiments import work
     from experiments.__main__ import main
+    from jaxgrad import commandline
 
     work.nudge = int(sys.argv[1])
     nudge_data(work.nudge)
-    sys.exit(main(sys.argv[2:]))
+    commandline.leave(commandline.outcome(lambda: main(sys.argv[2:])))

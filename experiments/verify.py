@@ -102,7 +102,7 @@ def study(
     """The verdicts on one experiment of the re-run in `rerun` against what is committed in `folder`."""
     try:
         edited = results.edited(folder, name, device)
-        old = results.read(folder, name, device)
+        old = results.read(folder, name, device, sealed=False)
     except FileNotFoundError:
         return Comparison(name, (Finding("all", "not comparable", f"nothing is committed for it on {device}"),))
     except ValueError as error:

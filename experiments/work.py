@@ -5,6 +5,7 @@ study writes it. So nobody else writes, whatever becomes of the workers.
 """
 
 import dataclasses
+import errno
 import gc
 import importlib
 import io
@@ -70,12 +71,15 @@ class Failure(NamedTuple):
 
 def perform(task: Task, status: Callable[[str], None]) -> Product | Failure:
     """Run an experiment and draw it. What it raises is returned, in words; an interrupt passes."""
+    from jaxgrad import files
+
     try:
         return _product(task, status)
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
         persons = is_the_persons(error, task)
-        return Failure(str(error) if persons else short_traceback(error), persons, missing)
+        words = files.sentence(error) if isinstance(error, OSError) else str(error)
+        return Failure(words if persons else short_traceback(error), persons, missing)
 
 
 def _product(task: Task, status: Callable[[str], None]) -> Product:
@@ -227,7 +231,11 @@ def start(folders: Sequence[str], device: str, messages: Any, workers: Any, nudg
         with workers.get_lock():
             messages.put(text)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    # Who started it ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # what it starts itself does hear this one
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     experiments.__path__[:] = folders  # type: ignore[index]
     _speak, _workers = speak, workers
@@ -314,18 +322,20 @@ def start_jax(device: str | None, join: bool = False) -> str:
 def keep_compiled() -> None:
     """Let JAX keep what it compiles in the person's cache folder, so that the next start need not compile it again.
 
-    A setting of this process, not of its environment: what times a cold start in a process of its own has none.
-    Where `JAX_COMPILATION_CACHE_DIR` is set, that folder is used; empty, it turns this off.
+    Each entry is sealed, for JAX runs a damaged one without a word (`jaxgrad.compiled`). A setting of this process,
+    not of its environment: what times a cold start in a process of its own has none. Where
+    `JAX_COMPILATION_CACHE_DIR` is set, that folder is used; empty, it turns this off.
     """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
+    from jaxgrad import compiled
+
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxgrad" / "compiled"))
-    # As JAX comes, it keeps only what took more than a second.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(base) / "jaxgrad" / "compiled")
+    if folder and "://" not in str(folder) and compiled.keep(folder) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # As JAX comes, it keeps only what took more than a second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def compile_clock() -> Callable[[], float]:
@@ -362,13 +372,18 @@ def _new_clock() -> Callable[[], float]:
 
 
 def is_the_persons(error: Exception, task: Task) -> bool:
-    """Whether the person can mend it: a package is missing, or their data or seeds do not do.
+    """Whether the person can mend it: a package is missing, the disk is full, or their data or seeds do not do.
 
     Data do not do where reading them failed, or where our code says so in a `raise`; what NumPy or JAX stumble over
     is the experiment's own failure.
     """
+    from jaxgrad import files
+
     if isinstance(error, ModuleNotFoundError):
         return True
+    if isinstance(error, OSError) and error.errno in files.REMEDIES:
+        # A full disk, a folder that is read-only. A file that an experiment misses is its own mistake.
+        return error.errno != errno.ENOENT or files.working_folder_is_gone()
     if not task.overrides or not isinstance(error, ValueError | OSError):
         return False
     import jaxgrad

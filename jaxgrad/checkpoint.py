@@ -8,6 +8,10 @@ one. The order of the examples needs no saving: it is a pure function of key and
 gives the same numbers, to the bit on the same number of devices.
 
 A checkpoint knows of which run it is: of what data, loss and start, optimizer, sampling and key. Another's is refused.
+
+One run at a time: it holds a lock on `<name>.lock` beside the file, which ends with the run, also with one that is
+killed. Where the file system has no locks (Windows, some network drives) two runs are not kept apart; each file is
+still whole.
 """
 
 import hashlib
@@ -15,8 +19,9 @@ import io
 import json
 import os
 import re
-import zipfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import atomic, parallel
+from jaxgrad import atomic, files, parallel
 from jaxgrad.parallel import Weighted, digest
 from jaxgrad.types import Loss, Params
 
@@ -69,7 +74,58 @@ def _write(path: Path, content: memoryview) -> None:
         atomic.write(path, content)
     except OSError as error:
         kept = "the one that was there is whole" if path.exists() else "there is none yet"
-        raise OSError(error.errno, f"no checkpoint could be written to {path} ({error.strerror}); {kept}") from None
+        raise OSError(error.errno, f"no checkpoint could be written to {path} ({_reason(error)}); {kept}") from None
+
+
+def _reason(error: OSError) -> str:
+    return files.reason(OSError(error.errno, os.strerror(error.errno))) if error.errno else str(error)
+
+
+@contextmanager
+def held(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """Keep other runs off a checkpoint for as long as the block: rank 0 does, all of them call it.
+
+    Raises BlockingIOError (on the others `parallel.Elsewhere`) where another run writes to it.
+    """
+    with ExitStack() as block:
+
+        def hold() -> None:
+            if checkpoint is not None and parallel.is_main():
+                block.enter_context(_alone(Path(checkpoint.path), patience=0.5))  # another may be looking
+
+        if checkpoint is not None:
+            parallel.together(hold)
+        yield
+
+
+@contextmanager
+def _alone(path: Path, patience: float = 0.0) -> Iterator[None]:
+    place, until = path.with_name(f"{path.name}.lock"), time.monotonic() + patience
+    while True:
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        got = atomic.locked(handle)
+        if got is False:
+            owner = os.pread(handle, 100, 0).decode(errors="replace")
+            os.close(handle)
+            if time.monotonic() < until:
+                time.sleep(0.01)
+                continue
+            raise BlockingIOError(
+                f"another run{f' (process {owner})' if owner else ''} writes checkpoints to {path}; "
+                "wait for it to end, or give another path"
+            )
+        if got is None or atomic.names(place, handle):
+            break
+        os.close(handle)  # the other run removed it just now
+    try:
+        with suppress(OSError):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        with suppress(OSError):
+            place.unlink()  # under the lock
+        os.close(handle)
 
 
 def resumed(checkpoint: Checkpoint, like: Any, fingerprint: dict[str, str]) -> Any | None:
@@ -79,14 +135,15 @@ def resumed(checkpoint: Checkpoint, like: Any, fingerprint: dict[str, str]) -> A
     for a damaged one.
     """
     path = Path(checkpoint.path)
-    content = parallel.from_main(lambda: path.read_bytes() if checkpoint.resume and path.exists() else b"")
+    with files.explained("a checkpoint cannot be read"):
+        content = parallel.from_main(lambda: path.read_bytes() if checkpoint.resume and path.exists() else b"")
     if not content:
         return None
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             plain = [file[f"leaf{i}"] for i in range(len(header["dtypes"]))]
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes make NumPy and zipfile raise anything
         raise ValueError(f"{path} is not a whole checkpoint ({error}); remove it to begin anew") from None
     theirs = header["fingerprint"]
     other = [name for name in fingerprint if theirs.get(name) != fingerprint[name]]
@@ -110,18 +167,26 @@ def check(checkpoint: Checkpoint) -> None:
         raise ValueError(f"a checkpoint is an .npz file; got {path}")
     if isinstance(checkpoint.every, bool) or not isinstance(checkpoint.every, int) or checkpoint.every < 1:
         raise ValueError(f"every must be a whole number of steps, at least 1; got {checkpoint.every!r}")
+    with files.explained(f"no checkpoint can be written to {path}"):
+        there = path.parent.is_dir() and path.exists()
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"no checkpoint can be written to {path}: the folder {path.parent} does not exist")
-    if path.exists() and not checkpoint.resume:
+        raise FileNotFoundError(
+            f"no checkpoint can be written to {path}: the folder {path.parent} does not exist; create it"
+        )
+    if there and not path.is_file():
+        raise IsADirectoryError(f"no checkpoint can be written to {path}: it is there and no file; give another path")
+    if there and not checkpoint.resume:
         raise FileExistsError(
             f"{path} is there already: go on from it with resume=True, remove it, or give another path"
         )
     try:
-        probe = atomic.temporary(path)
-        probe.open("wb").close()
-        probe.unlink()
+        atomic.probe(path)
+        with _alone(path):
+            pass
+    except BlockingIOError:
+        raise
     except OSError as error:
-        raise OSError(error.errno, f"no checkpoint can be written to {path}: {error.strerror}") from None
+        raise OSError(error.errno, f"no checkpoint can be written to {path}: {_reason(error)}") from None
 
 
 def fingerprint(

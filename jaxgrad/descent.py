@@ -434,7 +434,7 @@ def descend(
         saved.save(checkpoint, (state, columns, active, told, ended, best, waited, seconds), whose)
 
     asking = parallel.Interruption() if checkpoint is not None else nullcontext()
-    with asking as asked, nullcontext() if reader is None else closing(reader):
+    with saved.held(checkpoint), asking as asked, nullcontext() if reader is None else closing(reader):
         for mark in marks:
             before, began = state, time.perf_counter()
             state = jax.block_until_ready(go(state, key, data, np.int32(mark), halt=halt))

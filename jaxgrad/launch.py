@@ -4,12 +4,22 @@ For trying out what a cluster will run, and for tests: on one machine n processe
 one process with all of them. Across machines use what starts programs there (srun, mpirun, Kubernetes): a program
 that calls `jaxgrad.parallel.start()` needs no launcher of ours.
 
-The processes talk over loopback only. Each has a log of its own; that of rank 0 is shown too. If one fails, all are
-ended, and one sentence says which it was. If the launcher itself is killed (SIGKILL, out of memory), they end too.
+The processes talk over loopback only. Each has a log of its own; that of rank 0 is shown too. If one fails, or leaves
+before the others are done, all are ended, and one sentence says which it was. If the launcher itself is killed
+(SIGKILL, out of memory), they end too, with all that they started.
+
+A signal to the launcher (Ctrl-C, SIGTERM) is passed on at once. It ends a rank at once, unless that is in a descent
+with a checkpoint, which saves itself first and has 20 s for it; a second signal leaves 2 s.
 """
+
+from jaxgrad import commandline
+
+if __name__ == "__main__":
+    commandline.prepare()
 
 import argparse
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,34 +28,34 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+from jaxgrad import files
 
 GRACE = 20
 """Seconds that the processes have to end after a Ctrl-C or SIGTERM, before they are killed."""
+LAST_GRACE = 2
+"""The same after a second signal."""
+AGAIN = "start it again (a run with a checkpoint goes on from there with resume)"
+EARLY = "had ended its program"
+"""What a rank says of another that left before it (`parallel.EARLY`)."""
+APART = 5
+"""Seconds within which all leave, once one has left without an error: they wait for each other before."""
 
-# What a process runs: it joins the others, and ends so that none waits for it. Nobody writes to the pipe: to read from
-# it is to wait until the launcher, which alone holds the other end, is gone.
-_CHILD = """\
-import os, sys, threading
-def end_with_launcher():
-    try:
-        os.read({alive}, 1)
-        print("ended because the launcher is gone", file=sys.stderr)
-    finally:
-        os._exit(1)
-threading.Thread(target=end_with_launcher, daemon=True).start()
-sys.path[0] = {path!r}
-from jaxgrad.parallel import run, start
-def main():
-    import runpy
-    start()
-    sys.argv = {argv!r}
-    if {module!r}:
-        runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-run(main)
+# Kills what is left of the ranks, stopped or busy in C, with all that they started, if the launcher ends without
+# saying so. It reads their process ids; the end of the pipe is the launcher's own end.
+_GUARD = """\
+import os, signal, sys, time
+words = sys.stdin.read().split()
+if "done" not in words:
+    time.sleep(0.5)
+    for pid in map(int, words):
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except OSError:
+            pass
 """
 
 
@@ -83,16 +93,28 @@ def run(argv: Sequence[str] | None = None) -> Ended:
     }
     alive, held = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
+    guard = subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     try:
         for rank in range(arguments.n):
             processes.append(_start(rank, arguments, coordinator, logs, alive))
-        status = _watch(processes, logs, asked, _again(arguments))
+            _tell(guard, processes[-1].pid)
+        status = _watch(processes, logs, asked)
+        if status:
+            for process in processes:
+                _kill(process)
         return Ended(status, tuple(_end(process) for process in processes))
     finally:
         for process in processes:
             _end(process)
         os.close(alive)
         os.close(held)
+        _tell(guard, "done")
+        assert guard.stdin is not None
+        guard.stdin.close()
+        guard.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -107,8 +129,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   python -m jaxgrad.launch -n 2 -m experiments gd_vs_sgd --quick
   python -m jaxgrad.launch -n 2 --devices 2 train.py        two processes with two virtual devices each
 
-exit status: 0 done, 75 stopped when asked (a checkpoint is there: run again), 2 unusable arguments, else that of the
-process that failed first (128 + the signal, where one was killed)""",
+exit status: 0 done, 75 stopped when asked (a checkpoint is there: run again), 2 unusable arguments, files or folders,
+130 or 143 ended by Ctrl-C or SIGTERM, else that of the process that failed first (128 + the signal, where one was
+killed; 1 where one left before the others)""",
     )
     parser.add_argument("-n", type=int, required=True, metavar="N", help="how many processes")
     parser.add_argument("--devices", type=int, metavar="K", help="virtual devices in each process")
@@ -126,6 +149,8 @@ process that failed first (128 + the signal, where one was killed)""",
         parser.error(f"-n must be at least 1, got {arguments.n}")
     if arguments.devices is not None and arguments.devices < 1:
         parser.error(f"--devices must be at least 1, got {arguments.devices}")
+    if arguments.port is not None and not 0 <= arguments.port < 2**16:
+        parser.error(f"--port must be from 0 (any) to 65535, got {arguments.port}")
     if arguments.module is None and not arguments.program:
         parser.error("there is nothing to run: give a script, or -m and a module")
     return arguments
@@ -148,9 +173,10 @@ def _start(
     }
     if arguments.devices:
         own["JAXGRAD_DEVICES"] = str(arguments.devices)
-    path = os.getcwd() if arguments.module else str(Path(arguments.program[0]).resolve().parent)
+    path = os.getcwd() if arguments.module else os.path.dirname(os.path.realpath(arguments.program[0]))
     argv = ["-m", *arguments.program] if arguments.module else arguments.program
-    code = _CHILD.format(path=path, argv=argv, module=arguments.module, alive=alive)
+    call = f"rank({alive}, {path!r}, {argv!r}, {arguments.module!r})"
+    code = f"from jaxgrad import commandline; commandline.prepare(quiet=True); from jaxgrad.launch import rank; {call}"
     log = logs / f"rank{rank}.log"
     with log.open("wb") as file:
         # A session of its own: a Ctrl-C comes to the launcher, which passes it on once.
@@ -166,50 +192,118 @@ def _start(
     return process
 
 
+def _tell(guard: subprocess.Popen[bytes], word: Any) -> None:
+    with suppress(OSError):  # it may have been killed, too
+        assert guard.stdin is not None
+        guard.stdin.write(f"{word}\n".encode())
+        guard.stdin.flush()
+
+
+def rank(alive: int, path: str, argv: list[str], module: str | None) -> None:
+    """What a launched process does: it joins the others, runs the program, and ends so that none waits for it.
+
+    Nobody writes to the pipe `alive`: to read from it is to wait until the launcher, which alone holds the other end,
+    is gone.
+    """
+
+    def end_with_launcher() -> None:
+        try:
+            os.read(alive, 1)
+            print("ended because the launcher is gone", file=sys.stderr)
+        finally:
+            sys.stderr.flush()
+            os._exit(1)
+
+    threading.Thread(target=end_with_launcher, daemon=True).start()
+    sys.path[0] = path
+    from jaxgrad import parallel
+
+    def main() -> None:
+        import runpy
+
+        parallel.start()
+        # JAX has a service for SIGTERM, which would otherwise end nothing; Ctrl-C does what it does in any program.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = argv
+        if module:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(argv[0], run_name="__main__")
+
+    parallel.run(main)
+
+
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """Kill a process that still runs; its exit status."""
+    """Kill a process that still runs, and all that it started; its exit status."""
     if process.poll() is None:
-        process.kill()
+        _kill(process)
     return process.wait()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill all of a process's session that is left; nothing is an error."""
+    with suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _show(pipe: BinaryIO, log: Path, screen: BinaryIO) -> None:
     """Copy to the log and to the screen, but for gloo's greetings, which it writes among a program's output."""
     with pipe, log.open("ab", buffering=0) as file:
+        whole = True
         for line in pipe:
-            file.write(line)
+            try:
+                if whole:
+                    file.write(line)
+            except OSError as error:
+                whole = False
+                _say(f"the log {log} ends here: {files.reason(error)}")
             if not line.startswith(b"[Gloo]"):
                 screen.write(line)
                 screen.flush()
 
 
-def _watch(processes: list[subprocess.Popen[bytes]], logs: Path, asked: list[int], again: str) -> int:
+def _watch(processes: list[subprocess.Popen[bytes]], logs: Path, asked: list[int]) -> int:
     """Wait until all have ended well, or one has not: then end the others and say so."""
-    passed_on, deadline = 0, float("inf")
+    passed_on, deadline, apart = 0, float("inf"), float("inf")
     while True:
         statuses = [process.poll() for process in processes]
         if any(status not in (None, 0, 75) for status in statuses):
             break
         if None not in statuses:
             if 75 in statuses:
-                _say(f"stopped as asked; {again}")
+                _say(f"stopped as asked; {AGAIN}")
             time.sleep(0.1)  # for what is still on its way to the screen
             return max(statuses)  # type: ignore[type-var]
+        if statuses.count(None) < len(statuses):
+            apart = min(apart, time.monotonic() + APART)
         if len(asked) > passed_on:
             for process in processes:
                 if process.poll() is None:
                     process.send_signal(asked[passed_on])
-            passed_on, deadline = passed_on + 1, time.monotonic() + GRACE
+            passed_on += 1
+            deadline = time.monotonic() + (GRACE if passed_on == 1 else LAST_GRACE)
         if time.monotonic() > deadline:
-            _say(f"not all had ended {GRACE} s after the signal, and were killed; {again}")
+            seconds = GRACE if passed_on == 1 else LAST_GRACE
+            _say(f"not all had ended {seconds} s after the signal, and were killed; {AGAIN}")
             return 128 + asked[-1]
+        if time.monotonic() > apart:
+            break
         time.sleep(0.05)
-    time.sleep(0.5)  # the others fail too: one sentence for all
+    if not asked and time.monotonic() < apart:
+        time.sleep(0.5)  # the others fail too: one sentence for all
     frozen = [rank for rank, process in enumerate(processes) if process.poll() is None and _is_stopped(process.pid)]
     statuses = [process.poll() for process in processes]
     absent = [rank for rank, status in enumerate(statuses) if status is None and not _joined(logs, rank)]
     for process in processes:
         _end(process)
+    if asked and all(status in (None, 0, 69, 75, 128 + asked[0], -asked[0], -signal.SIGABRT) for status in statuses):
+        _say(f"all were ended by {signal.Signals(asked[0]).name}; {AGAIN}")
+        return 128 + asked[0]
+    early = _early(statuses, logs)
+    if early is not None:
+        _say(f"rank {early} ended its program while the others still ran; all were ended: see {logs}, and {AGAIN}")
+        return 1
     culprit = _culprit(statuses, frozen, absent)
     status = statuses[culprit]
     if culprit in frozen:
@@ -222,10 +316,21 @@ def _watch(processes: list[subprocess.Popen[bytes]], logs: Path, asked: list[int
         what = f"ended with status {status}"
     if asked:
         what += " after a signal"
-    _say(f"rank {culprit} {what}; all others were ended: see {logs / f'rank{culprit}.log'}, and {again}")
+    _say(f"rank {culprit} {what}; all others were ended: see {logs / f'rank{culprit}.log'}, and {AGAIN}")
     if status is None:
         return 1
     return 128 - status if status < 0 else status
+
+
+def _early(statuses: list[int | None], logs: Path) -> int | None:
+    """The rank that left without an error before the others were done, where nothing worse happened to any."""
+    if any(status not in (None, 0, 69, -signal.SIGABRT) for status in statuses):
+        return None
+    if 0 in statuses:
+        return statuses.index(0)
+    said = "".join((logs / f"rank{k}.log").read_text("utf-8", "replace") for k, end in enumerate(statuses) if end == 69)
+    found = re.search(rf"rank (\d+) {EARLY}", said)
+    return int(found[1]) if found else None
 
 
 def _culprit(statuses: list[int | None], frozen: list[int], absent: list[int]) -> int:
@@ -248,13 +353,9 @@ def _joined(logs: Path, rank: int) -> bool:
     return f"rank {rank} of ".encode() in (logs / f"rank{rank}.log").read_bytes()
 
 
-def _again(arguments: argparse.Namespace) -> str:
-    return "start it again (a run with a checkpoint goes on from there with resume)"
-
-
 def _say(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.leave(commandline.outcome(main))

@@ -26,6 +26,7 @@ import hashlib
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -295,32 +296,98 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def _part() -> None:
-    """Wait for the others, however long, then leave together."""
-    from jax.experimental import multihost_utils
+    """Wait for the others, however long, then leave together.
 
+    They meet in the coordination service, not in a collective of the devices: one that another rank still computes
+    with could be taken for it.
+    """
     if not jax.distributed.is_initialized():
         return
     try:
-        multihost_utils.sync_global_devices("jaxgrad: the end")
+        _tell(_OVER)
+        _hang_up()
+        while (ends := list(_ends().values())).count(_OVER) < jax.process_count():
+            if _FAILED in ends:
+                raise Elsewhere("one that had not ended failed")
+            time.sleep(0.05)
         jax.distributed.shutdown()
     except BaseException as error:
         _die(type(error), error, error.__traceback__)
 
 
+_OVER, _FAILED = "over", "failed"
+
+
+def _service() -> Any:
+    from jax._src import distributed  # JAX shows it nowhere else
+
+    return distributed.global_state
+
+
+def _tell(end: str) -> None:
+    """Let all know how the program of this rank ended."""
+    _service().client.key_value_set(f"jaxgrad/end/{jax.process_index()}", end)
+
+
+def _ends() -> dict[int, str]:
+    """How the programs of the ranks ended, of those that did."""
+    return {int(key.rpartition("/")[2]): end for key, end in _service().client.key_value_dir_get("jaxgrad/end/")}
+
+
+def _hang_up() -> None:
+    """Close the lines between the devices of this process and those of others, which stand under Linux on a CPU.
+
+    A rank that still computes with this one then hears that it is gone, where it would wait for ever. The lines of
+    the coordination service stay.
+    """
+    port = int(_service().coordinator_address.rpartition(":")[2])
+    if jax.default_backend() != "cpu" or not os.path.isdir("/proc/self/fd"):
+        return
+    for handle in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(handle).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(handle)) as line:
+                internet = line.family in (socket.AF_INET, socket.AF_INET6) and line.type == socket.SOCK_STREAM
+                if internet and port not in (line.getsockname()[1], line.getpeername()[1]):
+                    line.shutdown(socket.SHUT_RDWR)
+
+
 def _die(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Say what happened, and end without asking anybody."""
     rank, processes = jax.process_index(), jax.process_count()
-    lost = _of_a_peer(error)
-    if lost:
-        print(
-            f"rank {rank} of {processes} ended because another process is gone; that one's output says why: "
-            f"{str(error).splitlines()[0][:200]}",
-            file=sys.stderr,
-        )
-    else:
-        traceback.print_exception(kind, error, trace)
-        print(f"rank {rank} of {processes} failed: {kind.__name__}: {error}", file=sys.stderr)
-    _exit(PEER_LOST if lost else 1)
+    if _of_a_peer(error):
+        early: list[int] = []
+        with suppress(Exception):
+            early = [other for other, end in _ends().items() if end == _OVER and other != rank]
+        why = "another process is gone; that one's output says why"
+        if early:
+            why = f"rank {early[0]} {EARLY}"
+        print(f"rank {rank} of {processes} ended because {why}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        _tell_failure()
+        _exit(PEER_LOST)
+    traceback.print_exception(kind, error, trace)
+    print(f"rank {rank} of {processes} failed: {kind.__name__}: {error}", file=sys.stderr)
+    _tell_failure()
+    _exit(1)
+
+
+def _tell_failure() -> None:
+    """Let those know that wait at the end: JAX would end them by SIGABRT once the coordinator, rank 0, is gone."""
+
+    def tell() -> None:
+        with suppress(Exception):
+            _tell(_FAILED)
+
+    telling = threading.Thread(target=tell, daemon=True)
+    telling.start()
+    telling.join(1)  # the coordinator may be gone
+    if is_main():
+        time.sleep(0.3)
+
+
+EARLY = "had ended its program while others still computed with it"
+"""What is said of a rank that returns or exits, without an error, before the others are done."""
 
 
 def _of_a_peer(error: BaseException) -> bool:
@@ -373,7 +440,16 @@ class Interruption:
         self._came = True
         if is_main():
             print("asked to stop: at the next record point or checkpoint; once more stops at once", file=sys.stderr)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(number, self._usual(number))
+
+    def _usual(self, number: int) -> Any:
+        """What the signal did before the outermost of such blocks."""
+        if self._outer is not None:
+            return self._outer._usual(number)
+        before = self._before.get(number)
+        if callable(before):
+            return before
+        return signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
 
     def __call__(self) -> bool:
         return bool(_from_all(np.array([self._heard()])).any())

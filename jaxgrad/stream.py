@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import blocks, means
+from jaxgrad import blocks, files, means
 from jaxgrad.parallel import digest
 from jaxgrad.types import Batch, Key, Loss, Params, Sampling
 
@@ -109,13 +109,14 @@ def open_rows(
     dtype; for a target that is not a column; and for classes that are fewer than two or have no target.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}")
-    files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"the folder {path} holds no .npy file")
-    _check_numbering(files)
-    headers = [_header(file) for file in files]
+    with files.explained("the rows cannot be opened", path):
+        if not path.exists() and not path.is_symlink():
+            raise FileNotFoundError(f"there is no file or folder {path}")
+        parts = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+        if not parts:
+            raise FileNotFoundError(f"the folder {path} holds no .npy file")
+        _check_numbering(parts)
+        headers = [_header(part) for part in parts]
     (first, dtype, columns) = headers[0]
     for shard, its_dtype, its_columns in headers:
         if its_columns != columns or its_dtype != dtype:
@@ -162,7 +163,9 @@ def _header(path: Path) -> tuple[Shard, np.dtype, int]:
             shape, fortran, dtype = read[version](file)
             offset = file.tell()
             size = file.seek(0, os.SEEK_END)
-    except (ValueError, KeyError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make NumPy raise anything
         raise ValueError(f"{path.name} is damaged or not an npy file: {error}") from None
     if len(shape) != 2 or fortran or dtype not in (np.dtype("<f4"), np.dtype("<f8")) or 0 in shape:
         raise ValueError(

@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -82,3 +83,46 @@ def test_permissions_are_those_of_a_new_file_and_a_link_is_replaced(tmp_path):
     assert old.read_bytes() == b"old"
     atomic.write(old, b"new")
     assert stat.S_IMODE(old.stat().st_mode) == stat.S_IMODE(fresh.stat().st_mode)
+
+
+def test_many_writers_of_one_file_disturb_no_other_and_one_content_stays(tmp_path):
+    """Processes and threads at once; none of them fails, and nothing else is left."""
+    code = """
+import sys, threading
+from jaxgrad import atomic
+def write(mark):
+    for _ in range(30):
+        atomic.write(sys.argv[1], mark * 50_000)
+threads = [threading.Thread(target=write, args=(sys.argv[2].encode() + mark,)) for mark in (b"x", b"y")]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    path = tmp_path / "file"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), mark], stderr=subprocess.PIPE) for mark in "ab"]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            seen.add(path.read_bytes())
+    assert [writer.communicate()[1] for writer in writers] == [b"", b""]
+    assert seen | set(contents(tmp_path).values()) <= {mark * 50_000 for mark in (b"ax", b"ay", b"bx", b"by")}
+    assert contents(tmp_path).keys() == {"file"}
+
+
+def test_what_a_killed_writer_left_is_not_the_living_ones(tmp_path):
+    """A writer at work keeps its temporary file, while another writes the same file whole."""
+    path = tmp_path / "file"
+    with atomic.replacing(path) as slow:
+        slow.write(b"slow")
+        atomic.write(path, b"fast")
+        assert path.read_bytes() == b"fast"
+        atomic.probe(path)
+    assert contents(tmp_path) == {"file": b"slow"}
+
+
+def test_without_locks_each_writer_has_a_name_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "fcntl", None)
+    path = tmp_path / "file"
+    with atomic.replacing(path) as file:
+        file.write(b"new")
+        assert [part.name for part in tmp_path.iterdir()] == [f"file.{os.getpid()}-{threading.get_ident()}.tmp"]
+    assert contents(tmp_path) == {"file": b"new"}

@@ -3,6 +3,8 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +232,25 @@ def test_rows_on_disk_go_on_to_the_same_bits(tmp_path):
     assert equal({"w": whole["w"]}, {"w": descend(
         LOSS, start(np.float64), Batch(x, y), optimizer=optax.sgd(0.1, momentum=0.9), sampling=distinct(16), steps=120,
         key=jax.random.key(5)).params.w})  # fmt: skip
+
+
+def test_a_second_run_on_one_checkpoint_is_refused_while_the_first_lives(tmp_path, stopped_at_50, whole):
+    """Whether it has just begun or would go on; a first one that was killed keeps nobody out."""
+    path = tmp_path / "run.npz"
+    path.write_bytes(stopped_at_50)
+    code = """
+import sys, time
+from jaxgrad.checkpoint import Checkpoint, held
+with held(Checkpoint(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"held\n"
+        words = rf"another run \(process {first.pid}\) writes checkpoints to .*run.npz; wait for it to end"
+        with pytest.raises(BlockingIOError, match=words):
+            resumable(tmp_path)
+        first.kill()
+    assert path.read_bytes() == stopped_at_50
+    assert equal(saved(resumable(tmp_path)), whole)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.npz"]

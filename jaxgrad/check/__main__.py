@@ -5,25 +5,42 @@ loss does without, `batch`; or several of them by suffix (`gradient_output` is c
 `loss` if there is none, and so for `params` and `batch`). `has_aux = True` says that the loss returns
 `(value, aux)`. A function `backprop` that returns `(gradient, {"name": adjoint})` is checked adjoint by adjoint.
 
-exit status: 0 right, 1 wrong, 2 unusable: the file or what it defines cannot be checked
+exit status: 0 right, 1 wrong, 2 unusable: the file or what it defines cannot be checked, 130 interrupted
 """
+
+from jaxgrad import commandline
+
+if __name__ == "__main__":
+    commandline.prepare()
 
 import argparse
 import importlib.util
 import os
+import stat
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from jaxgrad import files
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checker on a file; returns the exit status."""
     options = _parse(arguments)
     path = Path(options.file)
-    if not path.is_file():
-        return _unusable(f"there is no file {options.file}")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return _unusable(f"{options.file} is not a file" + (", but a folder" if path.is_dir() else ""))
+        path.open("rb").close()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError) and not path.is_symlink() and not files.working_folder_is_gone()
+        return _unusable(f"there is no file {options.file}" if missing else files.sentence(error))
+    except ValueError as error:
+        return _unusable(f"{options.file!r} cannot be the name of a file: {error}")
+    if path.suffix != ".py":
+        return _unusable(f"{options.file} is not a Python file: its name must end in .py")
     try:
         module = _load(path)
     except Exception as error:
@@ -68,7 +85,7 @@ def _load(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
     spec.loader.exec_module(module)
     return module
 
@@ -143,4 +160,4 @@ def _unusable(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.leave(commandline.outcome(main))

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import atomic, parallel
+from jaxgrad import atomic, checks, parallel
 from jaxgrad.parallel import Weighted, digest
 from jaxgrad.types import Loss, Params
 
@@ -103,13 +103,22 @@ def resumed(checkpoint: Checkpoint, like: Any, fingerprint: dict[str, str]) -> A
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def plain(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with a Path, an int and a bool; TypeError or ValueError for what is none of these."""
+    checks.instance("checkpoint", checkpoint, Checkpoint)
+    return Checkpoint(
+        checks.path("checkpoint.path", checkpoint.path),
+        checks.count("checkpoint.every", checkpoint.every),
+        checks.flag("checkpoint.resume", checkpoint.resume),
+    )
+
+
 def check(checkpoint: Checkpoint) -> None:
     """Raise, before anything is compiled, if no checkpoint can be written there, or one is there and not to be used."""
+    checkpoint = plain(checkpoint)
     path = Path(checkpoint.path)
     if path.suffix != ".npz":
         raise ValueError(f"a checkpoint is an .npz file; got {path}")
-    if isinstance(checkpoint.every, bool) or not isinstance(checkpoint.every, int) or checkpoint.every < 1:
-        raise ValueError(f"every must be a whole number of steps, at least 1; got {checkpoint.every!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no checkpoint can be written to {path}: the folder {path.parent} does not exist")
     if path.exists() and not checkpoint.resume:

@@ -13,21 +13,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgrad.checks import NotNegative, checked
 from jaxgrad.types import Batch, Loss, Params
 
 ExampleLoss = Callable[[Any, Any], Float[Array, ""]]
 
 
+@checked
 def squared(prediction: Float[Array, "*k"], y: Float[Array, "*k"]) -> Float[Array, ""]:
     """`Σ (y − ŷ)²` over the outputs of one example: MSE once averaged (F4, F7)."""
     return jnp.sum((y - prediction) ** 2)
 
 
+@checked
 def half_squared(prediction: Float[Array, "*k"], y: Float[Array, "*k"]) -> Float[Array, ""]:
     """`½ Σ (y − ŷ)²` over the outputs of one example (F9)."""
     return 0.5 * squared(prediction, y)
 
 
+@checked
 def absolute(prediction: Float[Array, "*k"], y: Float[Array, "*k"]) -> Float[Array, ""]:
     """`Σ |y − ŷ|` over the outputs of one example: MAE once averaged (F7).
 
@@ -38,6 +42,7 @@ def absolute(prediction: Float[Array, "*k"], y: Float[Array, "*k"]) -> Float[Arr
     return jnp.sum(residual * jax.lax.stop_gradient(jnp.sign(residual)))
 
 
+@checked
 def logloss(logit: Float[Array, ""], y: Float[Array, ""]) -> Float[Array, ""]:
     """`−[y log s(h) + (1−y) log(1−s(h))]` from the logit `h`, for a label `y` in {0, 1} (F15, F16).
 
@@ -59,6 +64,7 @@ def _softplus_jvp(primals: Any, tangents: Any) -> Any:
     return _softplus(z), dz * jax.nn.sigmoid(z)
 
 
+@checked
 def softmax_cross_entropy(logits: Float[Array, " k"], label: Any) -> Float[Array, ""]:
     """`−log softmax(z)[label]` from the logits `z[k]`, for an integer label or a distribution `label[k]`.
 
@@ -74,7 +80,8 @@ def softmax_cross_entropy(logits: Float[Array, " k"], label: Any) -> Float[Array
     return -jnp.sum(jnp.where(label == 0, 0, label * log_p))
 
 
-def mean_loss(model: Callable[[Params, Any], Any], example_loss: ExampleLoss, l2: float = 0.0) -> Loss:
+@checked
+def mean_loss(model: Callable[[Params, Any], Any], example_loss: ExampleLoss, l2: NotNegative = 0.0) -> Loss:
     """The objective F1: `L(w) = (1/n) Σᵢ example_loss(model(w, xᵢ), yᵢ) + (l2/2) Σ‖W‖²`.
 
     `model(params, x) -> prediction` sees one example. The penalty covers every parameter but those whose
@@ -82,8 +89,6 @@ def mean_loss(model: Callable[[Params, Any], Any], example_loss: ExampleLoss, l2
 
     Raises ValueError if `l2` is negative or not finite.
     """
-    if not 0 <= l2 < float("inf"):
-        raise ValueError(f"l2 must be a finite number >= 0, got {l2}")
 
     def loss(params: Params, batch: Batch) -> Float[Array, ""]:
         losses = jax.vmap(lambda x, y: example_loss(model(params, x), y))(batch.x, batch.y)

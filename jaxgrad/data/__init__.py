@@ -22,7 +22,9 @@ known to rounding. `check_batch` refuses bad data, naming the row and the column
 
 import os
 from pathlib import Path
+from typing import Annotated
 
+from jaxgrad.checks import checked, path_or_name, whole
 from jaxgrad.data.checks import TASKS, check_batch, check_task
 from jaxgrad.data.dataset import Dataset, split, to_dataset
 from jaxgrad.data.files import MAX_LEVELS, SUFFIXES, read_file
@@ -48,8 +50,9 @@ NAMES = tuple(SETS)
 """The names of all sets; those not in `OFFLINE` are downloaded once by scikit-learn."""
 
 
+@checked
 def load(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: Annotated[str | os.PathLike[str], path_or_name],
     *,
     target: str | int | None = None,
     task: str | None = None,
@@ -82,6 +85,8 @@ def load(
         ModuleNotFoundError: the package that carries the set is not installed (with the command).
         ConnectionError: an online set that is neither cached nor can be downloaded.
     """
+    if target is not None and not isinstance(target, str):
+        target = whole("target (the name or number of a column)", target)
     if task is not None:
         check_task(task)
     if isinstance(name_or_path, str) and name_or_path in SETS:

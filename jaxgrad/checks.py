@@ -267,7 +267,7 @@ def path(name: str, value: Any) -> Path:
 
 def several(name: str, value: Any) -> Any:
     """A list, an array or another iterable, whose parts are checked where they are used."""
-    plain = not isinstance(value, str | bytes | dict | set | type) and getattr(value, "ndim", 1) > 0
+    plain = not isinstance(value, str | bytes | dict | set | type | np.ma.MaskedArray) and getattr(value, "ndim", 1) > 0
     if not plain or not hasattr(value, "__iter__"):
         raise TypeError(f"{name} must be a list, an array or another iterable, got {shown(value)}")
     return value
@@ -275,9 +275,10 @@ def several(name: str, value: Any) -> Any:
 
 def scalar(name: str, value: Any) -> Any:
     """One real number, or a number of JAX that is traced, as it is."""
-    if isinstance(value, np.ndarray | jax.Array):
+    if isinstance(value, Tracer):
         return _shaped(name, value, "", {})
-    return number(name, value)
+    found = number(name, value)
+    return value if isinstance(value, jax.Array) else found
 
 
 def path_or_name(name: str, value: Any) -> Any:
@@ -478,6 +479,15 @@ def whole_numbers(name: str, value: Any, at_least: int = 0, rising: bool = False
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+
+
+def inside(name: str, indices: Any, n: int) -> None:
+    """Raise ValueError unless all indices are from 0 to n − 1: JAX would take the nearest. Traced ones are not seen."""
+    if isinstance(indices, Tracer):
+        return
+    found = np.asarray(indices)
+    if (bad := (found < 0) | (found >= n)).any():
+        raise ValueError(f"{name} must be numbers of examples from 0 to {n - 1}, got {found[bad].flat[0]}")
 
 
 def _numbers(name: str, value: Any, bools: bool = False) -> Any:

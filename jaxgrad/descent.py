@@ -44,6 +44,11 @@ def _data(name: str, value: Any) -> Any:
     return value if isinstance(value, stream.Rows | parallel.Sharded) else checks.batch(name, value, finite=False)
 
 
+def _finite_data(name: str, value: Any) -> Any:
+    """The same, and every number finite where JAX does not trace it."""
+    return value if isinstance(value, stream.Rows | parallel.Sharded) else checks.batch(name, value)
+
+
 def _start(name: str, value: Any) -> Any:
     """Parameters, or the state of an earlier run."""
     return value if isinstance(value, State) else checks.params(name, value)
@@ -51,6 +56,7 @@ def _start(name: str, value: Any) -> Any:
 
 Transformation: TypeAlias = Annotated[Optimizer, _transformation]
 Data: TypeAlias = Annotated[Any, _data]
+FiniteData: TypeAlias = Annotated[Any, _finite_data]
 
 # The indices of so many steps are drawn at once, in one vectorised draw: 128 steps hide its overhead even at b = 1,
 # and a run that is recorded at every step does not draw too much in vain.
@@ -170,7 +176,7 @@ def init(params: Weights, optimizer: Transformation) -> State:
 def advance(
     state: State,
     key: OneKey,
-    data: Data,
+    data: FiniteData,
     until: Annotated[Any, checks.step],
     *,
     loss: Loss,
@@ -240,7 +246,7 @@ def _step(state: State, gradient: Any, *, optimizer: Optimizer, halt: Callable[[
 def trajectory(
     loss: Loss,
     params: Weights,
-    data: Data,
+    data: FiniteData,
     *,
     optimizer: Transformation,
     sampling: Sampling,

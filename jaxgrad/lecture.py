@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxgrad import checks
 from jaxgrad.checks import Bound, Number, checked
 from jaxgrad.types import Deep, Layer, Linear, TwoLayer
 
@@ -143,6 +144,7 @@ def minibatch_gradient(
     """
     if B.shape[0] == 0:
         raise ValueError("B is empty: a minibatch needs at least one index (F5 has 1 <= b < n)")
+    checks.inside("B", B, X.shape[0])
     return gradient(w, X[B], Y[B])
 
 

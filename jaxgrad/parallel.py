@@ -97,7 +97,7 @@ def start(
         return Place(jax.process_index(), jax.process_count(), "detected")
     if coordinator is not None:
         checks.text("coordinator", coordinator)
-    explicit = (coordinator, processes, rank) != (None, None, None)
+    explicit = any(each is not None for each in (coordinator, processes, rank))
     coordinator = coordinator or os.environ.get(COORDINATOR)
     processes = _number("processes", PROCESSES, processes, 1)
     rank = _number("rank", RANK, rank, 0)

@@ -41,7 +41,7 @@ import numpy as np
 import optax
 
 SECONDS = 20
-CALLS = 4000
+CALLS = 3000
 REFUSED, ANY = object(), object()
 
 
@@ -746,7 +746,13 @@ def cases():
         lambda v: ANY if isinstance(v, range | list | tuple | np.ndarray) or hasattr(v, "__next__") else REFUSED,
         {"text": "ab"},
     )
-    case(lecture.gradient_descent, gradient=function(slope), w=formula(w), etas=etas, eps=bound)
+    case(
+        lecture.gradient_descent,
+        gradient=function(slope),
+        w=formula(w, shape=lambda s: np.prod(s) > 0),
+        etas=etas,
+        eps=bound,
+    )
     for f in (
         lecture.linear_losses,
         lecture.linear_gradients,
@@ -767,7 +773,7 @@ def cases():
         lecture.stochastic_gradient_descent,
         gradient=function(lecture.linear_gradient),
         w=formula(w),
-        X=formula(x),
+        X=formula(x, shape=lambda s: len(s) == 2 and s[0] > 1 and s[1] == d),
         Y=y,
         batches=[np.array([0, 1])],
         etas=[0.1],
@@ -797,8 +803,9 @@ def cases():
         case(f, h=formula(y, shape=any_shape))
     for f in (lecture.tanh_derivative, lecture.relu, lecture.relu_derivative):
         case(f, z=formula(y, shape=any_shape))
-    case(lecture.forward, layers=deep, X=formula(x), f=activation)
-    case(lecture.two_layer_forward, params=structure(net), X=formula(x), f=activation)
+    some_rows = formula(x, shape=lambda s: len(s) == 2 and s[0] > 0 and s[1] == d)
+    case(lecture.forward, layers=deep, X=some_rows, f=activation)
+    case(lecture.two_layer_forward, params=structure(net), X=some_rows, f=activation)
     for f in (lecture.half_squared_errors, lecture.half_squared_adjoint, lecture.half_squared_adjoint_sum):
         case(f, Y_hat=formula(Y), Y=formula(Y + 1))
     for f in (
@@ -1021,7 +1028,7 @@ def cases():
     Q = exactly(problem, least_squares.Problem)
     start3 = np.array([0.3, -0.2, 0.1])
     W = array(start3, lambda s: s == (3,))
-    many_W = array(start3, lambda s: s[-1:] == (3,))
+    many_W = array(start3, lambda s: s[-1:] == (3,), finite=False)
     T = array(
         np.array([0, 2, 5]),
         lambda s: len(s) <= 1 and np.prod(s) > 0,
@@ -1421,7 +1428,10 @@ def outcome(case: Case, name: str, value: Any, package: str) -> tuple[str, str]:
     """The class of what happens, and what was said."""
     kind = case.kinds[name]
     values = {n: k.value if isinstance(k, Kind) else k for n, k in case.kinds.items()}
-    means = kind.means(value)
+    try:
+        means = kind.means(value)
+    except (TypeError, ValueError):  # NumPy makes nothing of it
+        means = REFUSED
 
     def run(v: Any) -> Any:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -1470,7 +1480,8 @@ def main() -> None:
     if given.plant:
         from jaxgrad import checks
 
-        setattr(checks, given.plant, lambda name, value, *rest, **how: value)
+        # Its code, since annotations hold the function itself.
+        getattr(checks, given.plant).__code__ = (lambda name, value, *rest, **how: value).__code__
     import jaxgrad
 
     package = os.path.realpath(Path(jaxgrad.__file__).parent)

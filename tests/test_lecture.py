@@ -701,7 +701,15 @@ def test_the_module_asks_for_no_derivative_and_imports_no_model():
     tree = ast.parse(inspect.getsource(hand))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"collections.abc", "typing", "jax.numpy", "jaxtyping", "jaxgrad.checks", "jaxgrad.types"}
+    assert imported == {
+        "collections.abc",
+        "typing",
+        "jax.numpy",
+        "jaxtyping",
+        "jaxgrad",
+        "jaxgrad.checks",
+        "jaxgrad.types",
+    }
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert not used & {"jax", "grad", "value_and_grad", "vjp", "jvp", "linearize", "jacobian", "jacrev", "nn"}

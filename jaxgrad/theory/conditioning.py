@@ -37,7 +37,7 @@ class Rescaled(NamedTuple):
 @checked
 def contraction(eigenvalues: Any, eta: Positive, steps: Any) -> Float[np.ndarray, "k r"]:
     """`(1 − ηλᵢ)^t`: what is left of each eigen-component of the error after t steps of GD."""
-    lam, t = checks.array("eigenvalues", eigenvalues, "r"), checks.whole_numbers("steps", steps)
+    lam, t = checks.array("eigenvalues", eigenvalues, "r", least=1), checks.whole_numbers("steps", steps)
     with np.errstate(over="ignore", under="ignore"):
         return (1 - eta * lam)[None, :] ** t[:, None].astype(float)
 

@@ -81,7 +81,7 @@ class Escape(NamedTuple):
 
 
 @checked
-def double_well(n: Count = 16, mean: Number = 0.05, spread: Number = 1.5) -> Landscape:
+def double_well(n: Count = 16, mean: Number = 0.05, spread: NotNegative = 1.5) -> Landscape:
     """`½(w − xᵢ)² − ½ log cosh 2w` with half of the xᵢ at mean + spread and half at mean − spread.
 
     The mean loss is a tilted double well; the batch noise is the same everywhere, `±spread` averaged over the

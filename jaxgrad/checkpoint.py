@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import atomic, files, parallel
+from jaxgrad import atomic, checks, files, parallel
 from jaxgrad.parallel import Weighted, digest
 from jaxgrad.types import Loss, Params
 
@@ -160,13 +160,22 @@ def resumed(checkpoint: Checkpoint, like: Any, fingerprint: dict[str, str]) -> A
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def plain(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with a Path, an int and a bool; TypeError or ValueError for what is none of these."""
+    checks.instance("checkpoint", checkpoint, Checkpoint)
+    return Checkpoint(
+        checks.path("checkpoint.path", checkpoint.path),
+        checks.count("checkpoint.every", checkpoint.every),
+        checks.flag("checkpoint.resume", checkpoint.resume),
+    )
+
+
 def check(checkpoint: Checkpoint) -> None:
     """Raise, before anything is compiled, if no checkpoint can be written there, or one is there and not to be used."""
+    checkpoint = plain(checkpoint)
     path = Path(checkpoint.path)
     if path.suffix != ".npz":
         raise ValueError(f"a checkpoint is an .npz file; got {path}")
-    if isinstance(checkpoint.every, bool) or not isinstance(checkpoint.every, int) or checkpoint.every < 1:
-        raise ValueError(f"every must be a whole number of steps, at least 1; got {checkpoint.every!r}")
     with files.explained(f"no checkpoint can be written to {path}"):
         there = path.parent.is_dir() and path.exists()
     if not path.parent.is_dir():

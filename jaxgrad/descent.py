@@ -11,22 +11,52 @@ GD and SGD differ in one argument, the sampling. The full batch is never gathere
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from functools import lru_cache, partial, reduce
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrad import blocks, losses, means, onecore, parallel, stream, tiles
+from jaxgrad import blocks, checks, losses, means, onecore, parallel, stream, tiles
 from jaxgrad import checkpoint as saved
 from jaxgrad.checkpoint import Checkpoint
+from jaxgrad.checks import Count, Natural, OneKey, Positive, Weights, checked
 from jaxgrad.sampling import check_sizes
 from jaxgrad.types import Key, Loss, Params, Sampling
 
 Optimizer = optax.GradientTransformation
+
+
+def _transformation(name: str, value: Any) -> Optimizer:
+    """An optax transformation."""
+    if isinstance(value, type) or not (
+        callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+    ):
+        raise TypeError(f"{name} must be an optax transformation such as optax.sgd(0.1), got {checks.shown(value)}")
+    return value
+
+
+def _data(name: str, value: Any) -> Any:
+    """Rows on disk, on many devices, or in arrays, whose numbers `_laid_out` looks at."""
+    return value if isinstance(value, stream.Rows | parallel.Sharded) else checks.batch(name, value, finite=False)
+
+
+def _finite_data(name: str, value: Any) -> Any:
+    """The same, and every number finite where JAX does not trace it."""
+    return value if isinstance(value, stream.Rows | parallel.Sharded) else checks.batch(name, value)
+
+
+def _start(name: str, value: Any) -> Any:
+    """Parameters, or the state of an earlier run."""
+    return value if isinstance(value, State) else checks.params(name, value)
+
+
+Transformation: TypeAlias = Annotated[Optimizer, _transformation]
+Data: TypeAlias = Annotated[Any, _data]
+FiniteData: TypeAlias = Annotated[Any, _finite_data]
 
 # The indices of so many steps are drawn at once, in one vectorised draw: 128 steps hide its overhead even at b = 1,
 # and a run that is recorded at every step does not draw too much in vain.
@@ -111,7 +141,8 @@ class Trace(NamedTuple):
 # --- stopping rules (F3) ---------------------------------------------------------------------------------------
 
 
-def small_step(below: float) -> Stop:
+@checked
+def small_step(below: Positive) -> Stop:
     """The lecture's rule (F3): stop at the first step with `‖w_t − w_{t−1}‖ < below`, judged every step.
 
     It measures `η‖g‖`, not the distance to a minimum: a smaller step size makes it fire sooner and further
@@ -120,26 +151,29 @@ def small_step(below: float) -> Stop:
     A step that the optimizer skipped is not judged: an update of exactly 0 against a gradient that is not 0, as of
     `optax.MultiSteps` between two updates, of a step size that warms up from 0, or of `optax.apply_if_finite`.
     """
-    return Stop("small step", below=_positive("below", below))
+    return Stop("small step", below=below)
 
 
-def small_gradient(below: float, *, every: int = 1) -> Stop:
+@checked
+def small_gradient(below: Positive, *, every: Count = 1) -> Stop:
     """Stop when the **full** gradient has `‖∇L(w_t)‖ < below`, judged each `every` steps, on the clock."""
-    return Stop("small gradient", below=_positive("below", below), every=_count("every", every))
+    return Stop("small gradient", below=below, every=every)
 
 
-def no_improvement(metric: Callable[[Params], Any], *, patience: int, every: int = 1) -> Stop:
+@checked
+def no_improvement(metric: Callable[[Params], Any], *, patience: Count, every: Count = 1) -> Stop:
     """Stop when `metric(params)` (lower is better, e.g. a validation loss) has not improved in `patience` checks.
 
     It is evaluated each `every` steps, on the clock.
     """
-    return Stop("validation", every=_count("every", every), metric=metric, patience=_count("patience", patience))
+    return Stop("validation", every=every, metric=metric, patience=patience)
 
 
 # --- the algorithm ---------------------------------------------------------------------------------------------
 
 
-def init(params: Params, optimizer: Optimizer) -> State:
+@checked
+def init(params: Weights, optimizer: Transformation) -> State:
     """The state before the first step."""
     return State(
         jnp.zeros((), jnp.int32),
@@ -150,14 +184,15 @@ def init(params: Params, optimizer: Optimizer) -> State:
     )
 
 
+@checked
 def advance(
     state: State,
-    key: Key,
-    data: Any,
-    until: Any,
+    key: OneKey,
+    data: FiniteData,
+    until: Annotated[Any, checks.step],
     *,
     loss: Loss,
-    optimizer: Optimizer,
+    optimizer: Transformation,
     sampling: Sampling,
     halt: Callable[[State], Any] | None = None,
     single: bool = False,
@@ -229,14 +264,15 @@ def _all_zero(tree: Any) -> Any:
     return reduce(jnp.logical_and, [jnp.sum(jnp.abs(leaf)) == 0 for leaf in jax.tree.leaves(tree)])
 
 
+@checked
 def trajectory(
     loss: Loss,
-    params: Params,
-    data: Any,
+    params: Weights,
+    data: FiniteData,
     *,
-    optimizer: Optimizer,
+    optimizer: Transformation,
     sampling: Sampling,
-    key: Key,
+    key: OneKey,
     record: Any,
     observe: Callable[[Params], Any] | None = None,
 ) -> tuple[Params, Any]:
@@ -251,30 +287,32 @@ def trajectory(
         state = advance(state, key, data, until, loss=loss, optimizer=optimizer, sampling=sampling)
         return state, loss(state.params, data) if observe is None else observe(state.params)
 
-    state, seen = jax.lax.scan(to, init(params, optimizer), jnp.asarray(record, jnp.int32))
+    check_loss(loss, params, data)
+    state, seen = jax.lax.scan(to, init(params, optimizer), checks.steps("record", record))
     return state.params, seen
 
 
 # --- the driver ------------------------------------------------------------------------------------------------
 
 
+@checked
 def descend(
     loss: Loss,
-    params: Params,
-    data: Any,
+    params: Annotated[Params, _start],
+    data: Data,
     *,
     optimizer: Optimizer | float | Sequence[float] | np.ndarray | jax.Array,
     sampling: Sampling,
-    steps: int,
-    key: Key,
+    steps: Natural,
+    key: Annotated[Key, partial(checks.key, many=True)],
     record: int | Sequence[int] | np.ndarray = 50,
     stop: Stop | None = None,
     observe: Callable[[Params], Any] | None = None,
-    params_axis: int | None = None,
+    params_axis: Natural | None = None,
     progress: bool | Callable[[int, int], None] = False,
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: Checkpoint | None = None,
-    memory: float = tiles.MEMORY,
+    memory: Positive = tiles.MEMORY,
 ) -> Trace:
     """Run `steps` steps of descent on a loss and say what happened (F3, F5).
 
@@ -319,8 +357,10 @@ def descend(
     own_loss, own_sampling, own_data = loss, sampling, data
     loss, data, sampling, n, mesh, disk, told = _laid_out(loss, data, sampling, mesh, bool(shape))
     here = disk is None and (mesh is None or mesh.size == 1)
-    _count("steps", steps, at_least=0)
-    _positive("memory", memory)
+    if stop is not None:
+        _check_stop(stop)
+    if checkpoint is not None:
+        checkpoint = saved.plain(checkpoint)
     state = _continued(params, shape, etas) if isinstance(params, State) else None
     start = state.params if state else jax.tree.map(jnp.asarray, params)
     _check_start(start, seeds, None if state else params_axis)
@@ -612,9 +652,9 @@ def _points(columns: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], columns) for i in range(len(columns[0]))]
 
 
-def log_spaced(steps: int, points: int) -> np.ndarray:
+@checked
+def log_spaced(steps: Count, points: Annotated[int, partial(checks.count, at_least=2)]) -> np.ndarray:
     """About `points` distinct record points from 0 and 1 to `steps`, evenly spaced in log t: `int64[k]`."""
-    _count("steps", steps, at_least=1)
     return np.unique(np.r_[0, np.round(np.geomspace(1, steps, max(2, points - 1)))].astype(np.int64))
 
 
@@ -749,17 +789,19 @@ def _record_points(record: int | Sequence[int] | np.ndarray, first: int, steps: 
     if steps < first:
         raise ValueError(f"the run has already taken {first} steps: steps counts from the first one, got {steps}")
     if np.ndim(record) == 0:
-        points = _count("record", record, at_least=2)  # type: ignore[arg-type]
+        points = checks.count("record", record, 2)
         return np.unique(np.round(np.linspace(first, steps, points)).astype(np.int64))
-    points = np.unique(np.asarray(record))
-    if points.dtype.kind not in "iu" or points.size == 0 or points[0] < first or points[-1] > steps:
-        raise ValueError(f"record must be whole numbers of steps from {first} to {steps}, got {record}")
-    return points.astype(np.int64)
+    points = np.unique(checks.whole_numbers("record", record))
+    if points[0] < first or points[-1] > steps:
+        raise ValueError(f"record must be whole numbers of steps from {first} to {steps}, got {checks.shown(record)}")
+    return points
 
 
 def _progress(progress: bool | Callable[[int, int], None]) -> Callable[[int, int], None]:
-    if callable(progress):
+    if callable(progress) and not isinstance(progress, type):
         return progress
+    if not isinstance(progress, bool | np.bool_):
+        raise TypeError(f"progress must be True, False or a function of (step, steps), got {checks.shown(progress)}")
     if not progress:
         return lambda step, steps: None
 
@@ -786,17 +828,15 @@ def _optimizer(optimizer: Any) -> tuple[Optimizer, np.ndarray | None]:
     """The optimizer, and the step sizes `[m]` of m runs, None where one optimizer serves all."""
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return optimizer, None
-    given = None
-    if isinstance(optimizer, int | float | np.number | Sequence | np.ndarray | jax.Array):
-        with suppress(ValueError):  # rows of different lengths
-            given = np.asarray(optimizer)
-    if given is None or not any(jnp.issubdtype(given.dtype, kind) for kind in (np.floating, np.integer)):
+    try:
+        given = checks.array("optimizer", optimizer, finite=False)
+    except (TypeError, ValueError):
         raise TypeError(
             "optimizer must be an optax transformation such as optax.sgd(0.1), a step size, or a one-dimensional array "
-            f"of step sizes; got {optimizer!r}"
-        )
+            f"of step sizes; got {checks.shown(optimizer)}"
+        ) from None
     if given.ndim == 0:
-        return _sgd(_positive("the step size", float(given))), None
+        return _sgd(checks.positive("the step size (optimizer)", given)), None
     if given.ndim > 1 or given.size == 0:
         raise ValueError(f"step sizes must be a one-dimensional array of at least one, got shape {given.shape}")
     etas = given.astype(jax.dtypes.canonicalize_dtype(float))
@@ -833,29 +873,21 @@ def _runs(shape: tuple[int, ...]) -> str:
 
 
 def _keys(key: Any) -> tuple[Key, int | None]:
-    """The key, typed, and how many runs it asks for (None: one run without a leading axis)."""
-    if not isinstance(key, jax.Array | np.ndarray):
-        raise TypeError(f"key must be a JAX key such as jax.random.key(0), or an array of them; got {key!r}")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(jnp.asarray(key))
-    key = jnp.asarray(key)
-    if key.ndim > 1 or key.size == 0:
-        raise ValueError(f"key must be one key or a one-dimensional array of keys, got shape {key.shape}")
+    """The key, and how many runs it asks for (None: one run without a leading axis)."""
     return key, (None if key.ndim == 0 else key.shape[0])
 
 
 def check_loss(loss: Any, params: Params, data: Any) -> None:
     """Raise TypeError or ValueError unless `loss(params, data)` traces to one floating-point number."""
-    if not callable(loss):
-        raise TypeError(f"loss must be a function loss(params, batch) -> scalar, got {loss!r}")
-    out = jax.eval_shape(loss, params, data)
-    if not (hasattr(out, "shape") and hasattr(out, "dtype")):
-        raise TypeError(f"loss must return one number, got a {type(out).__name__}")
-    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise ValueError(
-            f"loss must return one floating-point number, got {out.dtype}{list(out.shape)}: "
-            "take the mean over the examples"
-        )
+    checks.loss(loss, params, data)
+
+
+def _check_stop(stop: Stop) -> None:
+    """Raise TypeError or ValueError for a rule that none of the three functions makes."""
+    if checks.one_of("stop.reason", stop.reason, ("small step", "small gradient", "validation")) == "validation":
+        no_improvement(stop.metric, patience=stop.patience, every=stop.every)  # type: ignore[arg-type]
+    else:
+        small_gradient(stop.below, every=stop.every)
 
 
 def _check_start(params: Params, seeds: int | None, axis: int | None) -> None:
@@ -890,17 +922,3 @@ def _hashable(function: Any) -> Any:
     except TypeError:
         return lambda *args: function(*args)
     return function
-
-
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be finite and positive, got {value}")
-    return float(value)
-
-
-def _count(name: str, value: Any, at_least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    return int(value)

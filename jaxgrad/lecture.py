@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxgrad import checks
+from jaxgrad.checks import Bound, Number, checked
 from jaxgrad.types import Deep, Layer, Linear, TwoLayer
 
 Adjoints = dict[str, Array]
@@ -29,38 +31,45 @@ Adjoints = dict[str, Array]
 # --- F1–F3: the objective, the direction, gradient descent ------------------------------------------------
 
 
+@checked
 def objective(losses: Callable[[Any, Any, Any], Array], w: Any, X: Any, Y: Any) -> Float[Array, ""]:
     """F1. `L(w) = (1/n) Σᵢ L(w, xᵢ, yᵢ)`, with `losses(w, X, Y) -> [n]` the terms of the sum."""
     return jnp.mean(losses(w, X, Y))
 
 
+@checked
 def objective_sum(losses: Callable[[Any, Any, Any], Array], w: Any, X: Any, Y: Any) -> Float[Array, ""]:
     """F1 without its 1/n, as some slides have it: `Σᵢ L(w, xᵢ, yᵢ)`. Another loss, n times larger."""
     return jnp.sum(losses(w, X, Y))
 
 
+@checked
 def objective_gradient(gradients: Callable[[Any, Any, Any], Array], w: Any, X: Any, Y: Any) -> Array:
     """F1, F3. `g = (1/n) Σᵢ ∇L(w, xᵢ, yᵢ)`, with `gradients(w, X, Y) -> [n, *w.shape]` the terms."""
     return jnp.mean(gradients(w, X, Y), axis=0)
 
 
+@checked
 def objective_gradient_sum(gradients: Callable[[Any, Any, Any], Array], w: Any, X: Any, Y: Any) -> Array:
     """F1 without its 1/n: `Σᵢ ∇L(w, xᵢ, yᵢ)`, n times the gradient of the mean."""
     return jnp.sum(gradients(w, X, Y), axis=0)
 
 
-def step(w: Float[Array, "*p"], gradient: Float[Array, "*p"], eta: Any) -> Float[Array, "*p"]:
+@checked
+def step(w: Float[Array, "*p"], gradient: Float[Array, "*p"], eta: Number) -> Float[Array, "*p"]:
     """F2, F3. `w₁ = w₀ − η ∇L(w₀)`: `L` grows fastest along its gradient, so step the other way."""
     return w - eta * gradient
 
 
-def small_step(new: Float[Array, "*p"], old: Float[Array, "*p"], eps: Any) -> Bool[Array, ""]:
+@checked
+def small_step(new: Float[Array, "*p"], old: Float[Array, "*p"], eps: Bound) -> Bool[Array, ""]:
     """F3's stopping rule. `‖wₜ − wₜ₋₁‖ < ε`."""
     return jnp.sqrt(jnp.sum((new - old) ** 2)) < eps
 
 
+@checked
 def gradient_descent(
-    gradient: Callable[[Array], Array], w: Float[Array, "*p"], etas: Iterable[Any], eps: Any
+    gradient: Callable[[Array], Array], w: Float[Array, "*p"], etas: Iterable[Any], eps: Bound
 ) -> Float[Array, "steps_and_start *p"]:
     """F3. `wₜ = wₜ₋₁ − ηₜ gₜ` until `‖wₜ − wₜ₋₁‖ < ε` or the budget `etas` is spent.
 
@@ -78,26 +87,31 @@ def gradient_descent(
 # --- F4: linear regression --------------------------------------------------------------------------------
 
 
+@checked
 def linear_losses(w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"]) -> Float[Array, " n"]:
     """F4, one term per example. `(yᵢ − xᵢᵀw)²`."""
     return (y - X @ w) ** 2
 
 
+@checked
 def linear_gradients(w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"]) -> Float[Array, "n d"]:
     """F4, one row per example. `−2 (yᵢ − xᵢᵀw) xᵢ`."""
     return -2 * (y - X @ w)[:, None] * X
 
 
+@checked
 def linear_loss(w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"]) -> Float[Array, ""]:
     """F4. `L(w) = (1/n) Σᵢ (yᵢ − xᵢᵀw)²`. A bias is a column of ones in `X`."""
     return jnp.mean(linear_losses(w, X, y))
 
 
+@checked
 def linear_gradient(w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"]) -> Float[Array, " d"]:
     """F4. `∇L(w) = −2 (1/n) Σᵢ (yᵢ − xᵢᵀw) xᵢ = −(2/n) Xᵀ(y − Xw)`, the mean over examples."""
     return -2 / X.shape[0] * (X.T @ (y - X @ w))
 
 
+@checked
 def linear_gradient_slide_half(
     w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"]
 ) -> Float[Array, " d"]:
@@ -108,8 +122,9 @@ def linear_gradient_slide_half(
     return -1 / 2 / X.shape[0] * (X.T @ (y - X @ w))
 
 
+@checked
 def linear_step(
-    w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"], eta: Any = 0.001
+    w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"], eta: Number = 0.001
 ) -> Float[Array, " d"]:
     """F4's step, with the lecture's `η = 0.001`. `w + 2η (1/n) Σᵢ (yᵢ − xᵢᵀw) xᵢ`."""
     return step(w, linear_gradient(w, X, y), eta)
@@ -118,6 +133,7 @@ def linear_step(
 # --- F5, F6: stochastic gradient descent ------------------------------------------------------------------
 
 
+@checked
 def minibatch_gradient(
     gradient: Callable[[Any, Any, Any], Any], w: Any, X: Float[Array, "n d"], Y: Any, B: Int[Array, " b"]
 ) -> Any:
@@ -128,9 +144,11 @@ def minibatch_gradient(
     """
     if B.shape[0] == 0:
         raise ValueError("B is empty: a minibatch needs at least one index (F5 has 1 <= b < n)")
+    checks.inside("B", B, X.shape[0])
     return gradient(w, X[B], Y[B])
 
 
+@checked
 def stochastic_gradient_descent(
     gradient: Callable[[Any, Any, Any], Array],
     w: Float[Array, "*p"],
@@ -138,7 +156,7 @@ def stochastic_gradient_descent(
     Y: Any,
     batches: Iterable[Int[Array, " _"]],
     etas: Iterable[Any],
-    eps: Any,
+    eps: Bound,
 ) -> Float[Array, "steps_and_start *p"]:
     """F5. F3 with `gₜ = (1/b) Σ_{j∈Bₜ} ∇L(w, xⱼ, yⱼ)`: the same step and the same stop.
 
@@ -153,6 +171,7 @@ def stochastic_gradient_descent(
     return jnp.stack(path)
 
 
+@checked
 def linear_minibatch_gradient(
     w: Float[Array, " d"], X: Float[Array, "n d"], y: Float[Array, " n"], B: Int[Array, " b"]
 ) -> Float[Array, " d"]:
@@ -160,12 +179,13 @@ def linear_minibatch_gradient(
     return minibatch_gradient(linear_gradient, w, X, y, B)
 
 
+@checked
 def linear_minibatch_step(
     w: Float[Array, " d"],
     X: Float[Array, "n d"],
     y: Float[Array, " n"],
     B: Int[Array, " b"],
-    eta: Any = 0.001,
+    eta: Number = 0.001,
 ) -> Float[Array, " d"]:
     """F6's step. `w + 2η (1/b) Σ_{j∈B} (yⱼ − xⱼᵀw) xⱼ`."""
     return step(w, linear_minibatch_gradient(w, X, y, B), eta)
@@ -174,32 +194,38 @@ def linear_minibatch_step(
 # --- F7: functionals, with the gradient by the predictions ------------------------------------------------
 
 
+@checked
 def mean_squared_error(y_hat: Float[Array, " n"], y: Float[Array, " n"]) -> Float[Array, ""]:
     """F7, MSE. `(1/n) Σᵢ (yᵢ − ŷᵢ)²`."""
     return jnp.mean((y - y_hat) ** 2)
 
 
+@checked
 def mean_squared_error_gradient(y_hat: Float[Array, " n"], y: Float[Array, " n"]) -> Float[Array, " n"]:
     """F7, MSE. `∂/∂ŷᵢ = −(2/n)(yᵢ − ŷᵢ)`."""
     return -2 / y.shape[0] * (y - y_hat)
 
 
+@checked
 def mean_absolute_error(y_hat: Float[Array, " n"], y: Float[Array, " n"]) -> Float[Array, ""]:
     """F7, MAE. `(1/n) Σᵢ |yᵢ − ŷᵢ|`."""
     return jnp.mean(jnp.abs(y - y_hat))
 
 
+@checked
 def mean_absolute_error_gradient(y_hat: Float[Array, " n"], y: Float[Array, " n"]) -> Float[Array, " n"]:
     """F7, MAE. `∂/∂ŷᵢ = −(1/n) sign(yᵢ − ŷᵢ)`: where `ŷᵢ = yᵢ` there is no derivative, and the subgradient
     of least size, 0, stands for it."""
     return -1 / y.shape[0] * jnp.sign(y - y_hat)
 
 
+@checked
 def logloss(p: Float[Array, " n"], y: Float[Array, " n"]) -> Float[Array, ""]:
     """F7, logloss. `(1/n) Σᵢ CE(yᵢ, pᵢ)` with F15's CE, from probabilities `0 < p < 1`."""
     return jnp.mean(cross_entropy_as_printed(y, p))
 
 
+@checked
 def logloss_gradient(p: Float[Array, " n"], y: Float[Array, " n"]) -> Float[Array, " n"]:
     """F7, logloss. `∂/∂pᵢ = (1/n) dCE/dp(yᵢ, pᵢ)` with F15's derivative."""
     return cross_entropy_derivative_as_printed(y, p) / y.shape[0]
@@ -215,6 +241,7 @@ class Activation(NamedTuple):
     derivative: Callable[[Any], Array]
 
 
+@checked
 def chain_rule(outer: Activation, inner: Activation) -> Activation:
     """F11. `f(g(x))′ = f′(g(x)) g′(x)`, for `f = outer` and `g = inner`."""
     return Activation(
@@ -223,11 +250,13 @@ def chain_rule(outer: Activation, inner: Activation) -> Activation:
     )
 
 
+@checked
 def sigmoid_as_printed(h: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F14. `s(h) = 1/(1 + e⁻ʰ)`. Right to rounding, until `e⁻ʰ` overflows (h < −709.78 in float64)."""
     return 1 / (1 + jnp.exp(-h))
 
 
+@checked
 def sigmoid_derivative_as_printed(h: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F14. `s′(h) = s(h)(1 − s(h))`.
 
@@ -238,28 +267,33 @@ def sigmoid_derivative_as_printed(h: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return s * (1 - s)
 
 
+@checked
 def sigmoid(h: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F14 as it must be. `s(h) = 1/(1 + e⁻ʰ)` for `h ≥ 0` and `eʰ/(1 + eʰ)` below: nothing overflows."""
     e = jnp.exp(-_magnitude(h))
     return jnp.where(h >= 0, 1, e) / (1 + e)
 
 
+@checked
 def sigmoid_derivative(h: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F14 as it must be. `s′(h) = e⁻|ʰ|/(1 + e⁻|ʰ|)²`: equal to `s(h)(1 − s(h))`, with nothing to cancel."""
     e = jnp.exp(-_magnitude(h))
     return e / (1 + e) ** 2
 
 
+@checked
 def tanh_derivative(z: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """`tanh′(z) = 1 − tanh²(z) = 4e⁻²|ᶻ|/(1 + e⁻²|ᶻ|)²`, the latter without cancellation."""
     return 4 * sigmoid_derivative(2 * z)
 
 
+@checked
 def relu(z: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """`max(z, 0)`."""
     return jnp.where(z > 0, z, 0)
 
 
+@checked
 def relu_derivative(z: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """1 for `z > 0`, else 0; at the kink `z = 0` the subgradient 0."""
     return (z > 0).astype(z.dtype)
@@ -292,6 +326,7 @@ class Forward(NamedTuple):
         return self.Z[-1]
 
 
+@checked
 def forward(layers: Deep, X: Float[Array, "n d"], f: Activation = SIGMOID) -> Forward:
     """F8. `X → XW₁ → f(XW₁) → f(XW₁)W₂ → … → Ŷ`, any depth, the last layer without an activation.
 
@@ -304,26 +339,31 @@ def forward(layers: Deep, X: Float[Array, "n d"], f: Activation = SIGMOID) -> Fo
     return Forward(tuple(A), tuple(Z))
 
 
+@checked
 def two_layer_forward(params: TwoLayer, X: Float[Array, "n d"], f: Activation = SIGMOID) -> Forward:
     """F8 with two layers. `Ŷ = f(XW₁)W₂`: keeps `A = (X, f(XW₁))` and `Z = (XW₁, Ŷ)`."""
     return forward(_layers(params), X, f)
 
 
+@checked
 def half_squared_errors(Y_hat: Float[Array, "n k"], Y: Float[Array, "n k"]) -> Float[Array, " n"]:
     """F9, one term per example. `½ ‖yᵢ − ŷᵢ‖²`, the sum over the k outputs."""
     return jnp.sum((Y - Y_hat) ** 2, axis=1) / 2
 
 
+@checked
 def half_squared_adjoint(Y_hat: Float[Array, "n k"], Y: Float[Array, "n k"]) -> Float[Array, "n k"]:
     """F9. `dL/dŶ = (1/n)(Ŷ − Y)` for the mean over examples."""
     return (Y_hat - Y) / Y.shape[0]
 
 
+@checked
 def half_squared_adjoint_sum(Y_hat: Float[Array, "n k"], Y: Float[Array, "n k"]) -> Float[Array, "n k"]:
     """F9. `dL/dŶ = Ŷ − Y` for the sum over examples, which is the lecture's loss of one example at n = 1."""
     return Y_hat - Y
 
 
+@checked
 def two_layer_loss(
     params: TwoLayer, X: Float[Array, "n d"], Y: Float[Array, "n k"], f: Activation = SIGMOID
 ) -> Float[Array, ""]:
@@ -331,6 +371,7 @@ def two_layer_loss(
     return jnp.mean(half_squared_errors(two_layer_forward(params, X, f).Y_hat, Y))
 
 
+@checked
 def two_layer_loss_sum(
     params: TwoLayer, X: Float[Array, "n d"], Y: Float[Array, "n k"], f: Activation = SIGMOID
 ) -> Float[Array, ""]:
@@ -341,6 +382,7 @@ def two_layer_loss_sum(
 # --- F12, F13: the gradients of the two-layer net ---------------------------------------------------------
 
 
+@checked
 def output_layer_gradient_as_printed(
     params: TwoLayer, X: Float[Array, "n d"], Y: Float[Array, "n k"], f: Activation = SIGMOID
 ) -> Float[Array, "k h"]:
@@ -360,6 +402,7 @@ def output_layer_gradient_as_printed(
     return -(Y - values.Y_hat) @ values.A[1]
 
 
+@checked
 def output_layer_gradient_one_example(
     params: TwoLayer, x: Float[Array, " d"], y: Float[Array, " k"], f: Activation = SIGMOID
 ) -> Float[Array, "k h"]:
@@ -371,6 +414,7 @@ def output_layer_gradient_one_example(
     return jnp.outer(-(y - values.Y_hat[0]), values.A[1][0])
 
 
+@checked
 def output_layer_gradient(
     params: TwoLayer, X: Float[Array, "n d"], Y: Float[Array, "n k"], f: Activation = SIGMOID
 ) -> Float[Array, "h k"]:
@@ -378,6 +422,7 @@ def output_layer_gradient(
     return output_layer_gradient_sum(params, X, Y, f) / X.shape[0]
 
 
+@checked
 def output_layer_gradient_sum(
     params: TwoLayer, X: Float[Array, "n d"], Y: Float[Array, "n k"], f: Activation = SIGMOID
 ) -> Float[Array, "h k"]:
@@ -386,6 +431,7 @@ def output_layer_gradient_sum(
     return values.A[1].T @ (values.Y_hat - Y)
 
 
+@checked
 def hidden_layer_gradient_as_printed(
     params: TwoLayer, X: Float[Array, "n d"], Y: Float[Array, "n k"], f: Activation = SIGMOID
 ) -> Float[Array, "n d"]:
@@ -406,6 +452,7 @@ def hidden_layer_gradient_as_printed(
     return -(Y - values.Y_hat) @ params.W2.T @ f.derivative(values.Z[0]) @ X
 
 
+@checked
 def hidden_layer_gradient_one_example(
     params: TwoLayer, x: Float[Array, " d"], y: Float[Array, " k"], f: Activation = SIGMOID
 ) -> Float[Array, "h d"]:
@@ -418,6 +465,7 @@ def hidden_layer_gradient_one_example(
     return jnp.outer((-(y - values.Y_hat[0]) @ params.W2.T) * f.derivative(values.Z[0][0]), x)
 
 
+@checked
 def hidden_layer_gradient(
     params: TwoLayer, X: Float[Array, "n d"], Y: Float[Array, "n k"], f: Activation = SIGMOID
 ) -> Float[Array, "d h"]:
@@ -425,6 +473,7 @@ def hidden_layer_gradient(
     return hidden_layer_gradient_sum(params, X, Y, f) / X.shape[0]
 
 
+@checked
 def hidden_layer_gradient_sum(
     params: TwoLayer, X: Float[Array, "n d"], Y: Float[Array, "n k"], f: Activation = SIGMOID
 ) -> Float[Array, "d h"]:
@@ -433,6 +482,7 @@ def hidden_layer_gradient_sum(
     return X.T @ (((values.Y_hat - Y) @ params.W2.T) * f.derivative(values.Z[0]))
 
 
+@checked
 def two_layer_backprop(
     params: TwoLayer,
     X: Float[Array, "n d"],
@@ -456,6 +506,7 @@ def two_layer_backprop(
     return TwoLayer(layer_1.W, layer_2.W, layer_1.b, layer_2.b), adjoints
 
 
+@checked
 def deep_backprop(
     layers: Deep,
     X: Float[Array, "n d"],
@@ -496,16 +547,19 @@ def _affine(A: Array, layer: Layer) -> Array:
 # --- F15, F16: logloss and logistic regression ------------------------------------------------------------
 
 
+@checked
 def cross_entropy_as_printed(y: Float[Array, "*s"], p: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F15, per example. `CE(y, p) = −[y log p + (1−y) log(1−p)]`: NaN or inf once p rounds to 0 or 1."""
     return -(y * jnp.log(p) + (1 - y) * jnp.log(1 - p))
 
 
+@checked
 def cross_entropy_derivative_as_printed(y: Float[Array, "*s"], p: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F15, per example. `dCE/dp = −[y/p − (1−y)/(1−p)]`: NaN or inf once p rounds to 0 or 1."""
     return -(y / p - (1 - y) / (1 - p))
 
 
+@checked
 def cross_entropy(y: Float[Array, "*s"], h: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F15 as it must be, from the logit. `CE(y, s(h)) = y log(1 + e⁻ʰ) + (1−y) log(1 + eʰ)`, per example.
 
@@ -514,6 +568,7 @@ def cross_entropy(y: Float[Array, "*s"], h: Float[Array, "*s"]) -> Float[Array, 
     return y * jnp.logaddexp(0, -h) + (1 - y) * jnp.logaddexp(0, h)
 
 
+@checked
 def logit_adjoint_as_printed(y: Float[Array, "*s"], h: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F16's common factor as printed, per example. `dCE/dh = −[y/p − (1−y)/(1−p)] s(h)(1−s(h))`, `p = s(h)`.
 
@@ -526,6 +581,7 @@ def logit_adjoint_as_printed(y: Float[Array, "*s"], h: Float[Array, "*s"]) -> Fl
     return cross_entropy_derivative_as_printed(y, s) * (s * (1 - s))
 
 
+@checked
 def logit_adjoint(y: Float[Array, "*s"], h: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F16's common factor after algebra, per example. `dCE/dh = p − y`, `p = s(h)`.
 
@@ -535,6 +591,7 @@ def logit_adjoint(y: Float[Array, "*s"], h: Float[Array, "*s"]) -> Float[Array, 
     return sigmoid(h) - y
 
 
+@checked
 def logit_adjoint_signed(y: Float[Array, "*s"], h: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """F16's common factor to full relative accuracy, per example. `dCE/dh = (1−y) s(h) − y s(−h)`.
 
@@ -544,6 +601,7 @@ def logit_adjoint_signed(y: Float[Array, "*s"], h: Float[Array, "*s"]) -> Float[
     return (1 - y) * sigmoid(h) - y * sigmoid(-h)
 
 
+@checked
 def logistic_adjoint(H: Float[Array, "n k"], Y: Float[Array, "n k"]) -> Float[Array, "n k"]:
     """F16 as the `output_adjoint` of a net whose outputs are logits.
 
@@ -552,11 +610,13 @@ def logistic_adjoint(H: Float[Array, "n k"], Y: Float[Array, "n k"]) -> Float[Ar
     return logit_adjoint_signed(Y, H) / Y.shape[0]
 
 
+@checked
 def logistic_loss(params: Linear, X: Float[Array, "n d"], y: Float[Array, " n"]) -> Float[Array, ""]:
     """F16's loss. `(1/n) Σᵢ CE(yᵢ, s(hᵢ))` with `h = Xw + b`, the mean over examples."""
     return jnp.mean(cross_entropy(y, _logits(params, X)))
 
 
+@checked
 def logistic_gradient_as_printed(params: Linear, X: Float[Array, "n d"], y: Float[Array, " n"]) -> Linear:
     """F16 as printed, the mean over examples (the lecture: one example, d = 2).
 
@@ -566,11 +626,13 @@ def logistic_gradient_as_printed(params: Linear, X: Float[Array, "n d"], y: Floa
     return _logistic_gradient(params, X, logit_adjoint_as_printed(y, _logits(params, X)))
 
 
+@checked
 def logistic_gradient(params: Linear, X: Float[Array, "n d"], y: Float[Array, " n"]) -> Linear:
     """F16 as it must be, the mean over examples. `dL/db = p − y`, `dL/dwⱼ = (p − y) xⱼ`: never NaN."""
     return _logistic_gradient(params, X, logit_adjoint(y, _logits(params, X)))
 
 
+@checked
 def logistic_gradient_signed(params: Linear, X: Float[Array, "n d"], y: Float[Array, " n"]) -> Linear:
     """F16 to full relative accuracy, the mean over examples.
 
@@ -591,12 +653,14 @@ def _logistic_gradient(params: Linear, X: Array, dh: Array) -> Linear:
 # --- Beyond the slides: k classes -------------------------------------------------------------------------
 
 
+@checked
 def softmax_cross_entropies(Z: Float[Array, "n k"], Y: Float[Array, "n k"]) -> Float[Array, " n"]:
     """F15 for k classes, per example. `−Σⱼ yⱼ log softmax(z)ⱼ`, for one-hot (or probability) rows `Y`."""
     shifted = Z - jnp.max(Z, axis=1, keepdims=True)
     return -jnp.sum(Y * (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=1, keepdims=True))), axis=1)
 
 
+@checked
 def softmax_adjoint(Z: Float[Array, "n k"], Y: Float[Array, "n k"]) -> Float[Array, "n k"]:
     """F16 for k classes, an `output_adjoint`. `dL/dZ = (1/n)(P − Y)` with `P = softmax(Z)`, the mean.
 

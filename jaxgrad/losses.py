@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxgrad.checks import NotNegative, checked
 from jaxgrad.types import Params
 
 ExampleLoss = Callable[[Any, Any], Float[Array, ""]]
 
 
+@checked
 def squared(prediction: Float[Array, "*k"], y: Any) -> Float[Array, ""]:
     """`Σ (y − ŷ)²` over the outputs of one example: MSE once averaged (F4, F7).
 
@@ -30,11 +32,13 @@ def squared(prediction: Float[Array, "*k"], y: Any) -> Float[Array, ""]:
     return jnp.sum(_residual(prediction, y) ** 2)
 
 
+@checked
 def half_squared(prediction: Float[Array, "*k"], y: Any) -> Float[Array, ""]:
     """`½ Σ (y − ŷ)²` over the outputs of one example (F9); ValueError as in `squared`."""
     return 0.5 * squared(prediction, y)
 
 
+@checked
 def absolute(prediction: Float[Array, "*k"], y: Any) -> Float[Array, ""]:
     """`Σ |y − ŷ|` over the outputs of one example: MAE once averaged (F7); ValueError as in `squared`.
 
@@ -56,6 +60,7 @@ def _residual(prediction: Any, y: Any) -> Any:
     return jnp.reshape(y, np.shape(prediction)) - prediction
 
 
+@checked
 def logloss(logit: Float[Array, ""], y: Any) -> Float[Array, ""]:
     """`−[y log s(h) + (1−y) log(1−s(h))]` from the logit `h`, for a label `y` in {0, 1} (F15, F16).
 
@@ -82,6 +87,7 @@ def _softplus_jvp(primals: Any, tangents: Any) -> Any:
     return _softplus(z), dz * jax.nn.sigmoid(z)
 
 
+@checked
 def softmax_cross_entropy(logits: Float[Array, " k"], label: Any) -> Float[Array, ""]:
     """`−log softmax(z)[label]` from the logits `z[k]`, for a class number from 0 to k−1 or a distribution `label[k]`.
 
@@ -137,7 +143,8 @@ class MeanLoss:
         return data_term if self.l2 == 0 else data_term + 0.5 * self.l2 * _weights_squared(params)
 
 
-def mean_of(example: Callable[[Params, Any], Any], l2: float = 0.0) -> MeanLoss:
+@checked
+def mean_of(example: Callable[[Params, Any], Any], l2: NotNegative = 0.0) -> MeanLoss:
     """The mean over the examples of any loss of one of them: `L(w) = (1/n) Σᵢ example(w, exampleᵢ) + (l2/2) Σ‖W‖²`.
 
         loss = mean_of(lambda params, row: row.weight * (row.x @ params.w - row.y) ** 2)
@@ -148,15 +155,14 @@ def mean_of(example: Callable[[Params, Any], Any], l2: float = 0.0) -> MeanLoss:
 
     Raises ValueError if `l2` is negative or not finite; when it is called, if the loss of a row is not one number.
     """
-    if not 0 <= l2 < float("inf"):
-        raise ValueError(f"l2 must be a finite number >= 0, got {l2}")
     return MeanLoss(example, l2)
 
 
+@checked
 def mean_loss(
     model: Callable[[Params, Any], Any],
     example_loss: ExampleLoss,
-    l2: float = 0.0,
+    l2: NotNegative = 0.0,
     *,
     weights: Callable[[Any], Any] | Any = None,
 ) -> MeanLoss:

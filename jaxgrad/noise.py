@@ -22,7 +22,7 @@ such gᵢ and is refused with ValueError.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxgrad import means
+from jaxgrad import checks, means
+from jaxgrad.checks import Count, Counts, Examples, Keys, Level, NotNegative, OneKey, Weights, checked, float64
 from jaxgrad.sampling import check_sizes, distinct
 from jaxgrad.statistics import Interval, mean_interval, ratio_interval
 from jaxgrad.types import Key, Loss, Params, Sampling
@@ -79,7 +80,8 @@ class ScaleEstimate(NamedTuple):
     """‖G‖²; the interval may reach below zero, where the gradient drowns in its noise."""
 
 
-def gamma(sampling: Sampling, n: int) -> float:
+@checked
+def gamma(sampling: Sampling, n: Count) -> float:
     """The sampling factor γ: `Cov[g_B] = γ Σ`, with Σ the 1/n-normalised covariance of the n example gradients.
 
         full batch        0
@@ -107,16 +109,19 @@ def gamma(sampling: Sampling, n: int) -> float:
     )
 
 
-def example_gradients(loss: Loss, params: Params, batch: Any) -> Params:
+@checked
+def example_gradients(loss: Loss, params: Weights, batch: Examples) -> Params:
     """`gᵢ = ∇loss(params, batch of example i alone)`: the parameters' pytree, each leaf with an axis n in front.
 
     Works under `jit` and `vmap`, in the precision of its arguments. It holds n copies of the parameters; the
     functions below do not.
     """
+    checks.loss(loss, params, batch)
     return jax.vmap(partial(_gradient_of_one(loss, params, batch), params))(batch)
 
 
-def measure(loss: Loss, params: Params, batch: Any, *, curvature: bool = True, chunk: int = 1024) -> PointNoise:
+@checked
+def measure(loss: Loss, params: Weights, batch: Examples, *, curvature: bool = True, chunk: Count = 1024) -> PointNoise:
     """‖G‖², tr Σ and the noise scales at `params`, exactly, over all n examples of `batch`, in float64.
 
     Args:
@@ -126,7 +131,8 @@ def measure(loss: Loss, params: Params, batch: Any, *, curvature: bool = True, c
     Raises ValueError with `curvature` and more than `DENSE` parameters, or for an empty batch.
     """
     with jax.enable_x64(True):
-        params, batch = _in_float64(params), _in_float64(batch)
+        params, batch = float64(params), float64(batch)
+        checks.loss(loss, params, batch)
         n, size = _count(batch), ravel_pytree(params)[0].size
         if curvature:
             _check_dense(size, "curvature=False leaves B_noise out")
@@ -150,32 +156,41 @@ def measure(loss: Loss, params: Params, batch: Any, *, curvature: bool = True, c
         )
 
 
-def covariance(loss: Loss, params: Params, batch: Any, *, chunk: int = 1024) -> np.ndarray:
+@checked
+def covariance(loss: Loss, params: Weights, batch: Examples, *, chunk: Count = 1024) -> np.ndarray:
     """`Σ[p, p] = (1/n) Σ (gᵢ − G)(gᵢ − G)ᵀ` exactly, float64, parameters in the order of `ravel_pytree`.
 
     `gamma(sampling, n) * covariance(...)` is the covariance of the batch gradient. Raises ValueError beyond
     `DENSE` parameters.
     """
     with jax.enable_x64(True):
-        params, batch = _in_float64(params), _in_float64(batch)
+        params, batch = float64(params), float64(batch)
+        checks.loss(loss, params, batch)
         _check_dense(ravel_pytree(params)[0].size, "use measure or directional_variances")
         return np.asarray(_jitted_covariance(params, batch, loss=loss, chunk=chunk))
 
 
+@checked
 def directional_variances(
-    loss: Loss, params: Params, batch: Any, directions: Params, *, chunk: int = 1024
+    loss: Loss, params: Weights, batch: Examples, directions: Weights, *, chunk: Count = 1024
 ) -> np.ndarray:
     """`vᵀΣv[k]` exactly, for k directions: the parameters' pytree, each leaf with an axis k in front.
 
     Forward mode: no example gradient is formed, so any number of parameters will do.
     """
     with jax.enable_x64(True):
-        args = _in_float64(params), _in_float64(batch), _in_float64(directions)
+        args = float64(params), float64(batch), float64(directions)
+        checks.loss(loss, *args[:2])
+        shapes, wanted = (jax.tree.map(np.shape, tree) for tree in (args[2], args[0]))
+        k = jax.tree.leaves(args[2])[0].shape[:1]
+        if not k or shapes != jax.tree.map(lambda leaf: (*k, *leaf.shape), args[0]):
+            raise ValueError(f"directions must be params with an axis k in front: got {shapes} for {wanted}")
         return np.asarray(_jitted_directional(*args, loss=loss, chunk=chunk))
 
 
+@checked
 def stratified_trace(
-    loss: Loss, params: Params, batch: Any, counts: Sequence[int], b: int, *, chunk: int = 1024
+    loss: Loss, params: Weights, batch: Examples, counts: Counts, b: Count, *, chunk: Count = 1024
 ) -> float:
     """`tr Cov[g_B] = Σ_d (n_d/n)² (n_d − b_d)/(b_d (n_d − 1)) tr Σ_d` of `parallel.stratified(b, counts)`, exactly.
 
@@ -187,7 +202,7 @@ def stratified_trace(
     Raises ValueError where the counts do not add up to the rows, or b is no multiple of D from D to `D min(counts)`.
     """
     n, D = _count(batch), len(counts)
-    if sum(counts) != n or min(counts, default=0) < 1:
+    if sum(counts) != n:
         raise ValueError(f"the shares {tuple(counts)} do not add up to the {n} rows")
     if b % D or not D <= b <= D * min(counts):
         raise ValueError(f"b must be a multiple of the {D} shares, from {D} to {D * min(counts)}; got {b}")
@@ -200,7 +215,8 @@ def stratified_trace(
     return total
 
 
-def one_step(noise: PointNoise, factor: float) -> OneStep:
+@checked
+def one_step(noise: PointNoise, factor: NotNegative) -> OneStep:
     """The best step size for a batch gradient of sampling factor γ, and what it gains (McCandlish et al. 2018).
 
     `E[L(w − ηg_B)] = L − η‖G‖² + ½η²(GᵀHG + γ tr(HΣ))`, exact for a quadratic and to O(η³) otherwise, is least at
@@ -213,16 +229,17 @@ def one_step(noise: PointNoise, factor: float) -> OneStep:
     return OneStep(noise.gradient_squared / total, 0.5 * noise.gradient_squared**2 / total)
 
 
+@checked
 def estimate_scale(
     loss: Loss,
-    params: Params,
-    batch: Any,
+    params: Weights,
+    batch: Examples,
     *,
     small: Sampling,
     big: Sampling,
-    key: Key,
-    draws: int = 100,
-    level: float = 0.95,
+    key: OneKey,
+    draws: Count = 100,
+    level: Level = 0.95,
 ) -> ScaleEstimate:
     """B_simple, tr Σ and ‖G‖² at a point, estimated from `draws` independent pairs of batches, with intervals.
 
@@ -242,8 +259,9 @@ def estimate_scale(
     )
 
 
+@checked
 def scale_from_norms(
-    small_squared: Any, big_squared: Any, *, small: Sampling, big: Sampling, n: int, level: float = 0.95
+    small_squared: Any, big_squared: Any, *, small: Sampling, big: Sampling, n: Count, level: Level = 0.95
 ) -> ScaleEstimate:
     """The same from squared norms `‖g_B‖²[s, ...]` that are at hand, of batches drawn by `small` and `big` out of n.
 
@@ -262,7 +280,9 @@ def scale_from_norms(
         raise ValueError(
             f"small must be the noisier of the two: its sampling factor {gamma_small:g} is not above {gamma_big:g}"
         )
-    few, many = np.asarray(small_squared, float), np.asarray(big_squared, float)
+    few, many = checks.array("small_squared", small_squared), checks.array("big_squared", big_squared)
+    if few.shape != many.shape:
+        raise ValueError(f"small_squared {list(few.shape)} and big_squared {list(many.shape)} are paired: one shape")
     trace = (few - many) / (gamma_small - gamma_big)
     squared = (gamma_small * many - gamma_big * few) / (gamma_small - gamma_big)
     return ScaleEstimate(
@@ -272,11 +292,13 @@ def scale_from_norms(
     )
 
 
+@checked
 @partial(jax.jit, static_argnames=("loss", "sampling"))
-def squared_norms(loss: Loss, params: Params, batch: Any, sampling: Sampling, keys: Key) -> jax.Array:
+def squared_norms(loss: Loss, params: Weights, batch: Examples, sampling: Sampling, keys: Keys) -> jax.Array:
     """`‖g_B‖²[s]` for s independent batches, one per key, in the precision of the arguments."""
     n = _count(batch)
     check_sizes(sampling, n)
+    checks.loss(loss, params, batch)
     if found := means.doubt(loss, params, batch, [n, sampling.batch_size or n]):
         raise ValueError(
             "the law of the batch gradient's noise is that of a mean over the examples; of this loss it is not known "
@@ -290,8 +312,9 @@ def squared_norms(loss: Loss, params: Params, batch: Any, sampling: Sampling, ke
     return jax.lax.map(one, keys, batch_size=16)
 
 
+@checked
 def monitor(
-    loss: Loss, batch: Any, *, curvature: bool = False, chunk: int = 1024
+    loss: Loss, batch: Examples, *, curvature: bool = False, chunk: Count = 1024
 ) -> Callable[[Params], dict[str, jax.Array]]:
     """A pure function of the parameters, for `descend(..., observe=monitor(loss, data))`.
 
@@ -300,9 +323,9 @@ def monitor(
     It works under `jit` and `vmap`, and costs about two passes of example gradients at each record point.
     """
     batch = jax.tree.map(jnp.asarray, batch)
-    _count(batch)
 
     def observe(params: Params) -> dict[str, jax.Array]:
+        checks.loss(loss, params, batch)
         G, trace = _moments(loss, params, batch, chunk)
         squared = _squared(G)
         seen = {"gradient_squared": squared, "noise_trace": trace, "simple_scale": trace / squared}
@@ -425,24 +448,9 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 
 def _count(batch: Any) -> int:
-    leaves = jax.tree.leaves(batch)
-    n = {np.shape(leaf)[:1] for leaf in leaves}
-    if len(n) != 1 or n in ({()}, {(0,)}):
-        raise ValueError(
-            "the batch needs arrays that share a leading axis of at least one example; got shapes "
-            f"{[np.shape(leaf) for leaf in leaves]}"
-        )
-    return n.pop()[0]
+    return jax.tree.leaves(batch)[0].shape[0]
 
 
 def _check_dense(size: int, instead: str) -> None:
     if size > DENSE:
         raise ValueError(f"{size} parameters are too many to form a matrix (at most {DENSE}): {instead}")
-
-
-def _in_float64(tree: Any) -> Any:
-    def convert(leaf: Any) -> jax.Array:
-        array = jnp.asarray(leaf)
-        return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-    return jax.tree.map(convert, tree)

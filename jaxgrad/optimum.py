@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from jaxgrad import checks
+from jaxgrad.checks import Count, Examples, NotNegative, Positive, Weights, checked, float64
 from jaxgrad.types import Batch, Linear, Loss, Params
 
 UNIT = 2.0**-53
@@ -50,7 +52,8 @@ class Optimum(NamedTuple):
     """Why the bound holds, in a sentence."""
 
 
-def least_squares(batch: Batch, *, bias: bool = True, l2: float = 0.0) -> Optimum:
+@checked
+def least_squares(batch: Batch, *, bias: bool = True, l2: NotNegative = 0.0) -> Optimum:
     """The minimum of `f(w, b) = (1/n) Σ ‖yᵢ − w·xᵢ − b‖² + (l2/2)‖w‖²` (F4), in closed form.
 
     For `x[n, d]` with `y[n]`, giving `Linear(w[d], b[])`, or `y[n, k]`, giving `Linear(w[d, k], b[k])`; `b` is
@@ -67,7 +70,7 @@ def least_squares(batch: Batch, *, bias: bool = True, l2: float = 0.0) -> Optimu
 
     Raises ValueError for empty or not finite data, shapes that do not fit, or a negative `l2`.
     """
-    X, Y = _examples(batch, l2)
+    X, Y = _examples(batch)
     (n, d), single = X.shape, Y.ndim == 1
     Y = Y[:, None] if single else Y
     A = np.column_stack([X, np.ones(n)]) if bias else X
@@ -109,7 +112,8 @@ def least_squares(batch: Batch, *, bias: bool = True, l2: float = 0.0) -> Optimu
     )
 
 
-def logistic(batch: Batch, *, bias: bool = True, l2: float = 0.0, steps: int = 200) -> Optimum:
+@checked
+def logistic(batch: Batch, *, bias: bool = True, l2: NotNegative = 0.0, steps: Count = 200) -> Optimum:
     """The minimum of the mean logloss of `hᵢ = w·xᵢ + b` plus `(l2/2)‖w‖²` (F15, F16), for labels 0 and 1.
 
     Damped Newton in float64. Params: `Linear(w[d], b[])`; `b` is None for `bias=False`.
@@ -128,7 +132,7 @@ def logistic(batch: Batch, *, bias: bool = True, l2: float = 0.0, steps: int = 2
     Raises ValueError for empty or not finite data, labels other than 0 and 1, a negative `l2`, and where
     no minimiser can be certified: separable data without l2 have none, and a singular Hessian hides it.
     """
-    X, y = _examples(batch, l2)
+    X, y = _examples(batch)
     if y.ndim != 1 or not np.isin(y, (0, 1)).all():
         bad = "shape " + str(y.shape) if y.ndim != 1 else f"{y[~np.isin(y, (0, 1))][0]:g}"
         raise ValueError(f"logistic needs one label, 0 or 1, per example; got {bad}")
@@ -191,14 +195,15 @@ def logistic(batch: Batch, *, bias: bool = True, l2: float = 0.0, steps: int = 2
     return best
 
 
+@checked
 def minimum(
     loss: Loss,
-    params: Params,
-    batch: Any,
+    params: Weights,
+    batch: Examples,
     *,
-    strong_convexity: float | None = None,
-    self_concordance: float | None = None,
-    steps: int = 200,
+    strong_convexity: Positive | None = None,
+    self_concordance: Positive | None = None,
+    steps: Count = 200,
 ) -> Optimum:
     """The minimum of any convex `loss(params, batch)`, twice differentiable, over any pytree of parameters.
 
@@ -218,18 +223,15 @@ def minimum(
     Raises ValueError if nothing certifies the problem, if it is found not to be convex or bounded below, if
     the loss is not a finite scalar, or if parameters are not floating point.
     """
-    _check_constants(strong_convexity, self_concordance)
     with jax.enable_x64(True):
-        _check_floating(params)
-        batch = jax.tree.map(_to_float64, batch)
-        start, unravel = ravel_pytree(jax.tree.map(_to_float64, params))
+        batch = float64(batch)
+        start, unravel = ravel_pytree(float64(params))
+        checks.every_finite(start, "params")
+        checks.loss(loss, unravel(start), batch)
 
         def f(w: jax.Array) -> jax.Array:
             return loss(unravel(w), batch)
 
-        shape = jax.eval_shape(f, start).shape
-        if shape != ():
-            raise ValueError(f"loss must return a scalar, the mean over the batch; it returned shape {shape}")
         gradient_of = jax.grad(f)
 
         def hessian_times(w: jax.Array, v: jax.Array) -> jax.Array:
@@ -393,37 +395,10 @@ def _linear(W: np.ndarray, d: int, bias: bool, single: bool) -> Linear:
     return Linear(W[:d], np.asarray(W[d]) if bias else None)
 
 
-def _examples(batch: Batch, l2: float) -> tuple[np.ndarray, np.ndarray]:
+def _examples(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """`x[n, d]` and `y` in float64, checked."""
-    X, y = np.asarray(batch.x, float), np.asarray(batch.y, float)
-    if X.ndim != 2 or y.ndim not in (1, 2) or len(X) != len(y):
+    X = checks.array("x", batch.x, least=1)
+    y = checks.array("y", batch.y, bools=True)
+    if X.ndim != 2 or X.shape[1] == 0 or y.ndim not in (1, 2) or len(X) != len(y):
         raise ValueError(f"the batch needs x[n, d] and y[n] or y[n, k]; got x{list(X.shape)} and y{list(y.shape)}")
-    if len(X) == 0:
-        raise ValueError("the batch is empty")
-    for name, values in (("x", X), ("y", y)):
-        if not np.isfinite(values).all():
-            where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-            raise ValueError(f"{name}{list(where)} is {values[where]}: the data must be finite")
-    if not 0 <= l2 < math.inf:
-        raise ValueError(f"l2 must be a finite number >= 0, got {l2}")
     return X, y
-
-
-def _check_constants(strong_convexity: float | None, self_concordance: float | None) -> None:
-    given = (("strong_convexity", strong_convexity), ("self_concordance", self_concordance))
-    for name, value in given:
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive finite number, got {value}")
-
-
-def _check_floating(params: Params) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
-            raise ValueError(
-                f"parameters must be floating point: params{jax.tree_util.keystr(path)} is {jnp.asarray(leaf).dtype}"
-            )
-
-
-def _to_float64(leaf: Any) -> jax.Array:
-    array = jnp.asarray(leaf)
-    return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array

@@ -42,7 +42,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxgrad import means
+from jaxgrad import checks, means
+from jaxgrad.checks import Count, Counts, checked
 from jaxgrad.sampling import distinct
 from jaxgrad.types import Key, Loss, Params, Sampling
 
@@ -96,7 +97,9 @@ def start(
     """
     if jax.distributed.is_initialized():
         return Place(jax.process_index(), jax.process_count(), "detected")
-    explicit = (coordinator, processes, rank) != (None, None, None)
+    if coordinator is not None:
+        checks.text("coordinator", coordinator)
+    explicit = any(each is not None for each in (coordinator, processes, rank))
     coordinator = coordinator or os.environ.get(COORDINATOR)
     processes = _number("processes", PROCESSES, processes, 1)
     rank = _number("rank", RANK, rank, 0)
@@ -163,17 +166,17 @@ def _joined(how: str) -> Place:
 
 
 def _number(name: str, variable: str, value: Any, at_least: int) -> int | None:
-    what = name
-    if value is None:
+    what, told = name, value is None
+    if told:
         what, value = variable, os.environ.get(variable)
     if value is None:
         return None
     try:
-        number = int(value)
+        number = int(value) if told else checks.integer(what, value)
     except (TypeError, ValueError):
         number = at_least - 1
-    if number < at_least:
-        raise ValueError(f"{what} must be a whole number, at least {at_least}; got {value!r}")
+    if not at_least <= number < checks.LIMIT:
+        raise ValueError(f"{what} must be a whole number, at least {at_least}; got {checks.shown(value)}")
     return number
 
 
@@ -269,6 +272,7 @@ def is_main() -> bool:
 # --- the end ---------------------------------------------------------------------------------------------------
 
 
+@checked
 def run(main: Callable[[], Any]) -> None:
     """Run a whole program and exit with what it returns, without ever waiting for a process that is gone.
 
@@ -480,6 +484,7 @@ def _from_all(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(values, tiled=False))
 
 
+@checked
 def together(work: Callable[[], Any]) -> Any:
     """What `work()` returns, or an error on **all** processes if it fails on one: none is left to wait.
 
@@ -503,6 +508,7 @@ def together(work: Callable[[], Any]) -> Any:
     return result
 
 
+@checked
 def from_main(read: Callable[[], bytes]) -> bytes:
     """What `read()` returns on rank 0, on every process."""
     if jax.process_count() == 1:
@@ -587,7 +593,11 @@ def mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
     The compiler places the collectives (`AxisType.Auto`): under JAX's newer default, `Explicit`, `x[indices]` fails.
     """
-    return Mesh(np.array(jax.devices() if devices is None else devices), ("data",), axis_types=(AxisType.Auto,))
+    found = jax.devices() if devices is None else devices
+    plain = isinstance(found, Sequence | np.ndarray) and not isinstance(found, str | bytes) and np.ndim(found) == 1
+    if not plain or not len(found) or not all(isinstance(each, jax.Device) for each in found):
+        raise TypeError(f"devices must be a list of devices, such as jax.devices()[:2]; got {checks.shown(devices)}")
+    return Mesh(np.array(found), ("data",), axis_types=(AxisType.Auto,))
 
 
 def shard(batch: Any, mesh: Mesh) -> Sharded:
@@ -597,10 +607,8 @@ def shard(batch: Any, mesh: Mesh) -> Sharded:
     ⌈n/D⌉ rows, in order. Raises ValueError for fewer rows than devices, NaN or infinite entries, an Explicit mesh, or
     (naming the rank) for another batch than rank 0's.
     """
-    from jaxgrad.data.checks import check_batch  # not for `import jaxgrad`: see `descent`
-
     check_mesh(mesh)
-    check_batch(_shapes(batch))
+    batch = checks.batch("batch", batch, finite=False)
     n, D = jax.tree.leaves(batch)[0].shape[0], mesh.devices.size
     if n < D:
         raise ValueError(f"{n} rows cannot be spread over {D} devices: each needs one; use fewer processes or devices")
@@ -609,7 +617,7 @@ def shard(batch: Any, mesh: Mesh) -> Sharded:
     def look() -> None:
         for low, high in _mine(counts, mesh):
             try:
-                check_batch(jax.tree.map(lambda leaf, part=slice(low, high): leaf[part], batch))
+                checks.batch("batch", jax.tree.map(lambda leaf, part=slice(low, high): leaf[part], batch))
             except ValueError as error:
                 raise ValueError(f"in rows {low:,} to {high - 1:,}, numbered from the first of them: {error}") from None
 
@@ -624,15 +632,14 @@ def shard_local(rows: Any, mesh: Mesh) -> Sharded:
     The order of all rows is that of the processes. Raises ValueError (naming the rank) where a process has fewer rows
     than devices, or columns or dtypes other than rank 0's.
     """
-    from jaxgrad.data.checks import check_batch
-
     check_mesh(mesh)
     here = [device.process_index for device in mesh.devices.flat]
     if here != sorted(here):
         raise ValueError("the mesh must list its devices in the order of their processes: use parallel.mesh()")
 
     def look() -> int:
-        check_batch(rows)
+        nonlocal rows
+        rows = checks.batch("rows", rows)
         n = jax.tree.leaves(rows)[0].shape[0]
         if n < here.count(jax.process_index()):
             raise ValueError(f"rank {jax.process_index()} has {n} rows for more devices: each device needs one")
@@ -675,6 +682,7 @@ def _laid(rows: Any, first: int, counts: tuple[int, ...], mesh: Mesh) -> Sharded
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """The same on every device: host arrays, or arrays of this process, equal on all processes (`agree` tells)."""
+    check_mesh(mesh)
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def copy(leaf: Any) -> jax.Array:
@@ -717,7 +725,7 @@ def mesh_of(data: Any) -> Mesh | None:
 def check_mesh(mesh: Any) -> None:
     """Raise TypeError or ValueError unless `mesh` is one over which rows can be spread."""
     if not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as parallel.mesh(); got {mesh!r}")
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as parallel.mesh(); got {checks.shown(mesh)}")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
             "the axes of the mesh must be Auto, since rows are fetched by index: use parallel.mesh(), or "
@@ -734,10 +742,6 @@ def _mine(counts: Sequence[int], mesh: Mesh) -> list[tuple[int, int]]:
     starts = np.concatenate([[0], np.cumsum(counts)])
     here = (d for d, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index())
     return [(int(starts[d]), int(starts[d + 1])) for d in here]
-
-
-def _shapes(batch: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), np.shape(leaf)), batch)
 
 
 def _telling(leaf: Any) -> Any:
@@ -808,7 +812,8 @@ def on(sharded: Sharded, loss: Loss, sampling: Sampling) -> tuple[Loss, Any, Sam
 STRATIFIED = "stratified"
 
 
-def stratified(b: int, counts: Sequence[int]) -> Sampling:
+@checked
+def stratified(b: Count, counts: Counts) -> Sampling:
     """`b/D` different examples from each of D shares of `counts[d]` examples: each device from its own rows.
 
     `counts` is `Sharded.counts`; for n rows in one array, equal shares that follow each other. The gradient is
@@ -821,8 +826,8 @@ def stratified(b: int, counts: Sequence[int]) -> Sampling:
 
     Raises ValueError unless D divides b and no share has fewer than b/D examples.
     """
-    counts = tuple(int(count) for count in counts)
-    if isinstance(b, bool) or not isinstance(b, int) or b < 1 or not counts or b % len(counts):
+    counts = tuple(counts)
+    if b % len(counts):
         raise ValueError(f"the batch size must be a multiple of the {len(counts)} shares, got b = {b!r}")
     if min(counts) < b // len(counts):
         raise ValueError(

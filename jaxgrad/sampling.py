@@ -15,12 +15,15 @@ random order is a *keyed bijection* of `[0, n)` that is evaluated only where it 
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt
 
+from jaxgrad import checks
+from jaxgrad.checks import Count, checked
 from jaxgrad.types import Key, Sampling
 
 EXACT_UP_TO = 64
@@ -30,17 +33,19 @@ _NETWORKS = 5
 _MAX_EXAMPLES = 2**31 - 1
 
 
-def full_batch(rows: int | None = None) -> Sampling:
+@checked
+def full_batch(rows: Count | None = None) -> Sampling:
     """Every example, in order, every step: the gradient is exact and the descent is GD (F3).
 
     With `rows`, that gradient is evaluated over blocks of so many rows and added up: the same to rounding, for a loss
     that is a mean over examples, in one pass over the data and in bounded memory (`jaxgrad.blocks`). `descend`
     chooses it by itself where it pays.
     """
-    return Sampling("full batch", None, _every, None if rows is None else _positive("rows", rows))
+    return Sampling("full batch", None, _every, rows)
 
 
-def with_replacement(b: int) -> Sampling:
+@checked
+def with_replacement(b: Count) -> Sampling:
     """`b` independent, uniform indices a step; an example may occur twice. `Cov[g_B] = Σ/b`.
 
     The random words behind a batch are all different, so that two of its indices agree n in 2³² too rarely (0.2 % at
@@ -48,18 +53,20 @@ def with_replacement(b: int) -> Sampling:
 
     Raises ValueError if `b < 1`. `b > n` is allowed: the draws are independent.
     """
-    return Sampling("with replacement", _batch_size(b), _independent)
+    return Sampling("with replacement", b, _independent, draw_many=_MANY[_independent])
 
 
-def distinct(b: int) -> Sampling:
+@checked
+def distinct(b: Count) -> Sampling:
     """`b` different indices, a fresh choice each step. `Cov[g_B] = Σ/b · (n−b)/(n−1)`; `b = n` is GD.
 
     Raises ValueError if `b < 1`, and on drawing if `b > n`.
     """
-    return Sampling("distinct", _batch_size(b), _fresh_order)
+    return Sampling("distinct", b, _fresh_order, draw_many=_MANY[_fresh_order])
 
 
-def reshuffled(b: int) -> Sampling:
+@checked
+def reshuffled(b: Count) -> Sampling:
     """A new random order each pass; step `t` of a pass takes its t-th `b` indices (random reshuffling).
 
     A pass has `n // b` steps. Where `b` does not divide `n`, the last `n mod b` examples of that pass's order
@@ -67,23 +74,12 @@ def reshuffled(b: int) -> Sampling:
 
     Raises ValueError if `b < 1`, and on drawing if `b > n`.
     """
-    return Sampling("reshuffled", _batch_size(b), _pass_order, draw_many=_pass_orders)
-
-
-def _batch_size(b: int) -> int:
-    return _positive("the batch size b", b)
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return Sampling("reshuffled", b, _pass_order, draw_many=_pass_orders)
 
 
 def check_sizes(sampling: Sampling, n: int) -> None:
     """Raise ValueError unless `sampling` can draw from `n` examples: `1 <= n < 2³¹`, and `b <= n` if distinct."""
+    sampling, n = checks.sampling("sampling", sampling), checks.integer("n", n)
     if not 1 <= n <= _MAX_EXAMPLES:
         raise ValueError(f"cannot sample from n = {n} examples: n must be from 1 to {_MAX_EXAMPLES}")
     b = sampling.batch_size
@@ -95,12 +91,14 @@ def check_sizes(sampling: Sampling, n: int) -> None:
 
 
 def _every(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
-    del key, step, b  # the full batch is no choice
+    del b  # the full batch is no choice
+    check_sizes(full_batch(), n)
+    _draw(key, step)
     return jnp.arange(n, dtype=jnp.int32)
 
 
 def _independent(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
-    check_sizes(with_replacement(b), n)
+    key, step, n = *_draw(key, step), _size(with_replacement(b), n)
     words = _words(_stream(key, step), 2 * b)
     high, low = words[:b], words[b:]
     # The whole part of n times the binary fraction 0.(high)(low): uniform to n in 2⁶⁴, without a division by n.
@@ -110,14 +108,15 @@ def _independent(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
 
 
 def _fresh_order(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
-    check_sizes(distinct(b), n)
+    n = _size(distinct(b), n)
     if b == 1:
         return _independent(key, step, n, b)  # one example is different from no other
+    key, step = _draw(key, step)
     return permuted(_stream(key, step), jnp.arange(b, dtype=jnp.int32), n)
 
 
 def _pass_order(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
-    check_sizes(reshuffled(b), n)
+    key, step, n = *_draw(key, step), _size(reshuffled(b), n)
     steps_per_pass = n // b
     step = jnp.asarray(step, jnp.int32)
     positions = (step % steps_per_pass) * b + jnp.arange(b, dtype=jnp.int32)
@@ -126,7 +125,7 @@ def _pass_order(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
 
 def _pass_orders(key: Key, first: Any, steps: int, n: int, b: int) -> Int[Array, "steps b"]:
     """`_pass_order` of many steps: what a pass has of random words is computed once a pass, not once a step."""
-    check_sizes(reshuffled(b), n)
+    key, first, n, steps = *_draw(key, first, "first"), _size(reshuffled(b), n), checks.count("steps", steps)
     steps_per_pass = n // b
     step = jnp.asarray(first, jnp.int32) + jnp.arange(steps, dtype=jnp.int32)
     place, start = step // steps_per_pass, jnp.asarray(first, jnp.int32) // steps_per_pass
@@ -138,6 +137,23 @@ def _pass_orders(key: Key, first: Any, steps: int, n: int, b: int) -> Int[Array,
     positions = (step % steps_per_pass)[:, None] * b + jnp.arange(b, dtype=jnp.int32)[None, :]
     return _ordered(words[..., None], positions, n)
 
+
+def _size(sampling: Sampling, n: int) -> int:
+    check_sizes(sampling, n)
+    return int(n)
+
+
+def _draw(key: Key, step: Any, name: str = "step") -> tuple[Key, Any]:
+    return checks.key("key", key), checks.step(name, step)
+
+
+def _one_by_one(draw: Any, key: Key, first: Any, steps: int, n: int, b: int) -> Int[Array, "steps b"]:
+    (key, first), steps = _draw(key, first, "first"), checks.count("steps", steps)
+    return jax.vmap(lambda step: draw(key, step, n, b))(first + jnp.arange(steps, dtype=jnp.int32))
+
+
+# Made once, so that two samplings of the same kind and batch size are equal.
+_MANY = {draw: partial(_one_by_one, draw) for draw in (_independent, _fresh_order)}
 
 Stream = tuple[UInt[Array, ""], UInt[Array, ""]]
 """64 random bits, from which a step (or a pass) takes all its random words."""

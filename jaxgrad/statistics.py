@@ -21,17 +21,23 @@ distribution). On exponential values a nominal 95 % interval for the mean, Stude
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import Float
 from scipy import special
 
+from jaxgrad import checks
+from jaxgrad.checks import Count, Level, OneKey, Share, checked
 from jaxgrad.types import Key
 
 MINIMUM_SEEDS = 20
 """The fewest runs an interval is computed from."""
+
+Resamples: TypeAlias = Annotated[int, partial(checks.count, at_least=1000)]
+"""A tail quantile needs a thousand of them."""
 
 
 class Interval(NamedTuple):
@@ -46,23 +52,25 @@ class Interval(NamedTuple):
     """Runs (or trials) it was computed from."""
 
 
-def mean_interval(values: Any, *, level: float = 0.95) -> Interval:
+@checked
+def mean_interval(values: Any, *, level: Level = 0.95) -> Interval:
     """Student's interval for the mean: `x̄ ± t_{s−1}((1+level)/2) · sd/√s`, with `sd` of divisor `s − 1`.
 
     Exact for normal values. Raises ValueError for fewer than `MINIMUM_SEEDS` runs, a value that is not
     finite, or a level outside (0, 1).
     """
-    x = _runs(values, level)
+    x = _runs(values)
     return _student(x, float(special.stdtrit(len(x) - 1, (1 + level) / 2)), level)
 
 
+@checked
 def band(
     values: Any,
     *,
-    level: float = 0.95,
+    level: Level = 0.95,
     method: str = "bonferroni",
-    key: Key | None = None,
-    resamples: int = 2000,
+    key: OneKey | None = None,
+    resamples: Resamples = 2000,
 ) -> Interval:
     """A simultaneous band for the mean curve: **all** its points lie inside with probability `level`.
 
@@ -76,26 +84,26 @@ def band(
     A point where all runs agree has a band of width zero there. Raises ValueError as `mean_interval` does,
     and for an unknown method or a missing key.
     """
-    x = _runs(values, level)
+    x = _runs(values)
     points = max(1, x[0].size)
+    checks.one_of("method", method, ("bonferroni", "max-t"))
     if method == "bonferroni":
         factor = float(special.stdtrit(len(x) - 1, 1 - (1 - level) / (2 * points)))
-    elif method == "max-t":
+    else:
         if key is None:
             raise ValueError("band(method='max-t') resamples runs at random: give it key=jax.random.key(...)")
         factor = _max_t_factor(x.reshape(len(x), -1), level, key, resamples)
-    else:
-        raise ValueError(f"method must be 'bonferroni' or 'max-t', got {method!r}")
     return _student(x, factor, level)
 
 
+@checked
 def bca_interval(
     values: Any,
     *,
-    key: Key,
+    key: OneKey,
     statistic: Callable[..., Any] = np.mean,
-    level: float = 0.95,
-    resamples: int = 2000,
+    level: Level = 0.95,
+    resamples: Resamples = 2000,
 ) -> Interval:
     """Bias-corrected and accelerated bootstrap interval (Efron 1987) for `statistic(values, axis=0)`.
 
@@ -104,8 +112,11 @@ def bca_interval(
     asymmetric values where Student's interval cannot: misses fall on both sides alike. Whole runs are
     resampled, the same for every trailing point. Raises ValueError as `mean_interval` does.
     """
-    x = _runs(values, level)
-    estimate = np.asarray(statistic(x, axis=0), float)
+    x = _runs(values)
+    with checks.saying("statistic must be a function statistic(values, axis=0) of an array, such as np.mean"):
+        estimate = np.asarray(statistic(x, axis=0), float)
+    if estimate.shape != x.shape[1:]:
+        raise ValueError(f"statistic must take away the first axis of {x.shape}, but returned shape {estimate.shape}")
     s = len(x)
 
     draws = np.stack([np.asarray(statistic(x[rows], axis=0), float) for rows in _resample(key, s, resamples)])
@@ -128,14 +139,15 @@ def bca_interval(
     return Interval(estimate, end(-z), end(z), level, s)
 
 
-def median_interval(values: Any, *, level: float = 0.95) -> Interval:
+@checked
+def median_interval(values: Any, *, level: Level = 0.95) -> Interval:
     """Interval between two order statistics that holds the median, whatever the distribution.
 
     `[x_(k), x_(s+1−k)]` with the largest k for which `P(Bin(s, ½) < k) <= (1−level)/2`: the coverage of a
     continuous distribution is `1 − 2 P(Bin(s, ½) < k)` exactly, never below `level`. Infinite values (runs
     that diverged) are allowed: they are just large. Raises ValueError for NaN, and as `mean_interval` does.
     """
-    x = np.sort(_runs(values, level, infinite=True), axis=0)
+    x = np.sort(_runs(values, infinite=True), axis=0)
     s = len(x)
     # bdtr(k − 1, s, ½) = P(Bin(s, ½) <= k − 1) increases with k; k = 1 always qualifies for s >= 20.
     tails = special.bdtr(np.arange(s // 2, dtype=float), s, 0.5)
@@ -146,18 +158,17 @@ def median_interval(values: Any, *, level: float = 0.95) -> Interval:
     return Interval(np.asarray(middle), x[k - 1], x[s - k], level, s)
 
 
+@checked
 def quantile_band(
-    values: Any, low: float = 0.1, high: float = 0.9
+    values: Any, low: Share = 0.1, high: Share = 0.9
 ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
     """The `low` and `high` quantiles over the runs, to shade in a figure: where single runs lie.
 
     It describes the runs at hand and claims nothing, so any number of runs will do. A run that diverged
     counts as infinitely large (NaN is read as +inf).
     """
-    x = np.asarray(values, float)
-    if x.ndim == 0 or len(x) == 0:
-        raise ValueError("values needs a leading axis of at least one run")
-    if not 0 <= low <= high <= 1:
+    x = checks.array("values", values, "runs *shape", finite=False, least=1)
+    if low > high:
         raise ValueError(f"need 0 <= low <= high <= 1, got low={low}, high={high}")
     x = np.sort(np.where(np.isnan(x), np.inf, x), axis=0)
 
@@ -168,15 +179,25 @@ def quantile_band(
     return at(low), at(high)
 
 
-def proportion_interval(successes: Any, trials: Any, *, level: float = 0.95) -> Interval:
+@checked
+def proportion_interval(successes: Any, trials: Any, *, level: Level = 0.95) -> Interval:
     """Clopper-Pearson interval for a probability after `successes` of `trials` independent runs.
 
     The ends are the probabilities at which the observed count would be an `(1−level)/2` tail, as quantiles of
     a beta distribution; the coverage is never below `level`, for any probability and any number of trials.
     Raises ValueError for counts outside `0 <= successes <= trials`, or fewer than `MINIMUM_SEEDS` trials.
     """
-    _check_level(level)
-    k, n = np.broadcast_arrays(np.asarray(successes), np.asarray(trials))
+    counts = checks.array("successes", successes), checks.array("trials", trials)
+    for name, each in zip(("successes", "trials"), counts, strict=True):
+        if each.size == 0 or (each % 1 != 0).any() or (each >= 2**53).any():
+            raise ValueError(f"{name} must be whole numbers below 2**53, got {checks.shown(each)}")
+    try:
+        k, n = np.broadcast_arrays(*counts)
+    except ValueError:
+        raise ValueError(
+            f"successes {list(counts[0].shape)} and trials {list(counts[1].shape)} must have one shape, or one number "
+            "for all"
+        ) from None
     if np.any(n < MINIMUM_SEEDS):
         raise ValueError(_too_few(int(n.min())))
     if np.any(k < 0) or np.any(k > n):
@@ -187,7 +208,8 @@ def proportion_interval(successes: Any, trials: Any, *, level: float = 0.95) -> 
     return Interval(np.asarray(k / n), low, high, level, int(n.min()))
 
 
-def ratio_interval(numerator: Any, denominator: Any, *, level: float = 0.95, positive: bool = False) -> Interval:
+@checked
+def ratio_interval(numerator: Any, denominator: Any, *, level: Level = 0.95, positive: bool = False) -> Interval:
     """Fieller's interval for `E[numerator] / E[denominator]` from paired runs.
 
     All ρ that a t-test of `E[numerator − ρ denominator] = 0` does not reject. The estimate is the ratio of
@@ -198,7 +220,7 @@ def ratio_interval(numerator: Any, denominator: Any, *, level: float = 0.95, pos
     often one-sided, `(low, inf)`, and data that contradict it (a denominator significantly below zero) give
     `(0, inf)`. Raises ValueError as `mean_interval` does.
     """
-    num, den = _runs(numerator, level), _runs(denominator, level)
+    num, den = _runs(numerator), _runs(denominator)
     if num.shape != den.shape:
         raise ValueError(f"numerator and denominator are paired: shapes {num.shape} and {den.shape} differ")
     s = len(num)
@@ -224,14 +246,12 @@ def ratio_interval(numerator: Any, denominator: Any, *, level: float = 0.95, pos
     return Interval(np.asarray(ratio), np.asarray(low), np.asarray(high), level, s)
 
 
-def z_limit(comparisons: int, *, level: float = 0.99) -> float:
+@checked
+def z_limit(comparisons: Count, *, level: Level = 0.99) -> float:
     """`Φ⁻¹(1 − (1−level)/(2k))`: none of k |z| exceeds it with probability `level` (Bonferroni).
 
     The yardstick for k measured means beside k exact ones; 13 comparisons at 99 % give 3.36.
     """
-    _check_level(level)
-    if comparisons < 1:
-        raise ValueError(f"comparisons must be at least 1, got {comparisons}")
     return float(special.ndtri(1 - (1 - level) / (2 * comparisons)))
 
 
@@ -258,8 +278,6 @@ def _max_t_factor(x: np.ndarray, level: float, key: Key, resamples: int) -> floa
 
 
 def _resample(key: Key, s: int, resamples: int) -> np.ndarray:
-    if resamples < 1000:
-        raise ValueError(f"resamples must be at least 1000 for a tail quantile, got {resamples}")
     return np.asarray(jax.random.randint(key, (resamples, s), 0, s, dtype="int32"))
 
 
@@ -274,12 +292,9 @@ def _quantile_each(draws: np.ndarray, quantile: Any) -> np.ndarray:
     return np.asarray((1 - weight) * at(low) + weight * at(high))
 
 
-def _runs(values: Any, level: float, *, infinite: bool = False) -> np.ndarray:
+def _runs(values: Any, *, infinite: bool = False) -> np.ndarray:
     """The values in float64, checked."""
-    _check_level(level)
-    x = np.asarray(values, float)
-    if x.ndim == 0:
-        raise ValueError("values needs a leading axis of runs, got a single number")
+    x = checks.array("values", values, "runs *shape", finite=False)
     if len(x) < MINIMUM_SEEDS:
         raise ValueError(_too_few(len(x)))
     bad = np.isnan(x) if infinite else ~np.isfinite(x)
@@ -291,11 +306,6 @@ def _runs(values: Any, level: float, *, infinite: bool = False) -> np.ndarray:
             "(proportion_interval) or a median with inf in its place (median_interval)"
         )
     return x
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
 
 
 def _too_few(count: int) -> str:

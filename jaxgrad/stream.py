@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import blocks, files, means
+from jaxgrad import blocks, checks, files, means
+from jaxgrad.checks import File, Positive, Whole, checked
 from jaxgrad.parallel import digest
 from jaxgrad.types import Batch, Key, Loss, Params, Sampling
 
@@ -89,14 +90,21 @@ class Rows(NamedTuple):
 
     def scaled(self, shift: Any, scale: Any) -> "Rows":
         """These rows with `(column − shift)/scale` taken on the device; class numbers stay what they are."""
-        shift, scale = list(map(float, shift)), list(map(float, scale))
+        given = checks.array("shift", shift, "columns"), checks.array("scale", scale, "columns")
+        if any(each.shape != (self.columns,) for each in given) or (given[1] <= 0).any():
+            raise ValueError(
+                f"shift and scale must be one number for each of {self.columns} columns, each scale positive; got "
+                f"shapes {given[0].shape} and {given[1].shape}, least scale {given[1].min(initial=np.inf):g}"
+            )
+        shift, scale = (each.tolist() for each in given)
         if self.classes is not None and self.target is not None:
             shift[self.target], scale[self.target] = 0.0, 1.0
         return self._replace(shift=tuple(shift), scale=tuple(scale))
 
 
+@checked
 def open_rows(
-    path: str | os.PathLike[str], *, target: int | None = None, classes: int | None = None, memory: float = MEMORY
+    path: File, *, target: Whole | None = None, classes: Whole | None = None, memory: Positive = MEMORY
 ) -> Rows:
     """Open one `.npy` table `[n, columns]` of floats, or a folder of them, in the order of their names.
 
@@ -108,7 +116,6 @@ def open_rows(
     no npy file, cut off, not a table of float32 or float64 in C order, or that differs from the first in columns or
     dtype; for a target that is not a column; and for classes that are fewer than two or have no target.
     """
-    path = Path(path)
     with files.explained("the rows cannot be opened", path):
         if not path.exists() and not path.is_symlink():
             raise FileNotFoundError(f"there is no file or folder {path}")
@@ -133,8 +140,6 @@ def open_rows(
         raise ValueError(f"{first.path.name} has no column beside the target; a feature is needed")
     if classes is not None and (target is None or classes < 2):
         raise ValueError(f"classes needs a target and is at least 2; got classes={classes}, target={target}")
-    if not memory > 0:
-        raise ValueError(f"memory must be a positive number of GiB; got {memory}")
     where = None if target is None else target % columns
     return Rows(
         tuple(shard for shard, _, _ in headers), dtype, columns, where, None, None, float(memory), None, classes
@@ -609,6 +614,7 @@ class Moments(NamedTuple):
     """`Σ (row − mean)(row − mean)ᵀ / n`."""
 
 
+@checked
 def moments(rows: Rows) -> Moments:
     """Mean and covariance of the raw columns, in one pass: of deviations from the first rows' mean."""
     origin = example(rows, 1000).mean(axis=0, dtype=np.float64)

@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgrad import checks
+
 MEMORY = 1.0
 """GiB that a program of many runs may take beside the data, unless `descend` is told otherwise. Not a share of what is
 free: the same call would be cut otherwise on another day."""
@@ -60,7 +62,9 @@ def in_tiles(
 
 def tile_of(shape: tuple[int, ...], fit: int) -> tuple[int, ...]:
     """The tile of up to `fit` runs, and not fewer than two along an axis: the last axis is cut first, evenly."""
-    tile = list(shape)
+    if (fit := checks.integer("fit", fit)) < 0:
+        raise ValueError(f"fit must be at least 0, got {fit}")
+    tile = list(checks.counts("shape", shape))
     for axis in reversed(range(len(shape))):
         others = math.prod(tile) // tile[axis]
         most = min(shape[axis], max(2, fit // others))

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxgrad import checks
+from jaxgrad.checks import Count, Level, NotNegative, checked
+
 FEWEST = 6
 """Rounds below which no two order statistics enclose the median with 95 % confidence: `1 - 2/2^5 < 0.95`."""
 
@@ -56,6 +59,7 @@ class Compiled(NamedTuple):
     """What tracing, lowering and compiling took together."""
 
 
+@checked
 def compiled(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Compiled:
     """Compile `function` for these arguments and say how long that took. Nothing is executed.
 
@@ -64,17 +68,20 @@ def compiled(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Comp
     """
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     start = time.perf_counter()
-    executable = jitted.lower(*args, **kwargs).compile()  # type: ignore[attr-defined]
+    with checks.saying("function cannot be compiled for these arguments"):
+        executable = jitted.lower(*args, **kwargs).compile()  # type: ignore[attr-defined]
     return Compiled(executable, time.perf_counter() - start)
 
 
-def measure(thunk: Callable[[], Any], *, repeats: int = 15, min_seconds: float = 0.01) -> Timing:
+@checked
+def measure(thunk: Callable[[], Any], *, repeats: Count = 15, min_seconds: NotNegative = 0.01) -> Timing:
     """Seconds per call of `thunk`: `race` with one contender."""
     return race({"": thunk}, repeats=repeats, min_seconds=min_seconds)[""]
 
 
+@checked
 def race(
-    contenders: Mapping[str, Callable[[], Any]], *, repeats: int = 15, min_seconds: float = 0.01
+    contenders: Mapping[str, Callable[[], Any]], *, repeats: Count = 15, min_seconds: NotNegative = 0.01
 ) -> dict[str, Timing]:
     """Time several thunks in turn: `repeats` rounds, in each of which every contender runs once.
 
@@ -86,12 +93,18 @@ def race(
     Raises ValueError where there is no contender, where `repeats` is below 6 (no interval exists), or where
     `min_seconds` is not finite and at least 0.
     """
+    if not isinstance(contenders, Mapping):
+        raise TypeError(
+            f'contenders must be a dict of functions, such as {{"gd": run}}; got {checks.shown(contenders)}'
+        )
     if not contenders:
         raise ValueError("contenders is empty: there is nothing to time")
     if repeats < FEWEST:
         raise ValueError(f"repeats must be at least {FEWEST} for an interval of the median; got {repeats}")
-    if not (math.isfinite(min_seconds) and min_seconds >= 0):
-        raise ValueError(f"min_seconds must be finite and at least 0; got {min_seconds}")
+    if min_seconds > 3600:
+        raise ValueError(f"min_seconds must be a number of seconds, at most 3600 (an hour), got {min_seconds}")
+    for name, thunk in contenders.items():
+        checks.function(f"contenders[{name!r}]", thunk, 0)
     started = time.perf_counter_ns()
     calls = {name: _enough_calls(thunk, min_seconds) for name, thunk in contenders.items()}
     runs: dict[str, list[float]] = {name: [] for name in contenders}
@@ -111,6 +124,7 @@ def race(
     }
 
 
+@checked
 def ratio(numerator: Timing, denominator: Timing) -> Ratio:
     """The median over rounds of `numerator / denominator`, two contenders of one `race`.
 
@@ -122,7 +136,8 @@ def ratio(numerator: Timing, denominator: Timing) -> Ratio:
     return Ratio(*_median(runs), runs)
 
 
-def median_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
+@checked
+def median_interval(values: Any, confidence: Level = 0.95) -> tuple[float, float]:
     """A distribution-free interval for the median: order statistics `x_(j)` and `x_(m+1-j)` of m values.
 
     It covers with probability `1 - 2 P(Binomial(m, 1/2) < j)`, whatever the distribution of independent
@@ -130,7 +145,7 @@ def median_interval(values: Any, confidence: float = 0.95) -> tuple[float, float
     (below 6 values for 95 %). `jaxgrad.statistics.median_interval` is this for seeds, of which it wants 20;
     rounds of a slow program are fewer, and nothing normal is assumed of them.
     """
-    ordered = np.sort(np.asarray(values, float))
+    ordered = np.sort(checks.array("values", values, "m"))
     m = len(ordered)
     tail, j = 0.0, 0
     while j < m // 2 and 1 - 2 * (tail + math.comb(m, j) / 2**m) >= confidence:

@@ -89,7 +89,7 @@ class Sampling(NamedTuple):
         """The rows `indices` of `data`, which are in range."""
         if self.take is not None:
             return self.take(data, indices)
-        return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="promise_in_bounds"), data)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf).at[indices].get(mode="promise_in_bounds"), data)
 
     def ahead(self, key: Key, first: Any, steps: int, n: int) -> Int[Array, "steps b"]:
         """The examples of `steps` steps from step `first` on: the same as `indices` for each of them."""

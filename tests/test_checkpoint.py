@@ -154,8 +154,8 @@ def test_one_that_is_there_is_not_overwritten_unasked(tmp_path, stopped_at_50):
     [
         ("nowhere/run.npz", 20, FileNotFoundError, "nowhere does not exist"),
         ("run.txt", 20, ValueError, "is an .npz file"),
-        ("run.npz", 0, ValueError, "at least 1; got 0"),
-        ("run.npz", 2.5, ValueError, "whole number of steps"),
+        ("run.npz", 0, ValueError, "every must be at least 1, got 0"),
+        ("run.npz", 2.5, TypeError, "every must be a whole number, got 2.5"),
     ],
 )
 def test_where_none_can_be_written_is_found_before_anything_runs(tmp_path, path, every, error, words):

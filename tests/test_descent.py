@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxgrad import losses, models
+from jaxgrad.checks import checked
 from jaxgrad.descent import (
     StepSize,
     advance,
@@ -462,7 +463,7 @@ def bad(match, error=ValueError, **changes):
     options.update(changes)
     with pytest.raises(error, match=match):
         # Without the tests' type hook: users get the library's own messages.
-        inspect.unwrap(descend)(options.pop("loss"), options.pop("params"), options.pop("data"), **options)
+        checked(inspect.unwrap(descend))(options.pop("loss"), options.pop("params"), options.pop("data"), **options)
 
 
 def test_bad_data():
@@ -480,14 +481,14 @@ def test_bad_data():
 def test_bad_sampling_and_step_sizes():
     bad("cannot draw b = 9 different examples out of n = 8", sampling=distinct(9))
     for eta in (0.0, -0.1, float("nan"), float("inf")):
-        bad("the step size must be finite and positive", optimizer=eta)
+        bad(r"the step size \(optimizer\) must be a positive finite number", optimizer=eta)
     for wrong in ("adam", [0.1, "0.2"], [[0.1], [0.2, 0.3]], [True, False]):
         bad("optimizer must be an optax transformation", TypeError, optimizer=wrong)
     for eta in (0.0, -0.1, float("nan"), float("inf")):
         bad(rf"the step size must be finite and positive: number 2 of 3 .*is {eta}", optimizer=[0.1, 0.2, eta])
     bad(r"one-dimensional array of at least one, got shape \(0,\)", optimizer=[])
     bad(r"one-dimensional array of at least one, got shape \(2, 2\)", optimizer=np.full((2, 2), 0.1))
-    bad("memory must be finite and positive", optimizer=[0.1, 0.2], memory=0.0)
+    bad("memory must be a positive finite number", optimizer=[0.1, 0.2], memory=0.0)
 
 
 def test_states_that_do_not_fit(problem, key):
@@ -524,7 +525,7 @@ def test_bad_budgets_records_keys_and_rules():
     bad("key must be a JAX key", TypeError, key=0)
     bad("one-dimensional array of keys", key=jax.random.split(jax.random.key(0), (2, 2)))
     for rule in (small_step, small_gradient):
-        with pytest.raises(ValueError, match="below must be finite and positive"):
+        with pytest.raises(ValueError, match="below must be a positive finite number"):
             rule(0.0)
     with pytest.raises(ValueError, match="patience must be at least 1"):
         no_improvement(lambda p: p, patience=0)

@@ -701,7 +701,15 @@ def test_the_module_asks_for_no_derivative_and_imports_no_model():
     tree = ast.parse(inspect.getsource(hand))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"collections.abc", "typing", "jax.numpy", "jaxtyping", "jaxgrad.types"}
+    assert imported == {
+        "collections.abc",
+        "typing",
+        "jax.numpy",
+        "jaxtyping",
+        "jaxgrad",
+        "jaxgrad.checks",
+        "jaxgrad.types",
+    }
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert not used & {"jax", "grad", "value_and_grad", "vjp", "jvp", "linearize", "jacobian", "jacrev", "nn"}
@@ -721,7 +729,7 @@ FAULTS = [
     (check_F03, "< eps", "< 0 * eps"),
     (check_F03, "step(path[-1], gradient(path[-1]), eta)", "step(path[-1], gradient(path[0]), eta)"),
     (check_F04, "return -2 / X.shape[0]", "return -1 / 2 / X.shape[0]"),
-    (check_F04, "eta: Any = 0.001", "eta: Any = 0.01"),
+    (check_F04, "eta: Number = 0.001", "eta: Number = 0.01"),
     (check_F05, "gradient(w, X[B], Y[B])", "gradient(w, X[B], Y[: B.shape[0]])"),
     (check_F05, "gradient(w, X[B], Y[B])", "gradient(w, X, Y)"),
     (check_F06, "minibatch_gradient(linear_gradient, w, X, y, B)", "linear_gradient(w, X, y)"),

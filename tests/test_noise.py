@@ -278,7 +278,7 @@ def test_a_monitor_rides_along_a_descent():
         (lambda: noise.covariance(sum_of_squares, jnp.zeros(2001), CASES["linear"][2]), "2001 parameters"),
         (
             lambda: noise.measure(sum_of_squares, jnp.zeros(2), Batch(jnp.zeros((0, 2)), jnp.zeros(0))),
-            "at least one",
+            "no examples",
         ),
         (lambda: estimate(sampling.distinct(3), sampling.distinct(2)), "noisier of the two"),
         (lambda: estimate(sampling.distinct(2), sampling.distinct(3), draws=10), "at least 20"),

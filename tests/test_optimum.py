@@ -222,10 +222,13 @@ def test_real_data_are_certified_to_twelve_digits():
         (lambda: optimum.logistic(Batch(X, np.stack([LABELS, LABELS], 1))), r"got shape \(200, 2\)"),
         (lambda: optimum.least_squares(Batch(X[:, 0], Y)), r"x\[n, d\].*got x\[200\]"),
         (lambda: optimum.least_squares(Batch(X, Y[:-1])), r"y\[199\]"),
-        (lambda: optimum.least_squares(Batch(X[:0], Y[:0])), "empty"),
+        (lambda: optimum.least_squares(Batch(X[:0], Y[:0])), "no examples|at least 1"),
         (lambda: optimum.least_squares(Batch(np.where(X[7, 2] == X, np.nan, X), Y)), r"x\[7, 2\] is nan"),
         (lambda: optimum.least_squares(REGRESSION, l2=-1.0), "l2 must be"),
-        (lambda: minimise(lambda p, b: jnp.sum((b.y - b.x @ p) ** 2, keepdims=True)), r"shape \(1,\)"),
+        (
+            lambda: minimise(lambda p, b: jnp.sum((b.y - b.x @ p) ** 2, keepdims=True)),
+            r"one floating-point number, got float64\[1\]",
+        ),
         (lambda: minimise(lambda p, b: -jnp.mean((b.y - b.x @ p) ** 2)), "not convex"),
         (lambda: minimise(lambda p, b: jnp.mean((b.y - b.x[:, :3] @ p[:3]) ** 2) + p[3]), "without curvature"),
         (lambda: minimise(lambda p, b: jnp.mean(b.x @ p)), "no curvature"),
@@ -243,7 +246,7 @@ def test_real_data_are_certified_to_twelve_digits():
     ],
 )
 def test_refuses_what_it_cannot_certify(call, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         call()
 
 

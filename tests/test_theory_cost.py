@@ -177,5 +177,5 @@ def test_indexing_one_array_makes_backprop_quadratic():
 
 
 def test_a_chain_needs_a_layer():
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="layers must be at least 1"):
         cost.chain_operations(0)

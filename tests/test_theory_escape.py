@@ -254,7 +254,7 @@ def test_kramers_is_a_guide_that_overestimates():
         ({"side": "up"}, "side must be"),
         ({"sampling": sampling.reshuffled(2)}, "not independent"),
         ({"sampling": sampling.distinct(17)}, "n = 16"),
-        ({"grid": 3}, "grid >= 16"),
+        ({"grid": 3}, "grid must be at least 16"),
         ({"data": Batch(np.arange(40.0), np.zeros(40)), "sampling": sampling.distinct(20)}, "different batches"),
     ],
 )

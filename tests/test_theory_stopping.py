@@ -172,7 +172,7 @@ def test_the_chance_falls_with_the_power_of_the_batch():
     ("call", "says"),
     [
         (lambda: sp.false_stop_probability(PROBLEM, 0.01, 0.1, sampling.distinct(2)), "b = 2"),
-        (lambda: sp.gd_step_norms(PROBLEM, START, 0.1, [0]), "from 1"),
+        (lambda: sp.gd_step_norms(PROBLEM, START, 0.1, [0]), "whole numbers >= 1"),
         (lambda: sp.stationary_step_square(PROBLEM, 10.0, sampling.distinct(2)), "beyond the edge"),
     ],
 )

@@ -133,8 +133,8 @@ def test_the_collector_is_off_while_timing_and_on_again_after():
     ("arguments", "message"),
     [
         ({"repeats": 5}, "repeats must be at least 6"),
-        ({"min_seconds": math.nan}, "min_seconds must be finite"),
-        ({"min_seconds": -1.0}, "min_seconds must be finite"),
+        ({"min_seconds": math.nan}, "min_seconds must be a finite number >= 0"),
+        ({"min_seconds": -1.0}, "min_seconds must be a finite number >= 0"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_runs(arguments, message):

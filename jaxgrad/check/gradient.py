@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgrad import checks
 from jaxgrad.check import agreement, diagnosis, numerics, points, words
 from jaxgrad.check.agreement import Evaluation, Tolerance
 from jaxgrad.check.points import Point
@@ -49,6 +50,7 @@ def check_gradient(
     `gradient` itself raises, with a line added. A gradient of another form is a `structure` finding.
     """
     arguments = () if batch is NO_BATCH else (batch, *args)
+    has_aux = checks.flag("has_aux", has_aux)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         problem = prepare(loss, gradient, params, arguments, kwargs, has_aux)

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad import checks
 from jaxgrad.check.problem import NO_BATCH
 from jaxgrad.check.report import colored, painter
 from jaxgrad.check.steps import Program, Step, flatten, jaxpr_of
+from jaxgrad.checks import checked
 
 DIGITS = 1200
 SCALES = (
@@ -70,6 +72,7 @@ class Stability(NamedTuple):
         return stability_text(self, colored())
 
 
+@checked
 def stability(
     gradient: Callable[..., Any],
     params: Any,
@@ -85,9 +88,8 @@ def stability(
     and matrix products), else `stable(params, batch)` in float64. Raises `ValueError` if neither can be had.
     """
     arguments = () if batch is NO_BATCH else (batch,)
-    ordered = tuple(sorted({float(s) for s in scales}))
-    if not ordered or not all(math.isfinite(s) for s in ordered):
-        raise ValueError("scales must be finite numbers, at least one.")
+    ordered = tuple(sorted(set(checks.array("scales", scales, "scales", least=1).tolist())))
+    _check_numbers(params, batch)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         leaves, tree = jax.tree_util.tree_flatten(params)
         data, data_tree = jax.tree_util.tree_flatten(arguments)
@@ -118,6 +120,18 @@ def stability(
         if fails["float64"] is not None:
             where = _line(gradient, fails["float64"], leaves, tree, data, data_tree)
     return Stability(tuple(rows), half, fails, where, exact)
+
+
+def _check_numbers(params: Any, batch: Any) -> None:
+    """Raise TypeError or ValueError unless all leaves are numbers, those of the parameters finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params hold no numbers: give 1.0 or a tree of arrays")
+    for path, leaf in leaves:
+        if checks.array(f"params{jax.tree_util.keystr(path)}", leaf).size == 0:
+            raise ValueError(f"params{jax.tree_util.keystr(path)} is empty: it has shape {np.shape(leaf)}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(() if batch is NO_BATCH else batch):
+        checks.array(f"batch{jax.tree_util.keystr(path)}", leaf, finite=False, bools=True)
 
 
 def stability_text(found: Stability, color: bool = False) -> str:

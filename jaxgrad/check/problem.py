@@ -76,7 +76,7 @@ def prepare(
 ) -> Problem:
     """Check and flatten the arguments; raises `TypeError` or `ValueError` that says what was wrong."""
     for name, function in (("loss", loss), ("gradient", gradient)):
-        if not callable(function):
+        if isinstance(function, type) or not callable(function):
             raise TypeError(
                 f"{name} must be a function {name}(params, batch); it is {_describe(function)}. "
                 + ("Pass the function itself, not its result." if name == "gradient" else "")
@@ -85,7 +85,7 @@ def prepare(
     leaves, kinds, fixed, paths = [], [], [], []
     for path, leaf in with_paths:
         name = leaf_name(path)
-        kind = _kind(leaf)
+        kind = _kind(_unmasked(f"params leaf {name}", leaf))
         if kind in ("float", "numpy", "jax") and np.size(leaf) == 0:
             raise ValueError(
                 f"params leaf {name} is empty (shape {np.shape(leaf)}): there is nothing to differentiate."
@@ -97,7 +97,12 @@ def prepare(
             )
         kinds.append(kind)
         if kind in ("float", "numpy", "jax"):
-            value = np.asarray(leaf).astype(np.float64)
+            try:
+                value = np.asarray(leaf).astype(np.float64)
+            except OverflowError:
+                raise ValueError(
+                    f"params leaf {name} is a number beyond float64: start from finite parameters."
+                ) from None
             if not np.all(np.isfinite(value)):
                 bad = np.argwhere(~np.isfinite(value))[0]
                 raise ValueError(
@@ -118,8 +123,8 @@ def prepare(
     data_paths, data_tree = jax.tree_util.tree_flatten_with_path(data_tree_input)
     data, data_kinds, data_fixed, data_names = [], [], [], []
     for path, leaf in data_paths:
-        kind = _kind(leaf, data=True)
         name = _data_name(loss, path)
+        kind = _kind(_unmasked(name, leaf), data=True)
         data_kinds.append(kind)
         if kind in ("numpy", "jax", "int-numpy", "int-jax"):
             array = np.asarray(leaf)
@@ -401,6 +406,12 @@ def _data_name(loss: Callable[..., Any], path: Any) -> str:
         argument = "batch"
     inner = leaf_name(path[2:]) if len(path) > 2 else ""
     return argument if not inner else f"{argument}.{inner}" if not inner[0].isdigit() else f"{argument}[{inner}]"
+
+
+def _unmasked(name: str, leaf: Any) -> Any:
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: fill or drop what is masked.")
+    return leaf
 
 
 def _kind(leaf: Any, data: bool = False) -> str:

@@ -24,7 +24,9 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+from jaxgrad.checks import checked, path_or_name, whole
 from jaxgrad.data.checks import TASKS, check_batch, check_task
 from jaxgrad.data.dataset import Column, Dataset, Doubtful, sample, split, to_dataset
 from jaxgrad.data.files import SUFFIXES, read_file
@@ -54,8 +56,9 @@ NAMES = tuple(SETS)
 """The names of all sets; those not in `OFFLINE` are downloaded once by scikit-learn."""
 
 
+@checked
 def load(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: Annotated[str | os.PathLike[str], path_or_name],
     *,
     target: str | int | None = None,
     task: str | None = None,
@@ -109,6 +112,8 @@ def load(
     """
     reading = Reading(decimal, thousands, header, _names(drop, "drop"), _names(text, "text"))
     reading.check()
+    if target is not None and not isinstance(target, str):
+        target = whole("target (the name or number of a column)", target)
     if task is not None:
         check_task(task)
     if isinstance(name_or_path, str) and name_or_path in SETS:

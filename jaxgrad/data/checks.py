@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrad.data.words import count, nearest
+from jaxgrad import checks
+from jaxgrad.types import Batch
 
+check_finite = checks.every_finite
 TASKS = ("regression", "binary", "classes")
 
 
@@ -26,62 +28,18 @@ def check_batch(
     import jax
     from jax.core import Tracer
 
-    leaves = [
-        (jax.tree_util.keystr(path).lstrip(".") or "data", leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
-    ]
-    if not leaves:
-        raise ValueError("the data hold no arrays; give a Batch(x, y) or another pytree of arrays")
-    for what, leaf in leaves:
-        if np.ndim(leaf) == 0:
-            raise ValueError(f"{what} is a single value; every array needs a leading axis of examples")
-        if np.shape(leaf)[0] == 0:
-            raise ValueError(f"{what} has shape {np.shape(leaf)}: there are no examples")
-    first, shape = leaves[0][0], np.shape(leaves[0][1])
-    for what, leaf in leaves[1:]:
-        if np.shape(leaf)[0] != shape[0]:
-            raise ValueError(
-                f"{first} has {count(shape[0], 'example')} (shape {shape}) but {what} has "
-                f"{np.shape(leaf)[0]:,} (shape {np.shape(leaf)}); they must share the leading axis"
-            )
-    if any(isinstance(leaf, Tracer) for _, leaf in leaves):
+    batch = checks.batch("data", batch, names=names)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(batch)):
         return
-    for what, leaf in leaves:
-        check_finite(leaf, what, names if what == "x" else None)
     if task is not None:
         check_task(task)
+        checks.instance("batch", batch, Batch)
         _check_labels(np.asarray(batch.y), task, classes)
 
 
 def check_task(task: str) -> None:
     """Raises ValueError unless `task` is one of `TASKS`."""
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}{nearest(task, TASKS)}")
-
-
-def check_finite(values: Any, what: str, names: Sequence[str] | None = None) -> None:
-    """Raises ValueError, with the place, unless every entry of an array (numpy or JAX) is finite."""
-    import jax.numpy as jnp
-
-    if not jnp.issubdtype(values.dtype, jnp.inexact):
-        return
-    # A sum is finite only if its terms are: one pass and no copy, on the device where the data are.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(np.asarray(values.sum())):
-            return
-    values = np.asarray(values)
-    bad = np.argwhere(~np.isfinite(values))
-    if not len(bad):
-        return
-    place = tuple(int(i) for i in bad[0])
-    words = f"row {place[0]}"
-    if len(place) == 2:
-        words += f", column {place[1]}" + (f" {names[place[1]]!r}" if names else "")
-    raise ValueError(
-        f"{what}{list(place)} is {values[place]} ({words}, counted from 0); "
-        f"{count(len(bad), 'such entry', 'such entries')} in all. "
-        "Every entry must be finite: drop those rows or fill them in"
-    )
+    checks.one_of("task", task, TASKS)
 
 
 def _check_labels(labels: np.ndarray, task: str, classes: int | None) -> None:

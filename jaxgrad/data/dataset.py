@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgrad.checks import Number, checked
 from jaxgrad.data.checks import TASKS
 from jaxgrad.data.seeds import permutation
 from jaxgrad.data.words import count, few, show
@@ -162,7 +163,8 @@ def to_dataset(table: Table, name: str, task: str | None, standardise: bool) -> 
     )
 
 
-def split(dataset: Dataset, fraction: float | int, key: Any) -> tuple[Dataset, Dataset]:
+@checked
+def split(dataset: Dataset, fraction: Number, key: Any) -> tuple[Dataset, Dataset]:
     """`(train, test)`: a random share `fraction` of the rows, `round(fraction n)` of them, is held out.
 
     `key` is a whole number or a JAX key; the same key gives the same rows, on every platform and version.

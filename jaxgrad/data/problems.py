@@ -5,20 +5,22 @@ from typing import Any
 
 import numpy as np
 
+from jaxgrad.checks import Count, Floats, NotNegative, Number, Positive, checked
 from jaxgrad.data.seeds import entropy
 from jaxgrad.types import Batch, Linear
 
 
+@checked
 def linear_problem(
     key: Any,
-    n: int,
-    d: int,
+    n: Count,
+    d: Count,
     *,
-    condition: float | int,
-    noise: float | int,
+    condition: Number,
+    noise: NotNegative,
     bias: bool = False,
     rotate: bool = True,
-    dtype: Any = np.float64,
+    dtype: Floats = np.float64,
 ) -> tuple[Batch, Linear]:
     """A least-squares problem with a known answer: `(Batch(x[n, d], y[n]), Linear(w*, b*))`.
 
@@ -35,8 +37,6 @@ def linear_problem(
     Raises ValueError unless `n >= d >= 1` (one more for a bias, and for noise), `condition` is from 1 to
     1e12 (exactly 1 for `d = 1`), and `noise` is finite and not negative.
     """
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"noise is the residual's root mean square: finite and not negative; got {noise}")
     _check_problem(n, d, condition, spare=bias + (noise > 0))
     rng = np.random.default_rng(entropy(key))
     raw = rng.standard_normal((n, d))
@@ -54,16 +54,17 @@ def linear_problem(
     return batch, Linear(w.astype(dtype), np.asarray(b, dtype) if bias else None)
 
 
+@checked
 def logistic_problem(
     key: Any,
-    n: int,
-    d: int,
+    n: Count,
+    d: Count,
     *,
-    condition: float | int,
-    signal: float | int = 2.0,
+    condition: Number,
+    signal: Positive = 2.0,
     bias: bool = False,
     rotate: bool = True,
-    dtype: Any = np.float64,
+    dtype: Floats = np.float64,
 ) -> tuple[Batch, Linear]:
     """Logistic regression with a known answer: `(Batch(x[n, d], y[n] in {0, 1}), Linear(w*, b*))`.
 
@@ -82,8 +83,6 @@ def logistic_problem(
     `signal` that is not finite and positive, and where the labels drawn can be separated, so that no
     minimum exists: more examples or a weaker signal help.
     """
-    if not 0 < signal < math.inf:
-        raise ValueError(f"signal is a standard deviation: finite and positive; got {signal}")
     _check_problem(n, d, condition, spare=bias + 1)
     rng = np.random.default_rng(entropy(key))
     t = rng.standard_normal(n)
@@ -125,9 +124,6 @@ def logistic_problem(
 
 
 def _check_problem(n: Any, d: Any, condition: Any, spare: int) -> None:
-    for name, value in (("n", n), ("d", d)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number from 1; got {value!r}")
     if n < d + spare:
         raise ValueError(f"n = {n} examples cannot fix this problem; d = {d} here needs n >= {d + spare}")
     if not 1 <= condition <= 1e12:

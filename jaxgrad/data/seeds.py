@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxgrad import checks
+
 
 def entropy(key: Any) -> list[int]:
     """The whole numbers that seed numpy: the words of one JAX key, or the number itself.
@@ -12,15 +14,16 @@ def entropy(key: Any) -> list[int]:
     """
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if key < 0:
-            raise ValueError(f"key must be a JAX key or a whole number from 0; got {key}")
+            raise ValueError(f"key must be a JAX key or a whole number from 0; got {checks.shown(key)}")
         return [int(key)]
     import jax
-    import jax.numpy as jnp
 
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    words = np.asarray(jax.random.key_data(key) if typed else key)
-    if words.ndim != 1 or words.dtype != np.uint32:
-        raise ValueError(f"key must be one JAX key (jax.random.key(0)) or a whole number from 0; got {key!r}")
+    try:
+        words = np.asarray(jax.random.key_data(checks.key("key", key)))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"key must be one JAX key (jax.random.key(0)) or a whole number from 0; got {checks.shown(key)}"
+        ) from None
     return [int(word) for word in words]
 
 

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxgrad import checks
+from jaxgrad.checks import Level, Natural, Number, Positive, checked
 from jaxgrad.theory.least_squares import Problem, problem
 from jaxgrad.types import Batch
 
@@ -32,13 +34,15 @@ class Rescaled(NamedTuple):
     scale: Float[np.ndarray, " p"]
 
 
-def contraction(eigenvalues: Any, eta: float, steps: Any) -> Float[np.ndarray, "k r"]:
+@checked
+def contraction(eigenvalues: Any, eta: Positive, steps: Any) -> Float[np.ndarray, "k r"]:
     """`(1 − ηλᵢ)^t`: what is left of each eigen-component of the error after t steps of GD."""
-    t = np.atleast_1d(np.asarray(steps))
+    lam, t = checks.array("eigenvalues", eigenvalues, "r", least=1), checks.whole_numbers("steps", steps)
     with np.errstate(over="ignore", under="ignore"):
-        return (1 - eta * np.asarray(eigenvalues, float))[None, :] ** t[:, None].astype(float)
+        return (1 - eta * lam)[None, :] ** t[:, None].astype(float)
 
 
+@checked
 def condition_number(H: Any) -> float:
     """`λ_max/λ_min` of a symmetric positive definite matrix; ValueError if it is not one."""
     eigenvalues = np.linalg.eigvalsh(_symmetric(H))
@@ -47,6 +51,7 @@ def condition_number(H: Any) -> float:
     return float(eigenvalues[-1] / eigenvalues[0])
 
 
+@checked
 def jacobi_condition_number(H: Any) -> float:
     """The condition number that GD meets behind `diag(H)⁻¹`: that of `D^−½ H D^−½`.
 
@@ -54,19 +59,24 @@ def jacobi_condition_number(H: Any) -> float:
     diagonal scaling can do (van der Sluis 1969).
     """
     H = _symmetric(H)
-    d = np.sqrt(np.diag(H))
+    d = np.diag(H)
+    if (d <= 0).any():
+        raise ValueError(f"H must be positive definite; its diagonal has {d.min():.3g}")
+    d = np.sqrt(d)
     return condition_number(H / d[:, None] / d[None, :])
 
 
-def rotated(eigenvalues: Any, angle: float) -> Matrix:
+@checked
+def rotated(eigenvalues: Any, angle: Number) -> Matrix:
     """The 2 x 2 matrix with these eigenvalues, its axes turned by `angle` radians; 0 is diagonal."""
-    lam = np.asarray(eigenvalues, float)
+    lam = checks.array("eigenvalues", eigenvalues)
     if lam.shape != (2,):
         raise ValueError(f"need two eigenvalues, got shape {lam.shape}")
     R = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return R @ np.diag(lam) @ R.T
 
 
+@checked
 def rescaled(batch: Batch, *, bias: bool = True) -> Rescaled:
     """Linear regression on columns divided by their root mean square: plain GD on it is Jacobi's on `batch`.
 
@@ -83,7 +93,8 @@ def rescaled(batch: Batch, *, bias: bool = True) -> Rescaled:
 # --- adaptive methods on a diagonal quadratic, ε = 0 -----------------------------------------------------------
 
 
-def adagrad_path(start: Any, eta: float, steps: int) -> Float[np.ndarray, "t p"]:
+@checked
+def adagrad_path(start: Any, eta: Positive, steps: Natural) -> Float[np.ndarray, "t p"]:
     """Adagrad on `½ Σ λᵢdᵢ²`, any positive λ: `d ← d − η d_t/√(Σ_{s<=t} d_s²)`, at t = 0 … steps.
 
     The curvature cancels between gradient and accumulator. The first step is `η sign(d)`.
@@ -96,7 +107,8 @@ def adagrad_path(start: Any, eta: float, steps: int) -> Float[np.ndarray, "t p"]
     return np.stack(path)
 
 
-def rmsprop_path(start: Any, eta: float, steps: int, *, decay: float = 0.9) -> Float[np.ndarray, "t p"]:
+@checked
+def rmsprop_path(start: Any, eta: Positive, steps: Natural, *, decay: Level = 0.9) -> Float[np.ndarray, "t p"]:
     """RMSProp on `½ Σ λᵢdᵢ²`, any positive λ: `v ← ρv + (1−ρ)d²`, `d ← d − η d/√v`, at t = 0 … steps.
 
     The first step is `η/√(1−ρ) sign(d)`. It ends in a cycle `±η/2` (`rmsprop_cycle`): it does not converge.
@@ -109,8 +121,9 @@ def rmsprop_path(start: Any, eta: float, steps: int, *, decay: float = 0.9) -> F
     return np.stack(path)
 
 
+@checked
 def adam_path(
-    start: Any, eta: float, steps: int, *, decay: float = 0.9, decay_squares: float = 0.999
+    start: Any, eta: Positive, steps: Natural, *, decay: Level = 0.9, decay_squares: Level = 0.999
 ) -> Float[np.ndarray, "t p"]:
     """Adam on `½ Σ λᵢdᵢ²`, any positive λ, bias-corrected, at t = 0 … steps. The first step is `η sign(d)`."""
     d, path, m, v = *_begin(start), 0.0, 0.0
@@ -122,7 +135,8 @@ def adam_path(
     return np.stack(path)
 
 
-def rmsprop_cycle(eta: float) -> float:
+@checked
+def rmsprop_cycle(eta: Positive) -> float:
     """`η/2`: where every coordinate of RMSProp at constant step size ends, `+η/2, −η/2, +η/2, …`.
 
     On a cycle ±a the accumulator is a², so a step has length η, which must be 2a. The loss stays at
@@ -132,7 +146,9 @@ def rmsprop_cycle(eta: float) -> float:
 
 
 def _begin(start: Any) -> tuple[np.ndarray, list[np.ndarray]]:
-    d = np.atleast_1d(np.asarray(start, float))
+    d = np.atleast_1d(checks.array("start", start))
+    if d.ndim != 1 or d.size == 0:
+        raise ValueError(f"start must be a number or numbers [p], got shape {d.shape}")
     return d, [d]
 
 
@@ -142,7 +158,7 @@ def _quotient(a: np.ndarray, b: Any) -> np.ndarray:
 
 
 def _symmetric(H: Any) -> np.ndarray:
-    H = np.asarray(H, float)
-    if H.ndim != 2 or H.shape[0] != H.shape[1] or not np.allclose(H, H.T):
+    H = checks.array("H", H)
+    if H.ndim != 2 or H.shape[0] != H.shape[1] or H.size == 0 or not np.allclose(H, H.T):
         raise ValueError(f"H must be a symmetric matrix, got shape {H.shape}")
     return H

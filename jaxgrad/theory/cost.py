@@ -26,6 +26,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxgrad import checks
+from jaxgrad.checks import Count, Positive, Widths, checked
+
 
 class Operations(NamedTuple):
     """Arithmetic operations of a traced program."""
@@ -81,13 +84,15 @@ _FREE = _names(
 )
 
 
+@checked
 def count(function: Callable[..., Any], *args: Any) -> Operations:
     """The arithmetic operations of `function(*args)`, as JAX traces it. `args` may be shapes (ShapeDtypeStruct).
 
     Raises ValueError for a `while` loop, whose length no program text tells: write a `scan`, or a `fori_loop` with
     constant bounds. Of the branches of a `cond` the dearest counts.
     """
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    with checks.saying("function cannot be traced with these arguments"):
+        jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     return _count(jaxpr, [True] * len(jaxpr.outvars))
 
 
@@ -165,14 +170,13 @@ def _times(a: Operations, times: int) -> Operations:
     return Operations(times * a.total, times * a.matmul, times * a.elementwise, times * a.reduction, a.uncounted)
 
 
-def dense_ratio(sizes: Sequence[int]) -> float:
+@checked
+def dense_ratio(sizes: Widths) -> float:
     """(forward + backward)/forward of a dense net, matrix products alone: `3 − p₁/Σp`, p the weights of each layer.
 
     A layer's backward pass has two products of the size of its forward one, for its weights and for its input; the
     first layer needs no gradient of its input. Linear regression: 2; a deep net: 3.
     """
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"sizes must name at least an input and an output width, got {tuple(sizes)}")
     weights = [m * n for m, n in itertools.pairwise(sizes)]
     return 3 - weights[0] / sum(weights)
 
@@ -184,8 +188,9 @@ def dense_ratio(sizes: Sequence[int]) -> float:
 
 def chain_forward(w: Sequence[Any], x: Any, y: Any) -> tuple[Any, list[Any], Any]:
     """The loss, the values h₀ … h_L, and the error h_L − y: 2L + 2 operations (F8)."""
-    h = [x]
-    for weight in w:
+    h = [_number("x", x)]
+    y = _number("y", y)
+    for weight in _weights(w):
         h.append(_tanh(weight * h[-1]))
     error = h[-1] - y
     return error * error, h, error
@@ -219,6 +224,7 @@ def chain_separate(w: Sequence[Any], h: list[Any], y: Any, *, share_slopes: bool
 
 def chain_forward_mode(w: Sequence[Any], x: Any, y: Any) -> list[Any]:
     """Each derivative by one pass up that carries value and tangent: 4L² + 5L operations."""
+    w = _weights(w)
     gradient = []
     for target in range(len(w)):
         _, h, error = chain_forward(w, x, y)
@@ -231,8 +237,10 @@ def chain_forward_mode(w: Sequence[Any], x: Any, y: Any) -> list[Any]:
     return gradient
 
 
-def chain_finite_differences(w: Sequence[Any], x: Any, y: Any, step: float = 1e-6) -> list[Any]:
+@checked
+def chain_finite_differences(w: Sequence[Any], x: Any, y: Any, step: Positive = 1e-6) -> list[Any]:
     """Each derivative as `(L(w + step eₗ) − L(w))/step`: (L + 1)(2L + 2) + 3L operations, and inexact."""
+    w = _weights(w)
     loss = chain_forward(w, x, y)[0]
 
     def moved(target: int) -> list[Any]:
@@ -241,10 +249,9 @@ def chain_finite_differences(w: Sequence[Any], x: Any, y: Any, step: float = 1e-
     return [(chain_forward(moved(target), x, y)[0] - loss) / step for target in range(len(w))]
 
 
-def chain_operations(layers: int) -> ChainOperations:
+@checked
+def chain_operations(layers: Count) -> ChainOperations:
     """The operations of each way to differentiate a chain of `layers` layers, counted by running it."""
-    if layers < 1:
-        raise ValueError(f"a chain needs at least one layer, got {layers}")
     weights = np.linspace(0.5, 1.5, layers)
 
     def tally(way: Callable[[list[Any], Any, Any], Any]) -> int:
@@ -302,6 +309,17 @@ class Counted:
 
     def tanh(self) -> "Counted":
         return self._result(math.tanh(self.value))
+
+
+def _number(name: str, value: Any) -> Any:
+    return value if isinstance(value, Counted) else checks.scalar(name, value)
+
+
+def _weights(w: Any) -> list[Any]:
+    found = [_number(f"w[{i}]", weight) for i, weight in enumerate(checks.several("w", w))]
+    if not found:
+        raise ValueError("w is empty: a chain needs at least one weight")
+    return found
 
 
 def _plain(number: Any) -> float:

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxgrad import checks
+from jaxgrad.checks import Count, Examples, Natural, NotNegative, Number, Positive, checked, float64
 from jaxgrad.sampling import check_sizes
 from jaxgrad.types import Batch, Loss, Params, Sampling
 
@@ -78,13 +80,14 @@ class Escape(NamedTuple):
 # --- landscapes ------------------------------------------------------------------------------------------------
 
 
-def double_well(n: int = 16, mean: float = 0.05, spread: float = 1.5) -> Landscape:
+@checked
+def double_well(n: Count = 16, mean: Number = 0.05, spread: NotNegative = 1.5) -> Landscape:
     """`½(w − xᵢ)² − ½ log cosh 2w` with half of the xᵢ at mean + spread and half at mean − spread.
 
     The mean loss is a tilted double well; the batch noise is the same everywhere, `±spread` averaged over the
     batch, and second derivatives lie below 1. Raises ValueError for an odd n, or a tilt that leaves one well.
     """
-    if n < 2 or n % 2:
+    if n % 2:
         raise ValueError(f"n must be even and positive, got {n}")
     x = mean + spread * np.where(np.arange(n) % 2 == 0, 1.0, -1.0)
     data = Batch(x, np.zeros(n))
@@ -119,17 +122,21 @@ def _frequency_loss(w: Float[Array, ""], batch: Batch) -> Float[Array, ""]:
     return jnp.mean((batch.y - jnp.sin(w * batch.x)) ** 2)
 
 
-def stationary_points(loss: Loss, data: Any, low: float, high: float, *, grid: int = 4001) -> list[Stationary]:
+@checked
+def stationary_points(loss: Loss, data: Examples, low: Number, high: Number, *, grid: Count = 4001) -> list[Stationary]:
     """Where the full gradient of `loss(w, data)`, w one number, changes sign in [low, high], to 1e-14.
 
     A pair of points closer together than the grid is missed.
     """
     with jax.enable_x64(True):
-        data = _in_float64(data)
+        data = float64(data)
+        checks.loss(loss, jnp.float64(low), data)
         value = jax.jit(jax.vmap(lambda w: loss(w, data)))
         slope = jax.jit(jax.vmap(jax.grad(lambda w: loss(w, data))))
         bend = jax.jit(jax.vmap(jax.grad(jax.grad(lambda w: loss(w, data)))))
-        w = np.linspace(low, high, grid)
+        if not low < high:
+            raise ValueError(f"low must lie below high, got low={low} and high={high}")
+        w = np.linspace(low, high, checks.count("grid", grid, 2))
         g = np.asarray(slope(w))
         changes = np.flatnonzero(np.sign(g[:-1]) * np.sign(g[1:]) < 0)
         a, b = w[changes], w[changes + 1]
@@ -147,19 +154,20 @@ def stationary_points(loss: Loss, data: Any, low: float, high: float, *, grid: i
 # --- the certified probability ---------------------------------------------------------------------------------
 
 
+@checked
 def escape_probability(
     loss: Loss,
-    data: Any,
+    data: Examples,
     *,
     sampling: Sampling,
-    eta: float,
-    start: float,
-    right: float,
-    left: float | None = None,
+    eta: Positive,
+    start: Number,
+    right: Number,
+    left: Number | None = None,
     side: str = "right",
-    steps: int,
-    smoothness: float,
-    grid: int = 8192,
+    steps: Natural,
+    smoothness: Positive,
+    grid: Count = 8192,
 ) -> Escape:
     """P(SGD from `start` crosses an exit within t steps), bracketed, for t = 0 … steps (F5, C5).
 
@@ -183,10 +191,10 @@ def escape_probability(
         )
     if not (start < right and (left is None or left < start)):
         raise ValueError(f"need left < start < right, got left={left}, start={start}, right={right}")
-    if side not in ("right", "left") or (side == "left" and left is None):
+    checks.one_of("side", side, ("right", "left"))
+    if side == "left" and left is None:
         raise ValueError(f"side must be 'right', or 'left' where left is given; got {side!r}")
-    if steps < 0 or grid < 16:
-        raise ValueError(f"need steps >= 0 and grid >= 16, got steps={steps}, grid={grid}")
+    checks.count("grid", grid, 16)
 
     t = np.arange(steps + 1)
     wall = impossible(loss, data, sampling=sampling, start=start, exit=right if side == "right" else left)
@@ -200,7 +208,7 @@ def escape_probability(
     w = np.unique(np.append(np.linspace(bottom, right, grid), start))
     weights, probabilities = _outcomes(data, sampling)
     with jax.enable_x64(True):
-        gradients = _example_gradients(loss, _in_float64(_one_of_each(data)[0]), w)
+        gradients = _example_gradients(loss, float64(_one_of_each(data)[0]), w)
     after = w[None, :] - eta * (weights @ gradients)
 
     up = side == "right"
@@ -216,8 +224,9 @@ def escape_probability(
     return Escape(t, low, np.minimum(high, 1.0), estimate, None)
 
 
+@checked
 def impossible(
-    loss: Loss, data: Any, *, sampling: Sampling, start: float, exit: float | None, grid: int = 4001
+    loss: Loss, data: Examples, *, sampling: Sampling, start: Number, exit: Number | None, grid: Count = 4001
 ) -> float | None:
     """A point between `start` and `exit` at which **every** batch gradient points back, or None if none is seen.
 
@@ -229,9 +238,13 @@ def impossible(
         return None
     n = _count(data)
     check_sizes(sampling, n)
-    w = np.linspace(start, exit, grid)
     with jax.enable_x64(True):
-        outward = -np.sign(exit - start) * _example_gradients(loss, _in_float64(data), w)
+        checks.loss(loss, jnp.float64(start), float64(data))
+    if start == exit:
+        raise ValueError(f"exit must lie beside start, got {start} for both")
+    w = np.linspace(start, exit, checks.count("grid", grid, 2))
+    with jax.enable_x64(True):
+        outward = -np.sign(exit - start) * _example_gradients(loss, float64(data), w)
     worst_first = -np.sort(-outward, axis=0)
     if sampling.name == "with replacement":
         push = worst_first[0]
@@ -243,14 +256,15 @@ def impossible(
     return float(w[back[np.argmin(push[back])]]) if back.size else None
 
 
+@checked
 def kramers_rate(
     *,
-    eta: float,
-    factor: float,
-    variance: float,
-    well_curvature: float,
-    barrier_curvature: float,
-    height: float,
+    eta: Positive,
+    factor: NotNegative,
+    variance: NotNegative,
+    well_curvature: Positive,
+    barrier_curvature: Number,
+    height: NotNegative,
 ) -> float:
     """Kramers' guide to the rate of escape per step, `η √(f''_well |f''_barrier|)/(2π) · exp(−height/T)`.
 
@@ -368,7 +382,3 @@ def _gradient_table(w: Any, data: Any, *, loss: Loss) -> jax.Array:
 
 def _count(data: Any) -> int:
     return np.shape(jax.tree.leaves(data)[0])[0]
-
-
-def _in_float64(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, float)), tree)

@@ -30,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxgrad import checks
+from jaxgrad.checks import Count, Natural, NotNegative, Positive, checked
 from jaxgrad.noise import gamma
 from jaxgrad.types import Batch, Linear, Sampling
 
@@ -81,28 +83,26 @@ class BestStep(NamedTuple):
 # --- the problem -----------------------------------------------------------------------------------------------
 
 
+@checked
 def design_matrix(x: Any, *, bias: bool = True) -> Float[np.ndarray, "n p"]:
     """The features `x[n, d]` in float64, with a column of ones appended if there is a bias."""
-    X = np.asarray(x, float)
+    X = checks.array("x", x)
     if X.ndim != 2 or X.size == 0:
         raise ValueError(f"x must have shape [n, d] with at least one example and feature, got {list(X.shape)}")
     return np.column_stack([X, np.ones(len(X))]) if bias else X
 
 
+@checked
 def problem(batch: Batch, *, bias: bool = True) -> Problem:
     """The geometry of linear regression on `batch` (`x[n, d]`, `y[n]`), by a singular value decomposition.
 
     Eigenvalues below `(max(n, p) 2⁻⁵³)²`, relative to the largest, count as zero: along those directions nothing
     moves and nothing is lost. Raises ValueError for shapes that do not fit or data that are not finite.
     """
-    X, y = design_matrix(batch.x, bias=bias), np.asarray(batch.y, float)
+    X, y = design_matrix(batch.x, bias=bias), checks.array("y", batch.y, bools=True)
     n, p = X.shape
     if y.shape != (n,):
         raise ValueError(f"y must have shape [{n}], one target per example; got {list(y.shape)}")
-    for name, values in (("x", X), ("y", y)):
-        if not np.isfinite(values).all():
-            where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-            raise ValueError(f"{name}{list(where)} is {values[where]}: the data must be finite")
 
     U, sigma, Vt = np.linalg.svd(X, full_matrices=False)
     rank = int(np.sum(sigma > max(n, p) * 2.0**-53 * sigma[0]))
@@ -115,6 +115,7 @@ def problem(batch: Batch, *, bias: bool = True) -> Problem:
     return Problem(X, y, w, math.fsum(residuals**2) / n, residuals, 2 / n * sigma**2, V)
 
 
+@checked
 def components(problem: Problem, params: Any) -> Float[np.ndarray, "*k r"]:
     """`cₖ = vₖ·(w − w*)`: how far parameters still have to go along each eigenvector, largest eigenvalue first.
 
@@ -123,14 +124,25 @@ def components(problem: Problem, params: Any) -> Float[np.ndarray, "*k r"]:
     return (_coefficients(problem, params) - problem.minimiser) @ problem.directions
 
 
+@checked
 def excess_loss(problem: Problem, params: Any) -> Float[np.ndarray, "*k"]:
     """`L(w) − L* = ½ Σ λₖ cₖ²`, to full relative precision however small. `params` as in `components`."""
     return np.asarray(0.5 * components(problem, params) ** 2 @ problem.eigenvalues)
 
 
+def start_components(problem: Problem, start: Any) -> Float[np.ndarray, " r"]:
+    """`components` of one start, `Linear(w, b)` or coefficients `[p]`."""
+    found = components(problem, start)
+    checks.every_finite(_coefficients(problem, start), "start")
+    if found.ndim != 1:
+        raise ValueError(f"start must be one point: Linear(w[d], b) or coefficients [p]; got {checks.shown(start)}")
+    return found
+
+
 # --- gradient descent ------------------------------------------------------------------------------------------
 
 
+@checked
 def edge(problem: Problem) -> float:
     """`2/λ_max`: GD converges from everywhere if and only if `0 < η < 2/λ_max(H)`.
 
@@ -139,11 +151,13 @@ def edge(problem: Problem) -> float:
     return 2 / float(problem.eigenvalues[0])
 
 
+@checked
 def condition_number(problem: Problem) -> float:
     """`κ = λ_max/λ_min` over the positive eigenvalues of H."""
     return float(problem.eigenvalues[0] / problem.eigenvalues[-1])
 
 
+@checked
 def worst_case_step(problem: Problem) -> float:
     """`2/(λ_min + λ_max)`: the constant step with the best rate, `ρ = (κ−1)/(κ+1)`, from the worst start.
 
@@ -152,45 +166,49 @@ def worst_case_step(problem: Problem) -> float:
     return 2 / float(problem.eigenvalues[0] + problem.eigenvalues[-1])
 
 
-def gd_path(problem: Problem, start: Any, eta: float, steps: Any) -> Float[np.ndarray, "k p"]:
+@checked
+def gd_path(problem: Problem, start: Any, eta: Positive, steps: Any) -> Float[np.ndarray, "k p"]:
     """GD's iterates `w_t = w* + Σ (1 − ηλₖ)^t cₖ vₖ` at the given steps, from `start` (F3, F4).
 
     A component of the start along which X vanishes never moves.
     """
-    t, start = _steps(steps), _coefficients(problem, start)
-    c = (start - problem.minimiser) @ problem.directions
+    t, c, start = _steps(steps), start_components(problem, start), _coefficients(problem, start)
     still = start - problem.minimiser - problem.directions @ c
     with np.errstate(over="ignore", invalid="ignore"):
         moving = _powers(problem, eta, t) * c[None, :]
         return (problem.minimiser + still)[None, :] + moving @ problem.directions.T
 
 
-def gd_excess(problem: Problem, start: Any, eta: float, steps: Any) -> Float[np.ndarray, " k"]:
+@checked
+def gd_excess(problem: Problem, start: Any, eta: Positive, steps: Any) -> Float[np.ndarray, " k"]:
     """`L(w_t) − L* = ½ Σ λₖ cₖ² (1 − ηλₖ)^{2t}` along GD, at the given steps; inf where it overflows."""
-    c, t = components(problem, start), _steps(steps)
+    c, t = start_components(problem, start), _steps(steps)
     with np.errstate(over="ignore"):
         return 0.5 * _powers(problem, eta, t) ** 2 @ (problem.eigenvalues * c**2)
 
 
-def gd_steps_to(problem: Problem, start: Any, eta: float, excess: float) -> float:
+@checked
+def gd_steps_to(problem: Problem, start: Any, eta: Positive, excess: Positive) -> float:
     """The first t with `L(w_t) − L* <= excess` along GD, exactly; inf if there is none.
 
     Works beyond the edge too, where the loss may fall first and turn up later.
     """
-    _positive("excess", excess)
-
-    share = 0.5 * problem.eigenvalues * components(problem, start) ** 2
+    share = 0.5 * problem.eigenvalues * start_components(problem, start) ** 2
     return first_time(problem.eigenvalues, share, eta, excess)
 
 
-def first_time(eigenvalues: Any, share: Any, eta: float, target: float) -> float:
+@checked
+def first_time(eigenvalues: Any, share: Any, eta: Positive, target: Positive) -> float:
     """The first t with `Σ shareₖ (1 − ηλₖ)^{2t} <= target`, exactly; inf if there is none.
 
     A sum of `a q^t` with `a, q >= 0` is convex in t: up to where it stops falling, and there to where it passes the
     target, bisection is exact. It works beyond the edge too, where the sum turns up again.
     """
-    _positive("eta", eta)
-    lam, share = np.asarray(eigenvalues), np.asarray(share)
+    lam, share = checks.array("eigenvalues", eigenvalues, "k"), checks.array("share", share, "k")
+    if lam.shape != share.shape or (lam <= 0).any() or (share < 0).any():
+        raise ValueError(
+            f"eigenvalues must be positive and share >= 0, one for each; got shapes {lam.shape} and {share.shape}"
+        )
 
     def terms(t: int) -> np.ndarray:
         return share * (1 - eta * lam) ** (2.0 * t)
@@ -221,7 +239,8 @@ def first_time(eigenvalues: Any, share: Any, eta: float, target: float) -> float
 # --- stochastic gradient descent -------------------------------------------------------------------------------
 
 
-def sgd_moments(problem: Problem, start: Any, eta: float, sampling: Sampling, steps: Any) -> Moments:
+@checked
+def sgd_moments(problem: Problem, start: Any, eta: Positive, sampling: Sampling, steps: Any) -> Moments:
     """Mean, second moment and expected excess loss of SGD at the given steps, exactly (F6).
 
     `start` is `Linear(w, b)` or coefficients `[p]`; `sampling` is fresh at each step (`full_batch`,
@@ -230,7 +249,7 @@ def sgd_moments(problem: Problem, start: Any, eta: float, sampling: Sampling, st
     """
     t = _steps(steps)
     factor = gamma(sampling, len(problem.X))
-    c = components(problem, start)
+    c = start_components(problem, start)
     if _lifts(problem):
         m, M = _operator_path(_operator(problem, _lift(problem), eta, factor), c, t)
     else:
@@ -238,15 +257,19 @@ def sgd_moments(problem: Problem, start: Any, eta: float, sampling: Sampling, st
     return from_eigenbasis(problem, start, t, m, M)
 
 
-def sgd_excess(problem: Problem, start: Any, eta: float, sampling: Sampling, steps: int) -> Float[np.ndarray, " t"]:
+@checked
+def sgd_excess(
+    problem: Problem, start: Any, eta: Positive, sampling: Sampling, steps: Natural
+) -> Float[np.ndarray, " t"]:
     """`E[L(w_t)] − L*` at **every** step `t = 0 … steps`; inf or NaN where it overflows."""
     if not _lifts(problem):
         return sgd_moments(problem, start, eta, sampling, np.arange(steps + 1)).excess
     B = _operator(problem, _lift(problem), eta, gamma(sampling, len(problem.X)))
-    blocks = list(_excess_blocks(problem, B, components(problem, start), steps + 1))
+    blocks = list(_excess_blocks(problem, B, start_components(problem, start), steps + 1))
     return np.concatenate(blocks)[: steps + 1]
 
 
+@checked
 def sgd_edge(problem: Problem, sampling: Sampling) -> float:
     """The step size beyond which `E‖w_t − w*‖²` explodes: `2/λ_max(D, C)`, exactly.
 
@@ -272,7 +295,8 @@ def sgd_edge(problem: Problem, sampling: Sampling) -> float:
     return 2 / float(np.linalg.eigvalsh((D + D.T) / 2)[-1])
 
 
-def floor(problem: Problem, eta: float, sampling: Sampling) -> float:
+@checked
+def floor(problem: Problem, eta: Positive, sampling: Sampling) -> float:
     """`E[L(w_∞)] − L*`, the noise floor of SGD at constant step size, exactly; inf at or beyond `sgd_edge`.
 
     The fixed point of the second moment: `M = (I−ηH) M (I−ηH) + η²γ [S + (1/n) Σ HᵢMHᵢ − HMH]`.
@@ -282,7 +306,8 @@ def floor(problem: Problem, eta: float, sampling: Sampling) -> float:
     return 0.5 * float(np.diag(_stationary(problem, eta, sampling)) @ problem.eigenvalues)
 
 
-def stationary_second_moment(problem: Problem, eta: float, sampling: Sampling) -> Float[np.ndarray, "p p"]:
+@checked
+def stationary_second_moment(problem: Problem, eta: Positive, sampling: Sampling) -> Float[np.ndarray, "p p"]:
     """`E[(w_∞ − w*)(w_∞ − w*)ᵀ]` at constant step size; ValueError unless `eta < sgd_edge`."""
     if eta >= (limit := sgd_edge(problem, sampling)):
         raise ValueError(f"no stationary second moment: eta = {eta:g} is at or beyond the edge {limit:g}")
@@ -290,7 +315,8 @@ def stationary_second_moment(problem: Problem, eta: float, sampling: Sampling) -
     return V @ _stationary(problem, eta, sampling) @ V.T
 
 
-def floor_leading(problem: Problem, eta: float, sampling: Sampling) -> float:
+@checked
+def floor_leading(problem: Problem, eta: Positive, sampling: Sampling) -> float:
     """The floor to first order in η: `(ηγ/4) tr S = ηγ mean(rᵢ²‖xᵢ‖²)`, S the gradient covariance at w*.
 
     From the trace of the Lyapunov equation `HM + MH = ηγS`: H drops out. The textbook's `(η/2b) σ² tr H` is
@@ -299,7 +325,8 @@ def floor_leading(problem: Problem, eta: float, sampling: Sampling) -> float:
     return eta * gamma(sampling, len(problem.X)) / 4 * float(np.trace(_residual_covariance(problem)))
 
 
-def floor_second_order(problem: Problem, eta: float, sampling: Sampling) -> float:
+@checked
+def floor_second_order(problem: Problem, eta: Positive, sampling: Sampling) -> float:
     """The floor to second order: `(ηγ/4) tr S + (η²/4) [(1−γ) tr(H²M₁) + γ tr K(M₁)]`, `HM₁ + M₁H = γS`.
 
     `K(M) = (1/n) Σ HᵢMHᵢ`.
@@ -313,25 +340,27 @@ def floor_second_order(problem: Problem, eta: float, sampling: Sampling) -> floa
     return eta * factor / 4 * float(np.trace(S)) + eta**2 / 4 * float(second)
 
 
+@checked
 def steps_to(
-    problem: Problem, start: Any, eta: float, sampling: Sampling, excess: float, *, most: int = 1_000_000
+    problem: Problem, start: Any, eta: Positive, sampling: Sampling, excess: Positive, *, most: Count = 1_000_000
 ) -> float:
     """The first t with `E[L(w_t)] − L* <= excess`; inf if not within `most` steps (GD: ever)."""
-    _positive("excess", excess)
     factor = gamma(sampling, len(problem.X))
     if factor == 0:
         return gd_steps_to(problem, start, eta, excess)
     return _first_below(problem, _operator(problem, _lift(problem), eta, factor), start, excess, most)
 
 
-def best_step(problem: Problem, start: Any, sampling: Sampling, excess: float, *, most: int = 1_000_000) -> BestStep:
+@checked
+def best_step(
+    problem: Problem, start: Any, sampling: Sampling, excess: Positive, *, most: Count = 1_000_000
+) -> BestStep:
     """The constant step size whose expected excess loss reaches `excess` soonest: no Monte Carlo, no tuning runs.
 
     A grid of 40 step sizes down from the edge in powers of 1.25, then two rounds of 20 between the best one's
     neighbours: η to about 0.2 %, steps to the integer for that η. `BestStep(nan, inf)` if none of them arrives
     within `most` steps.
     """
-    _positive("excess", excess)
     n = len(problem.X)
     factor, limit = gamma(sampling, n), sgd_edge(problem, sampling)
     lift = _lift(problem) if factor > 0 else None
@@ -361,13 +390,16 @@ def best_step(problem: Problem, start: Any, sampling: Sampling, excess: float, *
 # --- the spread of the loss ------------------------------------------------------------------------------------
 
 
-def sgd_deviation(problem: Problem, start: Any, eta: float, sampling: Sampling, steps: Any) -> Float[np.ndarray, " k"]:
+@checked
+def sgd_deviation(
+    problem: Problem, start: Any, eta: Positive, sampling: Sampling, steps: Any
+) -> Float[np.ndarray, " k"]:
     """The exact standard deviation of `L(w_t)` over runs, at the given steps; for at most `QUARTIC` coefficients.
 
     `E[(L − L*)²] = ¼ (h⊗h)·E[d^⊗4]` with `h = vec H`, and fourth moments move linearly: with `d̃ = (d, 1)`,
     `E[d̃^⊗4]_t = (E[A_B^⊗4])^t d̃₀^⊗4`. At the floor it is about 1.2 times the mean: single runs scatter by 100 %.
     """
-    t, c = _steps(steps), components(problem, start)
+    t, c = _steps(steps), start_components(problem, start)
     Z, r = problem.X @ problem.directions, len(problem.eigenvalues)
     _check_quartic(r)
     A = np.zeros((len(Z), r + 1, r + 1))
@@ -386,6 +418,7 @@ def sgd_deviation(problem: Problem, start: Any, eta: float, sampling: Sampling, 
     return np.sqrt(np.maximum(squares - mean**2, 0))
 
 
+@checked
 def deviation_edge(problem: Problem, sampling: Sampling) -> float:
     """The step size beyond which the variance of the loss explodes, so that no sample mean of it means anything.
 
@@ -473,7 +506,6 @@ def _lift_of(same: _Same) -> _Lift:
 
 def _operator(problem: Problem, lift: _Lift, eta: float, factor: float) -> np.ndarray:
     """One step on `(1, m, M)`: the matrix B of the module's recursion, in the eigenbasis."""
-    _positive("eta", eta)
     lam, (_, i, j, S, T, Q) = problem.eigenvalues, lift
     r, q = len(lam), len(S)
     a, noise = 1 - eta * lam, eta**2 * factor
@@ -549,7 +581,7 @@ def _excess_blocks(problem: Problem, B: np.ndarray, c: np.ndarray, count: int) -
 
 def _first_below(problem: Problem, B: np.ndarray, start: Any, excess: float, most: int) -> float:
     done, last = 0, math.nan
-    for block in _excess_blocks(problem, B, components(problem, start), most + 1):
+    for block in _excess_blocks(problem, B, start_components(problem, start), most + 1):
         below = np.flatnonzero(block <= excess)
         if below.size:
             t = done + int(below[0])
@@ -562,14 +594,20 @@ def _first_below(problem: Problem, B: np.ndarray, start: Any, excess: float, mos
     return math.inf
 
 
+@checked
 def compact_recursion(
-    problem: Problem, components: Any, eta: float, factor: float, steps: Any
+    problem: Problem, components: Any, eta: Positive, factor: NotNegative, steps: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """`m[k, r]` and `M[k, r, r]` in the eigenbasis at the given steps, straight from the module's recursion.
 
     O(n r²) a step and nothing formed beforehand: for many coefficients, and a second route to the same numbers.
     """
     gaps = np.diff(_steps(steps), prepend=0)
+    components = checks.array("components", components, "r")
+    if len(components) != len(problem.eigenvalues):
+        raise ValueError(f"components must be {len(problem.eigenvalues)}, one per eigenvalue; got {len(components)}")
+    if gaps.sum() >= checks.LIMIT:
+        raise ValueError(f"steps must be below 2**31 here, where each is taken; got {gaps.sum()}")
     with jax.enable_x64(True):
         arrays = (problem.X @ problem.directions, problem.residuals, problem.eigenvalues, np.asarray(components))
         m, M = _compact(*map(jnp.asarray, arrays), jnp.float64(eta), jnp.float64(factor), jnp.asarray(gaps))
@@ -682,9 +720,14 @@ def _coefficients(problem: Problem, params: Any) -> np.ndarray:
     """`Linear(w, b)`, or an array `[..., p]`, as coefficients of the design's columns."""
     p = problem.X.shape[1]
     if isinstance(params, Linear):
-        w = np.asarray(params.w, float)
-        params = w if params.b is None else np.concatenate([w, np.asarray(params.b, float)[..., None]], axis=-1)
-    w = np.asarray(params, float)
+        w = checks.array("start.w", params.w, finite=False)
+        if params.b is not None:
+            b = checks.array("start.b", params.b, finite=False)
+            if b.shape != w.shape[:-1]:
+                raise ValueError(f"w{list(w.shape)} and b{list(b.shape)} do not fit: need w[..., d] and b[...]")
+            w = np.concatenate([w, b[..., None]], axis=-1)
+    else:
+        w = checks.array("the coefficients (start)", params, finite=False)
     if w.shape[-1:] != (p,):
         raise ValueError(
             f"need {p} coefficients, one per column of the design (the bias last), got shape {list(w.shape)}"
@@ -694,7 +737,6 @@ def _coefficients(problem: Problem, params: Any) -> np.ndarray:
 
 def _powers(problem: Problem, eta: float, t: np.ndarray) -> np.ndarray:
     """`(1 − ηλₖ)^t`, `[k, r]`."""
-    _positive("eta", eta)
     with np.errstate(over="ignore", under="ignore"):
         return (1 - eta * problem.eigenvalues)[None, :] ** t[:, None].astype(float)
 
@@ -722,12 +764,4 @@ def _bisect(holds: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _steps(steps: Any) -> np.ndarray:
-    t = np.atleast_1d(np.asarray(steps))
-    if t.ndim != 1 or t.dtype.kind not in "iu" or np.any(t < 0) or np.any(np.diff(t) < 0):
-        raise ValueError(f"steps must be whole numbers >= 0 that do not decrease, got {steps}")
-    return t.astype(np.int64)
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive finite number, got {value}")
+    return checks.whole_numbers("steps", steps, rising=True)

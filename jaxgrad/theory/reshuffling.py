@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxgrad.theory.least_squares import Moments, Problem, components, edge, from_eigenbasis
+from jaxgrad import checks
+from jaxgrad.checks import Count, Positive, checked
+from jaxgrad.theory.least_squares import Moments, Problem, edge, from_eigenbasis, start_components
 
 MOST_EXAMPLES = 16
 """The largest n for which all subsets are formed."""
@@ -35,18 +37,17 @@ class Floor(NamedTuple):
     """Averaged over the steps of a pass."""
 
 
-def moments(problem: Problem, start: Any, eta: float, b: int, steps: Any) -> Moments:
+@checked
+def moments(problem: Problem, start: Any, eta: Positive, b: Count, steps: Any) -> Moments:
     """Mean, second moment and expected excess loss of reshuffled SGD at the given steps, exactly (F5, F6).
 
     `start` and the result are as in `least_squares.sgd_moments`. Raises ValueError for more than `MOST_EXAMPLES`
     examples, a batch size outside 1 … n, or problems too large to hold.
     """
-    t = np.atleast_1d(np.asarray(steps))
-    if t.dtype.kind not in "iu" or np.any(t < 0):
-        raise ValueError(f"steps must be whole numbers >= 0, got {steps}")
+    t = checks.whole_numbers("steps", steps)
     prefixes = _prefixes(problem, eta, b)
     per_pass = len(prefixes) - 1
-    c = components(problem, start)
+    c = start_components(problem, start)
     r = len(c)
     i, j = np.triu_indices(r)
     start_state = np.concatenate([[1.0], c, c[i] * c[j]])
@@ -61,7 +62,8 @@ def moments(problem: Problem, start: Any, eta: float, b: int, steps: Any) -> Mom
     return from_eigenbasis(problem, start, t.astype(np.int64), mean, M)
 
 
-def floor(problem: Problem, eta: float, b: int) -> Floor:
+@checked
+def floor(problem: Problem, eta: Positive, b: Count) -> Floor:
     """The floor of reshuffled SGD, exactly; infinite beyond `stable_edge`.
 
     For small step sizes it is O(η²) where fresh batches have O(η); for large ones it can lie above theirs.
@@ -74,7 +76,8 @@ def floor(problem: Problem, eta: float, b: int) -> Floor:
     return Floor(losses[-1], float(np.mean(losses)))
 
 
-def bias(problem: Problem, eta: float, b: int) -> Float[np.ndarray, " p"]:
+@checked
+def bias(problem: Problem, eta: Positive, b: Count) -> Float[np.ndarray, " p"]:
     """`E[w] − w*` at the end of a pass, once settled, exactly: not zero, as it is for fresh batches."""
     r = len(problem.eigenvalues)
     P = _prefixes(problem, eta, b)[-1]
@@ -82,7 +85,8 @@ def bias(problem: Problem, eta: float, b: int) -> Float[np.ndarray, " p"]:
     return problem.directions @ m
 
 
-def stable_edge(problem: Problem, b: int) -> float:
+@checked
+def stable_edge(problem: Problem, b: Count) -> float:
     """The smallest step size at which `E‖w − w*‖²` no longer settles, to 1e-9 of it.
 
     The first crossing of 1 by the spectral radius of a pass, on a grid of 200 up to three times GD's edge, then by
@@ -104,7 +108,8 @@ def stable_edge(problem: Problem, b: int) -> float:
     return low
 
 
-def bias_leading(problem: Problem, eta: float, b: int) -> Float[np.ndarray, " p"]:
+@checked
+def bias_leading(problem: Problem, eta: Positive, b: Count) -> Float[np.ndarray, " p"]:
     """The bias to first order: `−(η/2) (K−1)/(n−1) H⁻¹ mean(Hᵢsᵢ)`, K = n/b batches, `sᵢ = gᵢ(w*)`.
 
     Raises ValueError unless b divides n.
@@ -116,7 +121,8 @@ def bias_leading(problem: Problem, eta: float, b: int) -> Float[np.ndarray, " p"
     return problem.directions @ (-eta / 2 * (batches - 1) / (n - 1) * pull / problem.eigenvalues)
 
 
-def floor_leading(problem: Problem, eta: float, b: int) -> float:
+@checked
+def floor_leading(problem: Problem, eta: Positive, b: Count) -> float:
     """The pass-average floor to second order: `η² (K²−1)/(12(n−1)) tr(HS) + ½ mᵀHm`, m the leading bias.
 
     S is the covariance of the example gradients at w*. Raises ValueError unless b divides n.
@@ -131,10 +137,8 @@ def floor_leading(problem: Problem, eta: float, b: int) -> float:
 def _prefixes(problem: Problem, eta: float, b: int) -> np.ndarray:
     """The expected operator on (1, d, ddᵀ) after 0, 1, …, K batches of a pass."""
     n, r = len(problem.X), len(problem.eigenvalues)
-    if not 1 <= b <= n:
-        raise ValueError(f"the batch size must lie between 1 and n = {n}, got {b}")
-    if not 0 < eta < math.inf:
-        raise ValueError(f"eta must be a positive finite number, got {eta}")
+    if b > n:
+        raise ValueError(f"the batch size b must lie between 1 and n = {n}, got {b}")
     size = 1 + r + r * (r + 1) // 2
     if n > MOST_EXAMPLES or 2**n * size**2 > 2**27:
         raise ValueError(
@@ -199,6 +203,6 @@ def _excess(problem: Problem, z: np.ndarray) -> float:
 
 
 def _whole_batches(n: int, b: int) -> int:
-    if b < 1 or n % b:
+    if n % b:
         raise ValueError(f"the small-step formulas need b to divide n: n = {n}, b = {b}")
     return n // b

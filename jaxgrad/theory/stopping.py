@@ -16,55 +16,63 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxgrad import checks
+from jaxgrad.checks import Positive, checked
 from jaxgrad.noise import gamma
 from jaxgrad.theory.least_squares import (
     Problem,
-    components,
     first_time,
     gd_excess,
     sgd_moments,
+    start_components,
     stationary_second_moment,
 )
 from jaxgrad.types import Sampling
 
 
-def gd_step_norms(problem: Problem, start: Any, eta: float, steps: Any) -> Float[np.ndarray, " k"]:
+@checked
+def gd_step_norms(problem: Problem, start: Any, eta: Positive, steps: Any) -> Float[np.ndarray, " k"]:
     """`‖w_t − w_{t−1}‖ = η (Σ λᵢ²cᵢ²(1−ηλᵢ)^{2(t−1)})^½` along GD, at steps t >= 1."""
     t = _from_one(steps)
     lam = problem.eigenvalues
-    gradient = lam * components(problem, start)
+    gradient = lam * start_components(problem, start)
     with np.errstate(over="ignore", under="ignore"):
         powers = (1 - eta * lam)[None, :] ** (t[:, None] - 1).astype(float)
         return eta * np.linalg.norm(powers * gradient[None, :], axis=1)
 
 
-def gd_stop_time(problem: Problem, start: Any, eta: float, below: float) -> float:
+@checked
+def gd_stop_time(problem: Problem, start: Any, eta: Positive, below: Positive) -> float:
     """The step at which GD's rule `‖w_t − w_{t−1}‖ < below` first fires, exactly; inf if it never does.
 
     Also beyond the edge, where the step size may pass `below` before it grows.
     """
-    share = (eta * problem.eigenvalues * components(problem, start)) ** 2
+    share = (eta * problem.eigenvalues * start_components(problem, start)) ** 2
     return 1 + first_time(problem.eigenvalues, share, eta, np.nextafter(below**2, 0))
 
 
-def gd_stop_excess(problem: Problem, start: Any, eta: float, below: float) -> float:
+@checked
+def gd_stop_excess(problem: Problem, start: Any, eta: Positive, below: Positive) -> float:
     """`L(w_t) − L*` where GD's rule fires; NaN if it never does."""
     t = gd_stop_time(problem, start, eta, below)
     return math.nan if math.isinf(t) else float(gd_excess(problem, start, eta, [int(t)])[0])
 
 
-def certified_excess(problem: Problem, eta: float, below: float) -> float:
+@checked
+def certified_excess(problem: Problem, eta: Positive, below: Positive) -> float:
     """`(below/η)²/(2λ_min)`: all that the rule guarantees of `L(w_{t−1}) − L*`, as `‖∇L‖² >= 2λ_min (L − L*)`."""
     return (below / eta) ** 2 / (2 * float(problem.eigenvalues[-1]))
 
 
-def fires_at_once(problem: Problem, start: Any, below: float) -> float:
+@checked
+def fires_at_once(problem: Problem, start: Any, below: Positive) -> float:
     """`below/‖∇L(w₀)‖`: every smaller step size stops at its first step, wherever it stands."""
-    return below / float(np.linalg.norm(problem.eigenvalues * components(problem, start)))
+    return below / float(np.linalg.norm(problem.eigenvalues * start_components(problem, start)))
 
 
+@checked
 def sgd_step_square(
-    problem: Problem, start: Any, eta: float, sampling: Sampling, steps: Any
+    problem: Problem, start: Any, eta: Positive, sampling: Sampling, steps: Any
 ) -> Float[np.ndarray, " k"]:
     """`E‖w_t − w_{t−1}‖²` of SGD at steps t >= 1, exactly: `η² [(1−γ) tr(HMH) + γ (4/n) Σ eᵢ‖xᵢ‖²]`.
 
@@ -75,13 +83,15 @@ def sgd_step_square(
     return np.array([_step_square(problem, m, M, eta, sampling) for m, M in zip(mean, moments.second, strict=True)])
 
 
-def stationary_step_square(problem: Problem, eta: float, sampling: Sampling) -> float:
+@checked
+def stationary_step_square(problem: Problem, eta: Positive, sampling: Sampling) -> float:
     """`E‖w_t − w_{t−1}‖²` at the floor, exactly; to leading order in η it is `η²γ tr S`."""
     M = stationary_second_moment(problem, eta, sampling)
     return _step_square(problem, np.zeros(len(M)), M, eta, sampling)
 
 
-def false_stop_probability(problem: Problem, eta: float, below: float, sampling: Sampling) -> float:
+@checked
+def false_stop_probability(problem: Problem, eta: Positive, below: Positive, sampling: Sampling) -> float:
     """The chance per step that the rule fires at the floor, for single examples (b = 1).
 
     The step is `2η|yᵢ − xᵢ·w| ‖xᵢ‖`, and `xᵢ·(w − w*)` is taken as normal with variance `xᵢᵀM xᵢ`, M exact:
@@ -115,7 +125,4 @@ def _step_square(problem: Problem, m: np.ndarray, M: np.ndarray, eta: float, sam
 
 
 def _from_one(steps: Any) -> np.ndarray:
-    t = np.atleast_1d(np.asarray(steps))
-    if t.dtype.kind not in "iu" or np.any(t < 1):
-        raise ValueError(f"the first step is t = 1: steps must be whole numbers from 1, got {steps}")
-    return t
+    return checks.whole_numbers("steps", steps, at_least=1)

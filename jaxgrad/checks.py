@@ -265,11 +265,14 @@ def path(name: str, value: Any) -> Path:
     return Path(value)
 
 
-def several(name: str, value: Any) -> Any:
-    """A list, an array or another iterable, whose parts are checked where they are used."""
+def several(name: str, value: Any, sized: bool = False) -> Any:
+    """A list, an array or (unless `sized`) another iterable, whose parts are checked where they are used."""
     plain = not isinstance(value, str | bytes | dict | set | type | np.ma.MaskedArray) and getattr(value, "ndim", 1) > 0
-    if not plain or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name} must be a list, an array or another iterable, got {shown(value)}")
+    if not plain or not hasattr(value, "__iter__") or (sized and not hasattr(value, "__len__")):
+        raise TypeError(
+            f"{name} must be a list{' or' if sized else ','} an array"
+            f"{'' if sized else ' or another iterable'}, got {shown(value)}"
+        )
     return value
 
 
@@ -432,8 +435,9 @@ def every_finite(values: Any, what: str, names: Sequence[str] | None = None) -> 
     """Raises ValueError, with the place, unless every entry of an array (numpy or JAX) is finite."""
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         return
-    # A sum is finite only if its terms are: one pass and no copy, on the device where the data are.
-    with np.errstate(over="ignore", invalid="ignore"):
+    # A sum is finite only if its terms are: one pass and no copy, on the device where the data are. Known arrays stay
+    # known where JAX traces.
+    with np.errstate(over="ignore", invalid="ignore"), jax.ensure_compile_time_eval():
         if np.isfinite(np.asarray(values.sum())):
             return
     values = np.asarray(values)
@@ -760,7 +764,7 @@ def _check_of(kind: Any) -> Callable[[str, Any, dict[str, Any]], Any] | None:
             return check
         return lambda name, value, sizes: None if value is None else check(name, value, sizes)
     if origin in (Iterable, Sequence):
-        return lambda name, value, sizes: several(name, value)
+        return lambda name, value, sizes: several(name, value, sized=origin is Sequence)
     if origin is Callable:
         takes = len(arguments[0]) if isinstance(arguments[0], list) else None
         return lambda name, value, sizes: function(name, value, takes)

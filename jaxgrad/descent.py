@@ -212,7 +212,7 @@ def advance(
     until = jnp.asarray(until, jnp.int32)
     state = state._replace(examples=None)
 
-    slope = jax.grad(loss)
+    slope = checks.saying("loss(params, batch) cannot be differentiated for these params and data")(jax.grad(loss))
     if sampling.rows is not None:
         slope = blocks.mean(slope, min(sampling.rows, n))
     elif sampling.parts > 1:
@@ -788,7 +788,7 @@ def _pairs(reason: np.ndarray, ended: np.ndarray) -> list[tuple[str, int]]:
 def _record_points(record: int | Sequence[int] | np.ndarray, first: int, steps: int) -> np.ndarray:
     if steps < first:
         raise ValueError(f"the run has already taken {first} steps: steps counts from the first one, got {steps}")
-    if np.ndim(record) == 0:
+    if not isinstance(record, Sequence) and np.ndim(record) == 0:
         points = checks.count("record", record, 2)
         return np.unique(np.round(np.linspace(first, steps, points)).astype(np.int64))
     points = np.unique(checks.whole_numbers("record", record))
@@ -799,7 +799,7 @@ def _record_points(record: int | Sequence[int] | np.ndarray, first: int, steps: 
 
 def _progress(progress: bool | Callable[[int, int], None]) -> Callable[[int, int], None]:
     if callable(progress) and not isinstance(progress, type):
-        return progress
+        return checks.function("progress", progress, 2)
     if not isinstance(progress, bool | np.bool_):
         raise TypeError(f"progress must be True, False or a function of (step, steps), got {checks.shown(progress)}")
     if not progress:

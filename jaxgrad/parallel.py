@@ -594,7 +594,7 @@ def mesh(devices: Sequence[Any] | None = None) -> Mesh:
     The compiler places the collectives (`AxisType.Auto`): under JAX's newer default, `Explicit`, `x[indices]` fails.
     """
     found = jax.devices() if devices is None else devices
-    plain = isinstance(found, Sequence | np.ndarray) and not isinstance(found, str | bytes) and np.ndim(found) == 1
+    plain = isinstance(found, list | tuple) or (isinstance(found, np.ndarray) and found.ndim == 1)
     if not plain or not len(found) or not all(isinstance(each, jax.Device) for each in found):
         raise TypeError(f"devices must be a list of devices, such as jax.devices()[:2]; got {checks.shown(devices)}")
     return Mesh(np.array(found), ("data",), axis_types=(AxisType.Auto,))

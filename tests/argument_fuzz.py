@@ -380,7 +380,6 @@ def cases():
             "y list": value._replace(y=t.tolist()),
             "tuples": value._replace(y=tuple(t.tolist())),
             "big-endian": Batch(X.astype(">f8"), t.astype(">f8")),
-            "big-endian f4": value._replace(x=X.astype(">f4").astype(">f8")),
             "jnp": Batch(jnp.asarray(X, jnp.float32), jnp.asarray(t, jnp.float32)),
             "strided": value._replace(x=np.repeat(X, 2, axis=0)[::2]),
             "longdouble": value._replace(x=X.astype(np.longdouble)),
@@ -548,7 +547,7 @@ def cases():
         if isinstance(v, numbers.Integral) and not isinstance(v, bool | np.bool_):
             return int(v) if 2 <= v < 2**31 else REFUSED
         return (
-            record.means(v)
+            record.means(np.sort(v))
             if isinstance(v, list | np.ndarray | tuple | range) and str(v).count("[") < 2 and 3 in np.ravel(v)
             else REFUSED
         )
@@ -651,7 +650,7 @@ def cases():
     for each in (losses.squared, losses.half_squared, losses.absolute):
         case(each, prediction=formula(Y[0]), y=formula(Y[1]))
     case(losses.logloss, logit=formula(0.3), y=Kind(1.0, lambda v: ANY, {}))
-    case(losses.softmax_cross_entropy, logits=formula(Y[0], shape=lambda s: len(s) == 1 and s[0] > 1), label=1)
+    case(losses.softmax_cross_entropy, logits=formula(Y[0], shape=lambda s: len(s) == 1 and s[0] > 0), label=0)
     case(
         losses.mean_loss,
         lambda f: f(start, batch),
@@ -732,7 +731,7 @@ def cases():
     case(models.init_deep, key=K, sizes=sizes, bias=flag(True), dtype=dtype)
 
     # --- the lecture
-    bound = Kind(0.1, lambda v: REFUSED if real(v) is None or math.isnan(real(v)) else real(v), {})
+    bound = Kind(0.01, lambda v: REFUSED if real(v) is None or math.isnan(real(v)) else real(v), {})
     each_x = lambda w, X, Y: (Y - X @ w) ** 2  # noqa: E731
     for f in (lecture.objective, lecture.objective_sum):
         case(f, losses=function(each_x), w=w, X=x, Y=y)
@@ -741,6 +740,7 @@ def cases():
     case(lecture.step, w=formula(w), gradient=formula(w + 1), eta=number(0.1))
     case(lecture.small_step, new=formula(w), old=formula(w + 1), eps=bound)
     slope = lambda w: 2 * w  # noqa: E731
+    some = lambda s: np.prod(s) > 0  # noqa: E731
     etas = Kind(
         [0.1, 0.1],
         lambda v: ANY if isinstance(v, range | list | tuple | np.ndarray) or hasattr(v, "__next__") else REFUSED,
@@ -749,7 +749,7 @@ def cases():
     case(
         lecture.gradient_descent,
         gradient=function(slope),
-        w=formula(w, shape=lambda s: np.prod(s) > 0),
+        w=formula(w, shape=some),
         etas=etas,
         eps=bound,
     )
@@ -768,7 +768,7 @@ def cases():
         whole=True,
         where=lambda a: bool((a >= 0).all() and (a < n).all()),
     )
-    case(lecture.minibatch_gradient, gradient=function(lecture.linear_gradient), w=w, X=formula(x), Y=y, B=inside)
+    case(lecture.minibatch_gradient, gradient=function(lecture.linear_gradient), w=w, X=x, Y=y, B=inside)
     case(
         lecture.stochastic_gradient_descent,
         gradient=function(lecture.linear_gradient),
@@ -895,7 +895,7 @@ def cases():
         small=fresh,
         big=sampling_kind(big),
         key=K,
-        draws=count(40, 20, 41),
+        draws=count(40, 20),
         level=number(0.9, 0, 1),
     )
     runs = lambda s: len(s) > 0 and s[0] >= 20  # noqa: E731
@@ -1149,11 +1149,11 @@ def cases():
         escape.double_well,
         n=Kind(
             4,
-            lambda v: int(v) if count(4, 2, 64).means(v) is not REFUSED and int(v) % 2 == 0 else REFUSED,
+            lambda v: int(v) if count(4, 2).means(v) is not REFUSED and int(v) % 2 == 0 else REFUSED,
             {"3": 3, "np": np.int64(4)},
         ),
         mean=number(0.05, -0.2, 0.2),
-        spread=number(1.0, 0.0, 3.0, "l"),
+        spread=number(1.0, 0.0, closed="l"),
     )
     well = escape.double_well(4)
     scalar_loss = function(well.loss)
@@ -1291,11 +1291,11 @@ def cases():
         rank=Kind(0, lambda v: ANY if v is None or count(0, 0).means(v) is not REFUSED else REFUSED, {"-3": -3}),
         timeout=count(5, optional=True),
     )
-    case(tiles.tile_of, shape=(4, 3), fit=count(5, 0, 2**53))
+    case(tiles.tile_of, shape=(4, 3), fit=count(5, 0, 10**500))
     case(
         data.linear_problem,
         key=key(ONE, seed=True),
-        n=count(8, 4, 1000),
+        n=count(8, 4),
         d=count(2, 1, 6),
         condition=number(3.0, 1, 1e12, "lh"),
         noise=number(0.1, 0, closed="l"),
@@ -1305,10 +1305,10 @@ def cases():
     case(
         data.logistic_problem,
         key=key(jax.random.key(3), seed=True),
-        n=count(60, 50, 1000),
+        n=count(60, 4),
         d=count(2, 1, 6),
         condition=number(3.0, 1, 1e12, "lh"),
-        signal=positive(0.5, high=1),
+        signal=positive(0.5),
         bias=flag(True),
         rotate=flag(True),
     )
@@ -1448,7 +1448,7 @@ def outcome(case: Case, name: str, value: Any, package: str) -> tuple[str, str]:
     except (Exception, SystemExit) as error:
         said = str(error)
         last, raised = source(error)
-        plain = isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError | AssertionError)
+        plain = isinstance(error, ValueError | TypeError | OSError | RuntimeError | ModuleNotFoundError)
         ours = raised and os.path.realpath(last).startswith(package)
         noted = any(note.startswith("jaxgrad:") for note in getattr(error, "__notes__", ()))
         short = 8 <= len(said) <= 700 and said.count("\n") <= 2 and "0x" not in said

@@ -227,7 +227,7 @@ def test_real_data_are_certified_to_twelve_digits():
         (lambda: optimum.least_squares(REGRESSION, l2=-1.0), "l2 must be"),
         (
             lambda: minimise(lambda p, b: jnp.sum((b.y - b.x @ p) ** 2, keepdims=True)),
-            r"one floating-point number, got float64\[1\]",
+            r"number, got float64\[1\]",
         ),
         (lambda: minimise(lambda p, b: -jnp.mean((b.y - b.x @ p) ** 2)), "not convex"),
         (lambda: minimise(lambda p, b: jnp.mean((b.y - b.x[:, :3] @ p[:3]) ** 2) + p[3]), "without curvature"),

@@ -316,7 +316,7 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _weights(w: Any) -> list[Any]:
-    found = [_number(f"w[{i}]", weight) for i, weight in enumerate(checks.several("w", w))]
+    found = [_number(f"w[{i}]", weight) for i, weight in enumerate(checks.several("w", w, sized=True))]
     if not found:
         raise ValueError("w is empty: a chain needs at least one weight")
     return found

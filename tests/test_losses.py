@@ -151,7 +151,7 @@ def test_a_one_hot_label_of_integers_is_a_distribution_not_three_class_numbers()
     ("call", "words"),
     [
         (lambda: losses.softmax_cross_entropy(jnp.zeros(3), jnp.zeros(4)), "distribution over the 3 classes"),
-        (lambda: losses.softmax_cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 1])), r"the logits z\[k\] of one"),
+        (lambda: losses.softmax_cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 1])), r"logits.*axis"),
         (lambda: losses.squared(jnp.zeros(3), jnp.zeros(())), "its target has shape"),
         (lambda: losses.absolute(jnp.zeros(3), jnp.zeros(2)), "its target has shape"),
         (lambda: losses.half_squared(jnp.zeros(()), jnp.zeros(2)), "its target has shape"),

@@ -1,5 +1,9 @@
 """The experiment `formulas`: its ruler measures what it says, and a fault in the lecture does not pass."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,3 +75,16 @@ def test_the_predicted_logits():
     """53 ln 2, −log(largest), log(smallest normal), to the last place; and 24 ln 2 in float32."""
     assert formulas.predicted_logits("float64") == (36.7368005696771, -709.782712893384, -708.3964185322641)
     assert formulas.predicted_logits("float32")[0] == float(np.float32(16.635532333))
+
+
+def test_the_logits_of_the_error_curve_are_the_same_on_every_machine():
+    """To five decimals: NumPy's `geomspace` itself has another last bit on another processor, and so had the errors."""
+    code = "from experiments import formulas; print(formulas.logit_curves(200)['curve/logit'].tobytes().hex())"
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"NPY_DISABLE_CPU_FEATURES": features},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for features in ("", "X86_V3 X86_V4 AVX512_ICL AVX512_SPR")
+    }  # fmt: skip
+    assert len(said) == 1

@@ -802,7 +802,7 @@ def test_split_keeps_the_scaling_it_was_given(sets, tmp_path):
 def test_split_refuses_what_cannot_be(sets, tmp_path):
     for fraction in (0, 1, -0.1, 1.5, float("nan")):
         with pytest.raises(
-            ValueError, match="share of rows to hold out, between 0 and 1; got|fraction must be a finite"
+            ValueError, match=r"share of rows to hold out, between 0 and 1; got|fraction must be a finite"
         ):
             split(sets["diabetes"], fraction, 0)
     with pytest.raises(ValueError, match=r"holding out 0.001 of 442 rows leaves 442 to train on and 0 to test"):

@@ -61,12 +61,12 @@ def _residual(prediction: Any, y: Any) -> Any:
 
 
 @checked
-def logloss(logit: Float[Array, ""], y: Any) -> Float[Array, ""]:
+def logloss(logit: Float[Array, "*n"], y: Any) -> Float[Array, "*n"]:
     """`−[y log s(h) + (1−y) log(1−s(h))]` from the logit `h`, for a label `y` in {0, 1} (F15, F16).
 
     For those labels it equals `softplus((1−2y) h)`: one term, no cancellation, full relative accuracy at any
     `h`. The gradient `dL/dh = s(h) − y` is finite everywhere. The label may be of any real dtype or a bool. A label
-    other than 0 and 1 makes loss and gradient NaN.
+    other than 0 and 1 makes loss and gradient NaN. Arrays are taken entry by entry.
     """
     y = jnp.asarray(y)
     if not jnp.issubdtype(y.dtype, jnp.floating):  # 1 − 2y of an unsigned integer wraps around

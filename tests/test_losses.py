@@ -139,6 +139,11 @@ def test_other_class_numbers_make_loss_and_gradient_nan(label):
         assert np.isnan(gradient).all()
 
 
+def test_logloss_of_arrays_is_taken_entry_by_entry():
+    h, y = jnp.linspace(-3.0, 3.0, 7), np.arange(7) % 2
+    np.testing.assert_array_equal(losses.logloss(h, y), [losses.logloss(h[i], int(y[i])) for i in range(7)])
+
+
 def test_a_one_hot_label_of_integers_is_a_distribution_not_three_class_numbers():
     z = jnp.array([1.0, -2.0, 0.5])
     for kind in (np.int32, np.uint8, bool, np.float32):

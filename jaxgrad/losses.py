@@ -70,7 +70,7 @@ def logloss(logit: Float[Array, "*n"], y: Any) -> Float[Array, "*n"]:
     """
     y = jnp.asarray(y)
     if not jnp.issubdtype(y.dtype, jnp.floating):  # 1 − 2y of an unsigned integer wraps around
-        y = y.astype(jnp.result_type(logit, jnp.float32) if jnp.issubdtype(logit, jnp.integer) else logit.dtype)
+        y = y.astype(jnp.result_type(logit))
     sign = 1 - 2 * y
     return _softplus(jnp.where(jnp.abs(sign) == 1, sign, jnp.nan) * logit)
 

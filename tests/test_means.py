@@ -143,6 +143,11 @@ ARE_MEANS = [
     ("recurrent", recurrent, RECURRENT, Batch(X, Y)),
     ("attention", attention, ATTENTION, Batch(TEXT, Y)),
     ("stacked", stacked, LINEAR, Batch(X, Y)),
+    ("a column set", lambda p, b: jnp.mean((jnp.asarray(b.x).at[:, 0].set(1.0) @ p["w"]) ** 2), LINEAR, Batch(X, Y)),
+    ("numpy's places", lambda W, b: -jnp.mean((b.x @ W)[np.arange(len(b.y)), b.y]), MATRIX, Batch(X, LABEL)),
+    ("numpy's ones", lambda p, b: jnp.mean(np.ones(len(b.y), np.float32) * apart(p, b) ** 2), LINEAR, Batch(X, Y)),
+    ("gelu", lambda p, b: jnp.mean(jax.nn.gelu(apart(p, b), approximate=False)), LINEAR, Batch(X, Y)),
+    ("spectrum", lambda p, b: jnp.mean(jnp.abs(jnp.fft.rfft(b.x * p["w"], axis=1)) ** 2), LINEAR, Batch(X, Y)),
     ("gates", gated, {"W": numbers(D, 2 * H)}, Batch(X, Y)),
 ]
 
@@ -236,6 +241,70 @@ ARE_NONE = [
     ("clipped gradient", lambda p, b: mse(clip(p), b), LINEAR, "more of a sum"),
     ("clipped slopes", lambda p, b: jnp.mean((clip(b.x @ p["w"]) - b.y) ** 2), LINEAR, "number of examples"),
 ]
+
+
+# What an adversary got past earlier rules, each with its own way of not being a mean.
+TABLE = np.random.default_rng(5).normal(size=(4, 2000)).astype(np.float32)
+BYTES = np.zeros((8, D), np.uint8)
+
+
+@jax.custom_vjp
+def other_value(r):
+    return jnp.max(r)
+
+
+other_value.defvjp(lambda r: (jnp.mean(r), r), lambda r, g: (g * jnp.ones_like(r) / r.shape[0],))
+
+
+def counted(count):
+    """Of whole numbers of the batch, times a parameter."""
+    return lambda p, b: p["b"] * jnp.asarray(count(b), jnp.float32) / len(b.y)
+
+
+def filled(p, b):
+    total = jnp.sum(b.x * p["w"], axis=0)
+    return jnp.take(total, jnp.array([1, 9]), mode="fill", fill_value=1.0).sum() / len(b.y)
+
+
+def updated(p, b):
+    return jnp.mean(lax.dynamic_update_slice((b.x * p["w"]) ** 2, jnp.zeros((40, D)), (0, 0)))
+
+
+TRICKS = [
+    ("a window of a fixed table", lambda p, b: jnp.mean((apart(p, b) + jnp.asarray(TABLE)[2, : len(b.y)]) ** 2)),
+    ("rows of a fixed table", lambda p, b: p["b"] * jnp.mean(jnp.asarray(TABLE)[jnp.array([0, 2]), : len(b.y)].sum(0))),
+    ("whole division", counted(lambda b: jnp.sum(b.y) // 255)),
+    ("bytes that wrap", counted(lambda b: jnp.sum(b.y, dtype=jnp.uint8))),
+    ("a product of bytes", counted(lambda b: jnp.dot(b.x[:, 0], b.x[:, 1]))),
+    ("a product of truths", counted(lambda b: jnp.dot(b.x[:, 0] > 1, b.x[:, 1] > 1))),
+    ("a sum as a truth", counted(lambda b: jnp.sum(b.y).astype(bool))),
+    ("a negative of whole numbers", counted(lambda b: -jnp.sum(b.y))),
+    ("scattered bytes", counted(lambda b: jnp.zeros(9, jnp.uint8).at[b.y.astype(int)].add(b.x[:, 0]).sum() * 1.0)),
+    ("places backwards", lambda p, b: jnp.mean((b.x @ p["w"])[-jnp.arange(len(b.y))] * b.y)),
+    ("signs of places", lambda p, b: p["b"] * jnp.mean(jnp.where(-jnp.arange(len(b.y)) < 0, 1.0, 0.0) * b.y)),
+    ("a part of the entries", lambda p, b: p["b"] * jnp.mean(lax.dynamic_slice_in_dim(b.x.reshape(-1), 0, len(b.y)))),
+    ("rows overwritten", updated),
+    ("filled up beyond the range", filled),
+    ("another value than its gradient's", lambda p, b: other_value(b.x @ p["w"])),
+    ("a callback", lambda p, b: jax.pure_callback(lambda: np.float32(len(b.y)), jax.ShapeDtypeStruct((), "float32"))),
+    ("a solver", lambda p, b: jax.scipy.sparse.linalg.cg(lambda v: v * (1 + len(b.y)), p["w"])[0].sum()),
+]
+
+
+@pytest.mark.parametrize(("name", "loss"), TRICKS, ids=[each[0] for each in TRICKS])
+@pytest.mark.parametrize("sizes", [SIZES, (40, 1000), (1, 40)])
+def test_no_trick_of_an_adversary_is_proved(name, loss, sizes):
+    whole = "bytes" in name or "whole" in name or "truth" in name
+    batch = Batch(BYTES, np.zeros(8, np.uint8)) if whole else Batch(X, Y)
+    assert means.doubt(loss, LINEAR, batch, sizes)
+
+
+def test_what_is_no_array_is_looked_at_too():
+    assert (
+        means.doubt(lambda p, b: jnp.mean((b.x @ p["w"]) * p["f"]), {"w": numbers(D), "f": 0.5}, Batch(X, Y), SIZES)
+        == ""
+    )
+    assert means.doubt(lambda p, b: jnp.mean(b.x @ p), numbers(D), Batch(X, Y), [0, 12]) == ""
 
 
 @pytest.mark.parametrize(("name", "loss", "params", "batch"), ARE_MEANS, ids=[each[0] for each in ARE_MEANS])

@@ -21,7 +21,8 @@ is not taken for it; the 1/n of a mean is the constant that changes as 1/n does.
 its value and each leaf of its gradient come out as Total(−1) or Same(0). The gradient is followed for itself, since a
 `jax.custom_vjp` may make it another function than the derivative.
 
-An operation without a rule makes Mixed. So a mean may remain unproved, but what is proved is a mean.
+An operation without a rule makes Mixed. So a mean may remain unproved, but what is proved is a mean, to the rounding of
+the dtypes that the loss computes in. Whole numbers are held to be exact: a loss that sums int32 beyond 2³¹ is not seen.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,20 +72,24 @@ def doubt(loss: Loss, params: Params, data: Any, sizes: Sequence[int]) -> str:
     """
     if isinstance(loss, MeanLoss):
         return ""
-    sizes = sorted({*sizes})
+    sizes = sorted({size for size in sizes if size > 0}) or [1]
     if len(sizes) == 1:  # a second size shows which axis and which constants go with n
         sizes = [*sizes, 2 * sizes[0] + 1]
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), params)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)), params)
     batches = [
-        jax.tree.map(lambda leaf, n=n: jax.ShapeDtypeStruct((n, *np.shape(leaf)[1:]), leaf.dtype), data) for n in sizes
+        jax.tree.map(lambda leaf, n=n: jax.ShapeDtypeStruct((n, *np.shape(leaf)[1:]), _dtype(leaf)), data)
+        for n in sizes
     ]
     try:
-        traced = [jax.make_jaxpr(jax.value_and_grad(loss))(one, batch) for batch in batches]
+        # The value by itself, too: a `custom_vjp` may compute another one on the way to its gradient.
+        programs = [
+            [jax.make_jaxpr(function)(one, batch) for batch in batches] for function in (loss, jax.value_and_grad(loss))
+        ]
     except Exception as error:
         return f"it cannot be evaluated on batches of {' and '.join(f'{n:,}' for n in sizes)} examples ({_line(error)})"
     given = [Same(0)] * len(jax.tree.leaves(one)) + [PerRow(0)] * len(jax.tree.leaves(data))
     try:
-        kinds = Walk(tuple(sizes)).program(traced, given)
+        kinds = [kind for traced in programs for kind in Walk(tuple(sizes)).program(traced, given)]
     except Apart as apart:
         return f"its program for batches of {sizes[0]:,} and of {sizes[-1]:,} examples is not the same ({apart})"
     for kind in kinds:
@@ -96,6 +101,10 @@ def doubt(loss: Loss, params: Params, data: Any, sizes: Sequence[int]) -> str:
 
 
 _WRONG_SCALE = "it is a sum over the examples, or another multiple of their mean, that changes with their number"
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def _line(error: Exception) -> str:

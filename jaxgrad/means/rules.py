@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.means.kinds import (
@@ -96,11 +98,73 @@ def mixing(step: Step) -> Mixed:
 Found = Kind | list[Kind] | None
 
 
+# --- what holds for every operation ----------------------------------------------------------------------------
+
+_WITH_PLACES = {
+    "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "expand_dims", "gather", "lt",
+    "reshape", "scatter-add", "select_n", "squeeze", "transpose",
+}  # fmt: skip
+"""What may be done with the places of examples."""
+_MAKE_ROWS = {"broadcast_in_dim", "iota"}
+"""What may make an axis of examples where there was none."""
+_COUNT = {
+    "add", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dot_general", "expand_dims", "reduce_sum",
+    "reshape", "scatter-add", "squeeze", "transpose",
+}  # fmt: skip
+"""What keeps a sum of whole numbers a sum: division, negation and powers of them round or wrap around."""
+
+
+def forbidden(step: Step) -> str:
+    """Why nothing can be said of an operation, whichever it is; empty if its rule may say."""
+    first = step.equations[0]
+    if any(hasattr(atom.aval, "inner_aval") for atom in (*first.invars, *first.outvars)):
+        return f"`{step.name}` changes an array in place"
+    if first.effects and step.out_axes:
+        return f"`{step.name}` has an effect besides its value"
+    if step.name not in _WITH_PLACES and any(isinstance(kind, Position | Placed) for kind in step.kinds):
+        return "it computes with the places of the examples in the batch"
+    makes = any(axis is not None for axis in step.out_axes) and not step.row_axes
+    if makes and step.name not in _MAKE_ROWS:
+        return f"`{step.name}` takes as many entries of a fixed array as there are examples"
+    return ""
+
+
+def holds(step: Step, number: int, kind: Kind) -> bool:
+    """Whether output `number` can be of this kind in its dtype: whole numbers are rounded, cut off, or wrap around."""
+    dtype = step.equations[0].outvars[number].aval.dtype
+    if jnp.issubdtype(dtype, jnp.inexact) or isinstance(kind, Mixed | Zero | Never | Position | Placed):
+        return not isinstance(kind, Position) or _counts_far(dtype)
+    if isinstance(kind, Total):
+        return kind.degree == 0 and step.name in _COUNT and _counts_far(dtype)
+    return kind.degree == 0
+
+
+def _counts_far(dtype: Any) -> bool:
+    """Whether a dtype is one of whole numbers that reach beyond any number of examples."""
+    return jnp.issubdtype(dtype, jnp.integer) and np.dtype(dtype).itemsize >= 4
+
+
+# --- one operation each ----------------------------------------------------------------------------------------
+
+
 def unknown(step: Step) -> Found:
     """An operation without a rule: known only where no example comes in and no axis of examples goes out."""
-    if step.row_axes or any(axis is not None for axis in step.out_axes):
-        return None
+    parts = jax.tree.leaves(list(step.params.values()))
+    calls = any(callable(part) or hasattr(part, "eqns") or hasattr(part, "jaxpr") for part in parts)
+    if (calls and not step.name.startswith("random_")) or step.row_axes or any(axis is not None for axis in step.out_axes):
+        return None  # what it calls may know n
     return plain(step.kinds) if PerRow(0) not in step.kinds else None
+
+
+def _whole(step: Step) -> bool:
+    """Whether the first two arrays have their axis of examples in one length, at each size; neither has one will do."""
+    if step.axes[0] is None or step.axes[1] is None:
+        return step.axes[0] is None and step.axes[1] is None
+    return all(a[step.axes[0]] == b[step.axes[1]] for a, b in zip(step.shapes(0), step.shapes(1), strict=True))
+
+
+def _inexact(step: Step) -> bool:
+    return jnp.issubdtype(step.equations[0].outvars[0].aval.dtype, jnp.inexact)
 
 
 def _aligned(step: Step) -> bool:
@@ -131,6 +195,8 @@ def _multiplied(step: Step) -> Found:
 
 def _divided(step: Step) -> Found:
     over, under = step.kinds
+    if not _inexact(step):
+        return _pointwise(step)
     if not _aligned(step) or not isinstance(under, Same | PerRow):
         return None
     return product_of(over, type(under)(-under.degree))
@@ -139,6 +205,8 @@ def _divided(step: Step) -> Found:
 def _power(step: Step) -> Found:
     power = 2 if step.name == "square" else step.params["y"]
     (kind,) = step.kinds
+    if not _inexact(step):
+        return _pointwise(step)
     return type(kind)(kind.degree * power) if isinstance(kind, Same | PerRow) else plain(step.kinds)
 
 
@@ -148,10 +216,11 @@ def _linear(step: Step) -> Found:
 
 
 def _converted(step: Step) -> Found:
-    to, from_ = step.params.get("new_dtype"), step.equations[0].invars[0].aval.dtype
-    if isinstance(step.kinds[0], Position | Never):
-        return step.kinds[0]
-    exact = to is None or np.dtype(to).kind in "fcV" or np.dtype(from_).kind in "biu"
+    kind, to, was = step.kinds[0], step.params["new_dtype"], step.equations[0].invars[0].aval.dtype
+    if isinstance(kind, Position | Placed | Never):
+        return kind
+    wider = jnp.issubdtype(to, jnp.integer) and np.dtype(to).itemsize > np.dtype(was).itemsize
+    exact = jnp.issubdtype(to, jnp.inexact) or (wider and not jnp.issubdtype(was, jnp.inexact))
     return _linear(step) if exact else _pointwise(step)
 
 
@@ -219,9 +288,7 @@ def _chosen(step: Step) -> Found:
 
 def _counted(step: Step) -> Found:
     axis = step.out_axes[0]
-    if axis is None or step.params["dimension"] != axis:
-        return Same(0)
-    return Position()
+    return Same(0) if axis is None or step.params["dimension"] != axis else Position()
 
 
 def _concatenated(step: Step) -> Found:
@@ -258,17 +325,16 @@ def _sliced(step: Step) -> Found:
 
 def _sliced_at(step: Step) -> Found:
     """A slice whose place is computed, from no example, and that leaves their axis whole."""
-    if any(kind not in (Same(0), Zero()) for kind in step.kinds[1:]):
+    if any(kind not in (Same(0), Zero()) for kind in step.kinds[1:]) or step.out_axes[0] != step.axes[0]:
         return None
-    return step.kinds[0] if step.out_axes[0] == step.axes[0] else None
+    axis = step.axes[0]
+    outs = [tuple(equation.outvars[0].aval.shape) for equation in step.equations]
+    whole = axis is None or all(a[axis] == b[axis] for a, b in zip(step.shapes(0), outs, strict=True))
+    return step.kinds[0] if whole else None
 
 
 def _updated_at(step: Step) -> Found:
-    if any(kind not in (Same(0), Zero()) for kind in step.kinds[2:]) or not _aligned(step):
-        return None
-    if step.axes[0] is not None and step.axes[1] is None and not isinstance(step.kinds[1], Zero):
-        return None
-    if step.axes[0] is not None and step.shapes(0)[0][step.axes[0]] != step.shapes(1)[0][step.axes[0]]:
+    if any(kind not in (Same(0), Zero()) for kind in step.kinds[2:]) or not _aligned(step) or not _whole(step):
         return None
     return sum_of(step.kinds[:2])
 
@@ -337,11 +403,11 @@ def _dot(step: Step) -> Found:
 def _convolved(step: Step) -> Found:
     (left, right), (left_axis, right_axis) = step.kinds, step.axes
     layout = step.params["dimension_numbers"]
-    if step.params["batch_group_count"] != 1:
-        return None
     if left_axis is None and right_axis is None:
         return product_of(left, right)
     if right_axis is None:
+        if step.params["batch_group_count"] != 1:
+            return None
         same = left_axis == layout.lhs_spec[0] and step.out_axes[0] == layout.out_spec[0]
         return product_of(left, right) if same else None
     whole = step.params["feature_group_count"] == 1 and step.out_axes[0] is None
@@ -356,6 +422,10 @@ def _gathered(step: Step) -> Found:
     (operand, indices), (axis, index_axis) = step.kinds, step.axes
     numbers, out = step.params["dimension_numbers"], step.out_axes[0]
     places = [k for k in range(_rank(step, out=True)) if k not in numbers.offset_dims]  # of the indices' axes, in order
+    if _fills(step):  # with a number of its own where an index is out of range
+        if operand not in (Same(0), PerRow(0), Zero()):
+            return None
+        operand = Same(0) if axis is None else PerRow(0)
     if axis is None:
         if not isinstance(operand, Same | Zero | Total) or indices not in (Same(0), PerRow(0), Zero()):
             return None
@@ -385,10 +455,18 @@ def _gathered(step: Step) -> Found:
     return operand if paired or (own and axis in numbers.collapsed_slice_dims) else None
 
 
+def _fills(step: Step) -> bool:
+    """Whether a gather puts another value than NaN or 0 in the place of what is out of range, or any beside zeros."""
+    if "FILL" not in str(step.params["mode"]):
+        return False
+    fill = step.params["fill_value"]
+    harmless = _inexact(step) if fill is None else fill == 0 or fill != fill
+    return not harmless or isinstance(step.kinds[0], Zero)
+
+
 def _as_many(step: Step) -> bool:
     """Whether there are as many rows of indices as of what they point into."""
-    axis, index_axis = step.axes[0], step.axes[1]
-    return axis is not None and index_axis is not None and step.shapes(0)[0][axis] == step.shapes(1)[0][index_axis]
+    return step.axes[0] is not None and _whole(step)
 
 
 def _gone(numbers: Any) -> tuple[int, ...]:
@@ -401,7 +479,12 @@ def _rank(step: Step, out: bool = False) -> int:
 
 
 def _scattered(step: Step) -> Found:
-    """`operand + updates at indices`: the way back of `_gathered`."""
+    """`operand + updates at indices`, the way back of `_gathered`; or updates in the place of entries, or the like.
+
+    These others only for each row by itself.
+    """
+    adds = step.name == "scatter-add"
+    together = sum_of if step.name in ("scatter-add", "scatter") else plain
     (operand, indices, updates), (axis, index_axis, update_axis) = step.kinds, step.axes
     numbers = step.params["dimension_numbers"]
     rank = len(step.shapes(2)[0])
@@ -409,7 +492,7 @@ def _scattered(step: Step) -> Found:
     if not isinstance(updates, Same | PerRow | Total | Zero):
         return None
     if axis is None:
-        if indices not in (Same(0), PerRow(0), Zero()):
+        if not adds or indices not in (Same(0), PerRow(0), Zero()):
             return None
         if update_axis is None:
             return sum_of([operand, updates]) if index_axis is None else None
@@ -423,7 +506,8 @@ def _scattered(step: Step) -> Found:
         if indices not in (Same(0), Zero()) or axis in (*numbers.scatter_dims_to_operand_dims, *gone):
             return None
         left = [k for k in range(_rank(step)) if k not in gone]
-        return sum_of([operand, updates]) if update_axis == numbers.update_window_dims[left.index(axis)] else None
+        whole = update_axis == numbers.update_window_dims[left.index(axis)] and _as_long(step, 0, axis, 2, update_axis)
+        return together([operand, updates]) if whole else None
     paired = (axis, index_axis) in zip(
         numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True
     ) and indices == PerRow(0)
@@ -431,7 +515,18 @@ def _scattered(step: Step) -> Found:
     own = own and _as_many(step)
     if not (paired or (own and axis in numbers.inserted_window_dims)) or update_axis != places[index_axis]:
         return None
-    return sum_of([operand, updates])
+    return together([operand, updates])
+
+
+def _as_long(step: Step, a: int, axis: int, b: int, other: int) -> bool:
+    """Whether two axes of two inputs are of one length, at each size."""
+    return all(x[axis] == y[other] for x, y in zip(step.shapes(a), step.shapes(b), strict=True))
+
+
+def _bits(step: Step) -> Found:
+    """The same bits as another dtype, entry by entry."""
+    widths = {np.dtype(atom.aval.dtype).itemsize for atom in (*step.equations[0].invars, *step.equations[0].outvars)}
+    return _pointwise(step) if len(widths) == 1 else None
 
 
 def _barrier(step: Step) -> Found:
@@ -440,9 +535,9 @@ def _barrier(step: Step) -> Found:
 
 _POINTWISE = (
     "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt",
-    "ceil", "clz", "cos", "cosh", "digamma", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge",
-    "gt", "igamma", "igammac", "is_finite", "le", "lgamma", "log", "log1p", "log2", "logistic", "max", "min", "ne",
-    "nextafter", "not", "one_minus_square", "or", "polygamma", "population_count", "pow",
+    "ceil", "clz", "cos", "cosh", "digamma", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor",
+    "ge", "gt", "igamma", "igammac", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2", "logistic",
+    "lt_to", "max", "min", "ne", "nextafter", "not", "one_minus_square", "or", "polygamma", "population_count", "pow",
     "regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "sign", "sin", "sinh", "sqrt", "tan", "tanh", "threefry2x32", "xor", "zeta",
 )  # fmt: skip
@@ -483,6 +578,8 @@ RULES: dict[str, Callable[[Step], Found]] = {
     "dot_general": _dot,
     "conv_general_dilated": _convolved,
     "gather": _gathered,
-    "scatter-add": _scattered,
+    **dict.fromkeys(("scatter-add", "scatter", "scatter-mul", "scatter-min", "scatter-max"), _scattered),
+    "bitcast_convert_type": _bits,
+    "complex": _added,
     "optimization_barrier": _barrier,
 }  # fmt: skip

@@ -1,12 +1,13 @@
 """Following the examples through the programs of a loss for several sizes at once, operation by operation."""
 
+import enum
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxgrad.means.kinds import Kind, Mixed, Never, PerRow, Same, Total, Zero, sum_of
-from jaxgrad.means.rules import MANY, RULES, Apart, Step, mixing, unknown
+from jaxgrad.means.kinds import Kind, Mixed, Never, PerRow, Position, Same, Total, Zero, sum_of
+from jaxgrad.means.rules import MANY, RULES, Apart, Step, forbidden, holds, mixing, unknown
 
 
 class Walk:
@@ -69,17 +70,20 @@ class Walk:
                 return self.open(inner, [*map(self._constant, _zipped(_constants(step))), *step.kinds])
             finally:
                 self._caller = outer
-        if step.name == "select_n" and step.kinds[0] == Never():
+        if step.name == "select_n" and step.kinds[0] in (Never(), Zero()):
             return [step.kinds[1]]  # whatever the other case is
         if mixed:
             return [mixed] * many
         if MANY in step.axes or MANY in step.out_axes:
             return [Mixed(f"pairs of examples meet in `{step.name}`{step.where}")] * many
-        rule = RULES.get(step.name, unknown)
-        found = rule(step)
-        if found is None:
-            return [mixing(step)] * many
-        return found if isinstance(found, list) else [found] * many
+        if obstacle := forbidden(step):
+            return [Mixed(f"{obstacle}{step.where}")] * many
+        found = RULES.get(step.name, unknown)(step)
+        found = found if isinstance(found, list) else [found] * many
+        return [
+            kind if kind is not None and holds(step, number, kind) else mixing(step)
+            for number, kind in enumerate(found)
+        ]
 
     def _axis(self, atoms: Sequence[Any]) -> int | None:
         """Which axis changes with n, by a constant times n; `MANY` if several do, or one does otherwise."""
@@ -118,15 +122,25 @@ class Walk:
             same = all(value is first for value in values)
             return Same(0) if same else Mixed("a constant of it changes with the number of examples")
         if len({array.shape for array in arrays}) > 1:
-            return Mixed("a constant of it has an entry for each example")
+            return self._of_each(arrays)
         if all(np.array_equal(array, arrays[0], equal_nan=array.dtype.kind == "f") for array in arrays):
             return Zero() if not arrays[0].any() else Same(0)
-        for degree in (1, -1) if arrays[0].dtype.kind in "fiu" else ():
-            scaled = [np.asarray(a, np.float64) / float(n) ** degree for a, n in zip(arrays, self.sizes, strict=True)]
-            near = 4 * np.finfo(arrays[0].dtype).eps if arrays[0].dtype.kind == "f" else 0
+        for degree in (1, -1) if arrays[0].dtype.kind in "fiuc" else ():
+            scaled = [np.asarray(a, complex) / float(n) ** degree for a, n in zip(arrays, self.sizes, strict=True)]
+            near = 4 * np.finfo(arrays[0].dtype).eps if arrays[0].dtype.kind in "fc" else 0
             if all(np.allclose(each, scaled[0], rtol=near, atol=0) for each in scaled):
                 return Same(degree)
         return Mixed("a constant of it changes with the number of examples, and not as 1/n")
+
+    def _of_each(self, arrays: Sequence[np.ndarray]) -> Kind:
+        """Of an array with an entry for each example: one number for all, or their places."""
+        value = arrays[0].reshape(-1)[:1]
+        if value.size and all((array == value).all() for array in arrays):
+            return Same(0) if value.any() else Zero()
+        whole = all(array.dtype.kind in "iu" and array.dtype.itemsize >= 4 for array in arrays)
+        if whole and all(np.array_equal(a, np.arange(n)) for a, n in zip(arrays, self.sizes, strict=True)):
+            return Position()
+        return Mixed("a constant of it has an entry for each example")
 
 
 def _zipped(sequences: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
@@ -154,7 +168,8 @@ def _is_simple(value: Any) -> bool:
     """Whether a parameter of an operation is made of numbers, words and types only."""
     if isinstance(value, tuple | list):
         return all(map(_is_simple, value))
-    return value is None or isinstance(value, bool | int | float | str | np.dtype | np.generic)
+    plain = value is None or isinstance(value, bool | int | float | str | np.dtype | np.generic | enum.Enum)
+    return plain or type(value).__name__ in ("Primitive", "ConvDimensionNumbers")
 
 
 _PROGRAM = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # the names under which an operation keeps the program that it calls
@@ -197,6 +212,8 @@ def _joined(step: Step, outcomes: Sequence[Sequence[Kind]]) -> list[Kind]:
 def _cond(walk: Walk, step: Step) -> Sequence[Kind]:
     if step.kinds[0] not in (Same(0), Zero(), Never()):
         return [mixing(step)] * len(step.out_axes)
+    if len({len(branches) for branches in _called(step, "branches")}) > 1:
+        raise Apart("`cond` has more branches in one")
     branches = range(len(step.params["branches"]))
     return _joined(step, [walk.program(_called(step, "branches", k), step.kinds[1:]) for k in branches])
 

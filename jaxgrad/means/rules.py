@@ -151,8 +151,10 @@ def unknown(step: Step) -> Found:
     """An operation without a rule: known only where no example comes in and no axis of examples goes out."""
     parts = jax.tree.leaves(list(step.params.values()))
     calls = any(callable(part) or hasattr(part, "eqns") or hasattr(part, "jaxpr") for part in parts)
-    if (calls and not step.name.startswith("random_")) or step.row_axes or any(axis is not None for axis in step.out_axes):
+    if calls and not step.name.startswith("random_"):
         return None  # what it calls may know n
+    if step.row_axes or any(axis is not None for axis in step.out_axes):
+        return None
     return plain(step.kinds) if PerRow(0) not in step.kinds else None
 
 

@@ -916,13 +916,13 @@ def test_problems_follow_their_key_and_dtype():
 
 
 BAD_PROBLEMS = {
-    "n": ({"n": 0}, r"n must be a whole number from 1; got 0"),
-    "d": ({"d": -1}, r"d must be a whole number from 1; got -1"),
+    "n": ({"n": 0}, r"n must be at least 1, got 0"),
+    "d": ({"d": -1}, r"d must be at least 1, got -1"),
     "few": ({"n": 2}, r"n = 2 examples cannot fix this problem; d = 3 here needs n >= 4"),
     "few, bias": ({"n": 4, "bias": True}, r"d = 3 here needs n >= 5"),
     "condition": ({"condition": 0.5}, r"condition is largest over smallest eigenvalue, from 1 to 1e12; got 0.5"),
-    "condition nan": ({"condition": float("nan")}, r"from 1 to 1e12; got nan"),
-    "condition inf": ({"condition": float("inf")}, r"from 1 to 1e12; got inf"),
+    "condition nan": ({"condition": float("nan")}, r"condition must be a finite number, got nan"),
+    "condition inf": ({"condition": float("inf")}, r"condition must be a finite number, got inf"),
     "one feature": ({"d": 1, "condition": 2.0}, r"one feature has one eigenvalue.*got 2.0 with d = 1"),
     "key": ({"key": -5}, r"key must be a JAX key or a whole number from 0; got -5"),
 }
@@ -940,10 +940,10 @@ def test_a_problem_that_cannot_be_is_refused(case):
 
 def test_noise_and_signal_are_checked():
     for noise in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="noise is the residual's root mean square: finite and not negative"):
+        with pytest.raises(ValueError, match="noise must be a finite number >= 0"):
             linear_problem(0, 9, 3, condition=2.0, noise=noise)
     for signal in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="signal is a standard deviation: finite and positive"):
+        with pytest.raises(ValueError, match="signal must be a positive finite number"):
             logistic_problem(0, 9, 3, condition=2.0, signal=signal)
     with pytest.raises(ValueError, match=r"with n = 30 and signal = 10000.0 the labels drawn can be separated"):
         logistic_problem(0, 30, 3, condition=2.0, signal=1e4)

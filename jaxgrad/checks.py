@@ -286,7 +286,8 @@ def scalar(name: str, value: Any) -> Any:
 
 def path_or_name(name: str, value: Any) -> Any:
     """A path as it was given, which may be a name too."""
-    path(name, value)
+    if not (isinstance(value, str) and not value):  # an empty name is no path
+        path(name, value)
     return value
 
 

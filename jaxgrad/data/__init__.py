@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from jaxgrad.checks import checked, path_or_name, whole
+from jaxgrad.checks import checked, path_or_name, shown, whole
 from jaxgrad.data.checks import TASKS, check_batch, check_task
 from jaxgrad.data.dataset import Column, Dataset, Doubtful, sample, split, to_dataset
 from jaxgrad.data.files import SUFFIXES, read_file
@@ -112,8 +112,11 @@ def load(
     """
     reading = Reading(decimal, thousands, header, _names(drop, "drop"), _names(text, "text"))
     reading.check()
-    if target is not None and not isinstance(target, str):
-        target = whole("target (the name or number of a column)", target)
+    if not isinstance(target, str | None):
+        try:
+            target = whole("target", target)
+        except (TypeError, ValueError):
+            raise ValueError(f"target is a column's name or number; got {shown(target)}") from None
     if task is not None:
         check_task(task)
     if isinstance(name_or_path, str) and name_or_path in SETS:

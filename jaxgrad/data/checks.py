@@ -39,7 +39,9 @@ def check_batch(
 
 def check_task(task: str) -> None:
     """Raises ValueError unless `task` is one of `TASKS`."""
-    checks.one_of("task", task, TASKS)
+    if not isinstance(task, str) or task not in TASKS:
+        close = checks.nearest(task, TASKS) if isinstance(task, str) else ""
+        raise ValueError(f"task must be one of {', '.join(TASKS)}; got {checks.shown(task)}{close}")
 
 
 def _check_labels(labels: np.ndarray, task: str, classes: int | None) -> None:

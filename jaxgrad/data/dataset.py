@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad.checks import Number, checked
+from jaxgrad.checks import checked, level, shown
 from jaxgrad.data.checks import TASKS
 from jaxgrad.data.seeds import permutation
 from jaxgrad.data.words import count, few, show
@@ -164,7 +164,7 @@ def to_dataset(table: Table, name: str, task: str | None, standardise: bool) -> 
 
 
 @checked
-def split(dataset: Dataset, fraction: Number, key: Any) -> tuple[Dataset, Dataset]:
+def split(dataset: Dataset, fraction: Any, key: Any) -> tuple[Dataset, Dataset]:
     """`(train, test)`: a random share `fraction` of the rows, `round(fraction n)` of them, is held out.
 
     `key` is a whole number or a JAX key; the same key gives the same rows, on every platform and version.
@@ -178,8 +178,10 @@ def split(dataset: Dataset, fraction: Number, key: Any) -> tuple[Dataset, Datase
     training rows have the same target.
     """
     n, d = dataset.batch.x.shape
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction is the share of rows to hold out, between 0 and 1; got {fraction}")
+    try:
+        fraction = level("fraction", fraction)
+    except (TypeError, ValueError):
+        raise ValueError(f"fraction is the share of rows to hold out, between 0 and 1; got {shown(fraction)}") from None
     held_out = round(fraction * n)
     if held_out < 1 or n - held_out < 2:
         raise ValueError(

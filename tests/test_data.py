@@ -227,7 +227,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         load("diamond")
     assert all(name in str(caught.value) for name in data.NAMES)
     assert ".csv" in str(caught.value)
-    with pytest.raises(ValueError, match="name_or_path must be the path of a file, got ''"):
+    with pytest.raises(ValueError, match="no data set is called ''"):
         load("")
 
 
@@ -674,7 +674,7 @@ def test_a_cut_off_or_renamed_numpy_file_is_refused(tmp_path):
         (
             [1, 2, 3],
             "class",
-            r"task must be 'regression', 'binary' or 'classes', got 'class' \(did you mean 'classes'\?\)",
+            r"task must be one of regression, binary, classes; got 'class' \(did you mean 'classes'\?\)",
         ),
     ],
 )

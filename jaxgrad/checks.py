@@ -432,6 +432,12 @@ def array(
     return found
 
 
+def labels(name: str, value: Any) -> Any:
+    """Labels, as an array of numbers or of booleans of any shape."""
+    truth = isinstance(value, bool) or np.dtype(bool) == getattr(value, "dtype", None)
+    return value if truth and not isinstance(value, np.ma.MaskedArray) else _numbers(name, value, bools=True)
+
+
 def every_finite(values: Any, what: str, names: Sequence[str] | None = None) -> None:
     """Raises ValueError, with the place, unless every entry of an array (numpy or JAX) is finite."""
     if not jnp.issubdtype(values.dtype, jnp.inexact):
@@ -713,6 +719,7 @@ File: TypeAlias = Annotated[Path, path]
 OneKey: TypeAlias = Annotated[Key, key]
 Weights: TypeAlias = Annotated[Any, params]
 Examples: TypeAlias = Annotated[Any, batch]
+Labels: TypeAlias = Annotated[Any, labels]
 
 _FIELDS = {
     Linear: {"w": "d *k", "b": "*k"},

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxgrad.checks import NotNegative, checked
+from jaxgrad.checks import Labels, NotNegative, checked
 from jaxgrad.types import Params
 
 ExampleLoss = Callable[[Any, Any], Float[Array, ""]]
@@ -61,7 +61,7 @@ def _residual(prediction: Any, y: Any) -> Any:
 
 
 @checked
-def logloss(logit: Float[Array, "*n"], y: Any) -> Float[Array, "*n"]:
+def logloss(logit: Float[Array, "*n"], y: Labels) -> Float[Array, "*n"]:
     """`−[y log s(h) + (1−y) log(1−s(h))]` from the logit `h`, for a label `y` in {0, 1} (F15, F16).
 
     For those labels it equals `softplus((1−2y) h)`: one term, no cancellation, full relative accuracy at any
@@ -88,7 +88,7 @@ def _softplus_jvp(primals: Any, tangents: Any) -> Any:
 
 
 @checked
-def softmax_cross_entropy(logits: Float[Array, " k"], label: Any) -> Float[Array, ""]:
+def softmax_cross_entropy(logits: Float[Array, " k"], label: Labels) -> Float[Array, ""]:
     """`−log softmax(z)[label]` from the logits `z[k]`, for a class number from 0 to k−1 or a distribution `label[k]`.
 
     A class number outside 0 to k−1 makes loss and gradient NaN. A distribution may be of any real dtype.

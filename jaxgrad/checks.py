@@ -54,6 +54,8 @@ MADE_BY = {
 }
 """Where a thing of ours comes from, by the name of its class."""
 
+_PACKAGE = Path(__file__).parent
+
 SAMPLINGS = "full_batch(), with_replacement(b), distinct(b) or reshuffled(b)"
 
 
@@ -316,13 +318,26 @@ def function(name: str, value: Any, takes: int | None = None) -> Any:
 
 @contextmanager
 def saying(sentence: str) -> Iterator[None]:
-    """An error of a person's function comes out as this sentence, with what it said; its own traceback goes before."""
+    """An error of a person's function comes out as this sentence, with what it said; its own traceback goes before.
+
+    What a line of ours raises is a sentence already, and comes out as it is.
+    """
     try:
         yield
     except Exception as error:
+        if isinstance(error, ValueError | TypeError) and _is_ours(error):
+            raise
         said = (str(error).strip().splitlines() or [""])[0][:300]
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(f"{sentence}: {type(error).__name__}: {said}") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a line of this package raised the error, outside what it calls."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
 
 
 def loss(function_: Any, params: Params, data: Any) -> None:

@@ -181,8 +181,10 @@ def say(text: str) -> None:
 
 
 def _end_at_once(number: int, _: Any) -> None:
-    _last_words(number)
-    os._exit(128 + number)
+    global _came
+    _came = _came or number  # another signal may interrupt this very function
+    _last_words(_came)
+    os._exit(128 + _came)
 
 
 def _last_words(number: int) -> None:

@@ -23,7 +23,7 @@ ExampleLoss = Callable[[Any, Any], Float[Array, ""]]
 
 
 @checked
-def squared(prediction: Float[Array, "*k"], y: Any) -> Float[Array, ""]:
+def squared(prediction: Float[Array, "*k"], y: Labels) -> Float[Array, ""]:
     """`Σ (y − ŷ)²` over the outputs of one example: MSE once averaged (F4, F7).
 
     Raises ValueError unless `y` has as many entries as the prediction: one target for several outputs would be spread
@@ -33,13 +33,13 @@ def squared(prediction: Float[Array, "*k"], y: Any) -> Float[Array, ""]:
 
 
 @checked
-def half_squared(prediction: Float[Array, "*k"], y: Any) -> Float[Array, ""]:
+def half_squared(prediction: Float[Array, "*k"], y: Labels) -> Float[Array, ""]:
     """`½ Σ (y − ŷ)²` over the outputs of one example (F9); ValueError as in `squared`."""
     return 0.5 * squared(prediction, y)
 
 
 @checked
-def absolute(prediction: Float[Array, "*k"], y: Any) -> Float[Array, ""]:
+def absolute(prediction: Float[Array, "*k"], y: Labels) -> Float[Array, ""]:
     """`Σ |y − ŷ|` over the outputs of one example: MAE once averaged (F7); ValueError as in `squared`.
 
     Not differentiable where `ŷ = y`; there the gradient is the subgradient 0.

@@ -648,7 +648,7 @@ def cases():
     # --- losses and models
     for each in (losses.squared, losses.half_squared, losses.absolute):
         case(each, prediction=formula(Y[0]), y=formula(Y[1]))
-    case(losses.logloss, logit=formula(0.3), y=Kind(1.0, lambda v: ANY, {}))
+    case(losses.logloss, logit=formula(0.3, shape=lambda s: 0 not in s), y=Kind(1.0, lambda v: ANY, {}))
     case(losses.softmax_cross_entropy, logits=formula(Y[0], shape=lambda s: len(s) == 1 and s[0] > 0), label=0)
     case(
         losses.mean_loss,

@@ -92,10 +92,10 @@ def nearest(name: str, there: Sequence[str]) -> str:
 # --- numbers --------------------------------------------------------------------------------------------------
 
 
-def number(name: str, value: Any, needs: str = "a finite number", infinite: bool = False) -> float:
+def number(name: str, value: Any, needs: str = "a finite number", infinite: bool = False) -> Any:
     """A real number as a float; a number of JAX that is traced stays as it is."""
     if isinstance(value, Tracer) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating):
-        return value  # type: ignore[return-value]
+        return value
     plain = _plain(value)
     if isinstance(plain, bool | np.bool_) or not isinstance(plain, numbers.Real):
         raise TypeError(f"{name} must be {needs}, got {shown(value)}")
@@ -108,7 +108,7 @@ def number(name: str, value: Any, needs: str = "a finite number", infinite: bool
     return found
 
 
-def positive(name: str, value: Any) -> float:
+def positive(name: str, value: Any) -> Any:
     """A finite number above 0."""
     found = number(name, value, "a positive finite number")
     if not isinstance(found, Tracer) and not found > 0:
@@ -116,7 +116,7 @@ def positive(name: str, value: Any) -> float:
     return found
 
 
-def not_negative(name: str, value: Any) -> float:
+def not_negative(name: str, value: Any) -> Any:
     """A finite number, 0 or above."""
     found = number(name, value, "a finite number >= 0")
     if not isinstance(found, Tracer) and not found >= 0:
@@ -637,6 +637,8 @@ def batch(name: str, value: Any, *, finite: bool = True, names: Sequence[str] | 
     Raises TypeError for what is no array of numbers, ValueError for no arrays, no examples, leading axes that differ
     and, with `finite`, an entry that is not finite (with its row and column).
     """
+    if hasattr(value, "batch") and hasattr(value, "names"):
+        raise TypeError(f"{name} must be arrays, got {shown(value)}: give its batch (data.load(...).batch)")
     value = jax.tree.map(lambda leaf: _leaf(name, leaf), _arrays(name, value), is_leaf=_is_table)
     leaves = [(_at(where, name), leaf) for where, leaf in jax.tree_util.tree_leaves_with_path(value)]
     if not leaves:
@@ -661,7 +663,7 @@ def batch(name: str, value: Any, *, finite: bool = True, names: Sequence[str] | 
 
 def _arrays(name: str, value: Any) -> Any:
     """The same pytree with arrays for its lists of numbers, which JAX would take for trees of single numbers."""
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+    if isinstance(value, list):
         leaves = jax.tree.leaves(value)
         if leaves and all(isinstance(leaf, numbers.Number | np.generic | str | bytes) for leaf in leaves):
             return _leaf(name, value)

@@ -202,8 +202,7 @@ def advance(
     `until` may be traced. Which examples batch t holds is `sampling.indices(key, t − 1, n)`: t counts from 1,
     the sampling's steps from 0. The result does not depend on how a run is cut into calls.
 
-    With `halt`, each run ends at the first step after which `halt(state)` is true. A step that the optimizer skipped
-    (an update of exactly 0 against a gradient that is not 0) is not judged.
+    With `halt`, each run ends at the first step after which `halt(state)` is true.
 
     `single` says that this is one run, not under `vmap`: on a CPU a loop of small steps is then compiled into one
     function for one core (`onecore`), up to ten times as fast.
@@ -214,6 +213,7 @@ def advance(
 
     slope = checks.saying("loss(params, batch) cannot be differentiated for these params and data")(jax.grad(loss))
     if sampling.rows is not None:
+        _check_rows(sampling.rows, loss, state.params, data)
         slope = blocks.mean(slope, min(sampling.rows, n))
     elif sampling.parts > 1:
         slope = blocks.in_parts(slope, sampling.parts)
@@ -255,8 +255,17 @@ def _step(state: State, gradient: Any, *, optimizer: Optimizer, halt: Callable[[
     state = State(state.step + 1, params, optimizer_state, update, state.halted)
     if halt is None:
         return state
-    skipped = _all_zero(update) & ~_all_zero(gradient)
-    return state._replace(halted=halt(state) & ~skipped)
+    halted = halt(state)
+    if isinstance(halt, _UpdateBelow):
+        halted = halted & ~_skipped(update, gradient, optimizer_state)
+    return state._replace(halted=halted)
+
+
+def _skipped(update: Any, gradient: Any, optimizer_state: Any) -> Any:
+    """Whether the optimizer took no step on purpose: it moved nothing against a gradient, or is still accumulating."""
+    multi = lambda node: isinstance(node, optax.MultiStepsState)  # noqa: E731
+    waits = [node.mini_step != 0 for node in jax.tree.leaves(optimizer_state, is_leaf=multi) if multi(node)]
+    return reduce(jnp.logical_or, waits, _all_zero(update) & ~_all_zero(gradient))
 
 
 def _all_zero(tree: Any) -> Any:
@@ -381,7 +390,7 @@ def descend(
         sampling = sampling._replace(rows=rows, parts=blocks.parts_for(loss, one_start, data) if alone else 1)
     first = int(state.step) if state else 0
     b = n if sampling.batch_size is None else sampling.batch_size
-    before_first = _examples(params, first * b) if state else 0
+    before_first = _examples(params) if isinstance(params, State) else 0
     recorded = _record_points(record, first, steps)
     judged = set(range(first, steps, stop.every)) if stop and stop.reason != "small step" else set()
     marks = sorted(set(recorded.tolist()) | judged | {steps})
@@ -395,7 +404,7 @@ def descend(
         if etas is not None:
             whose["optimizer"] = parallel.digest((whose["optimizer"], etas))[:16]
 
-    halt = partial(_update_below, below=stop.below) if stop and stop.reason == "small step" else None
+    halt = _UpdateBelow(stop.below) if stop and stop.reason == "small step" else None
     if mesh is not None:
         settings = (steps, marks, sampling.name, sampling.batch_size, memory)
         parallel.agree(start=state or start, key=key, settings=settings, optimizer=() if etas is None else etas)
@@ -406,7 +415,7 @@ def descend(
         state = state._replace(optimizer=StepSize(np.broadcast_to(etas.reshape(-1, *[1] * (len(shape) - 1)), shape)))
     if mesh is not None:
         state = parallel.replicate(state, mesh)
-    first_params = state.params
+    first_params, first_update = state.params, state.update
     single = not shape and (here or disk is not None)
     over = (None,) * (etas is not None) + (0,) * (seeds is not None)
     runs = len(shape)
@@ -452,6 +461,11 @@ def descend(
         active[which] = False
 
     def at_start(params: Params) -> str:
+        bad = [
+            _name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not jnp.isfinite(leaf).all()
+        ]
+        if bad:
+            return f"not finite at the start: the parameters have NaN or infinite entries in {', '.join(bad)}"
         if disk is not None:
             streamed = stream.of_rows(_hashable(own_loss), disk)
             return _at_start(stream.value(streamed, params, disk), stream.gradient(streamed, params, disk))
@@ -486,9 +500,10 @@ def descend(
                 # Nothing is checked inside the loop; the chunk is run again, watching, to find the step.
                 watched = np.asarray(go(before, key, data, np.int32(mark), halt=_not_finite).step)
                 end(lost, "diverged", watched)
-                if (at_once := lost & (watched == first + 1)).any():
-                    words = _of_starts(at_start, before.params, at_once, one=ahead == 0)
-                    end(at_once & (words != ""), words, first)
+                # One start is looked at however late it was lost: a minibatch may meet a bad row late.
+                if (doubted := lost & ((ahead == 0) | (watched <= first + 1))).any():
+                    words = _of_starts(at_start, first_params, doubted, one=ahead == 0)
+                    end(doubted & (words != ""), words, first)
             if halt is not None and (small := active & np.asarray(state.halted)).any():
                 end(small, "stopped: small step", np.asarray(state.step))
             if stop and mark in judged:
@@ -520,9 +535,12 @@ def descend(
 
     at, clock, recorded_losses, norms, observed = zip(*seen, strict=True)
     loss_at = np.stack(recorded_losses, runs)
-    if at[0] == first and (never := (reason == "finished") & ~np.isfinite(loss_at[..., 0])).any():
+    # Of rows on disk, the loss at the start would take another pass.
+    seen_at_start = at[0] == first or disk is not None
+    loss_first = loss_at[..., 0] if seen_at_start else np.asarray(look(first_params, first_update, data)[0])
+    if (never := (reason == "finished") & ~np.isfinite(loss_first)).any():
         reason = np.where(never, _of_starts(at_start, first_params, never, one=ahead == 0), reason)
-    grown = _growth(loss_at[..., 0], loss_at[..., -1])
+    grown = _growth(loss_first, loss_at[..., -1])
     reason = np.where((reason == "finished") & (grown != ""), grown, reason)
     status = [f"diverged at step {t}" if why == "diverged" else str(why) for why, t in _pairs(reason, ended)]
     state = state._replace(examples=before_first + (np.asarray(state.step, np.int64) - first) * b)
@@ -541,13 +559,18 @@ def descend(
     )
 
 
-def _examples(state: State, otherwise: int) -> int:
-    """How many gradients of examples a state stands for; a state without that number, as many as `otherwise`."""
-    return otherwise if state.examples is None else int(np.max(state.examples))
+def _examples(state: State) -> int:
+    """How many gradients of examples a state stands for."""
+    if state.examples is None and int(np.max(state.step)) > 0:
+        raise ValueError(
+            "this state comes from `advance`, which does not count the gradients of examples that it takes: give "
+            "state._replace(examples=...) with their number so far (steps times batch size)"
+        )
+    return 0 if state.examples is None else int(np.max(state.examples))
 
 
-GREW = 1000
-"""A run whose loss ends this many times above its start has not merely finished."""
+GREW, LEAST = 1000, 1e-6
+"""A run whose loss ends `GREW` times as far from 0 as it started, or as `LEAST`, has not merely finished."""
 
 
 def _growth(first: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -556,7 +579,7 @@ def _growth(first: np.ndarray, last: np.ndarray) -> np.ndarray:
     def words(first: float, last: float) -> str:
         if not np.isfinite(last):
             return f"grew: the loss ended at {last}"
-        if 0 < GREW * first < last:
+        if last > GREW * max(abs(first), LEAST):
             return f"grew: the loss went from {first:.3g} to {last:.3g}"
         return ""
 
@@ -578,11 +601,15 @@ def _at_start(value: Any, gradient: Params) -> str:
     """What is not finite of loss and gradient at the start; empty where all is."""
     if not np.isfinite(value):
         return f"not finite at the start: the loss is {float(value)}"
-    bad = [_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if not np.isfinite(leaf).all()]
-    if not bad:
-        return ""
-    where = ", ".join(bad)
-    return f"not finite at the start: the loss is {float(value):.3g}, but its gradient is not finite in {where}"
+    where = _not_finite_in(gradient)
+    words = f"not finite at the start: the loss is {float(value):.3g}, but its gradient is not finite in {where}"
+    return words if where else ""
+
+
+def _not_finite_in(tree: Any) -> str:
+    """The names of the leaves with an entry that is not finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return ", ".join(_name(path) for path, leaf in leaves if not jnp.isfinite(leaf).all())
 
 
 def _first_bad_example(loss: Loss, params: Params, data: Any) -> str:
@@ -721,12 +748,17 @@ def _rows(sampling: Sampling, loss: Loss, params: Params, data: Any) -> int | No
     """Rows of a block in which to evaluate what is a mean over all examples; None for all at once."""
     if sampling.rows is None:
         return blocks.rows_for(loss, params, data)
-    if found := means.doubt(loss, params, data, blocks.sizes(_leading_axis(data), sampling.rows)):
-        raise ValueError(
-            f"full_batch(rows={sampling.rows}) needs a loss that is a mean over the examples; of this one it is not "
-            f"known: {found}. {means.HOW}, or leave rows out"
-        )
+    _check_rows(sampling.rows, loss, params, data)
     return sampling.rows
+
+
+def _check_rows(rows: int, loss: Loss, params: Params, data: Any) -> None:
+    """Raise ValueError unless the loss is known to be a mean, so that blocks of `rows` rows give the same."""
+    if found := means.doubt(loss, params, data, blocks.sizes(_leading_axis(data), rows)):
+        raise ValueError(
+            f"full_batch(rows={rows}) needs a loss that is a mean over the examples; of this one it is not known: "
+            f"{found}. {means.HOW}, or leave rows out"
+        )
 
 
 @partial(jax.jit, static_argnames=("loss", "observe", "runs", "rows"))
@@ -750,8 +782,13 @@ def _judge(params, data, *, loss, metric, runs, rows):
     return _over_runs(one, runs)(params)
 
 
-def _update_below(state: State, below: float) -> Any:
-    return optax.tree.norm(state.update) < below
+class _UpdateBelow(NamedTuple):
+    """`‖w_t − w_{t−1}‖ < below`: the rule of `small_step`."""
+
+    below: float
+
+    def __call__(self, state: State) -> Any:
+        return optax.tree.norm(state.update) < self.below
 
 
 def _not_finite(state: State) -> Any:

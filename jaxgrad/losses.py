@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxgrad.checks import Labels, NotNegative, checked
@@ -107,6 +108,7 @@ def softmax_cross_entropy(logits: Float[Array, " k"], label: Labels) -> Float[Ar
     if label.ndim == 0 and not jnp.issubdtype(label.dtype, jnp.integer):
         raise TypeError(f"a class number must be an integer, got {label.dtype}: convert it, e.g. y.astype(jnp.int32)")
     if label.ndim == 0:
+        label = _wide(label)
         # The factor, not a choice between the two, so that the gradient is NaN, too.
         return -log_p[label] * jnp.where((label >= 0) & (label < k), jnp.ones((), log_p.dtype), jnp.nan)
     if label.shape != logits.shape:
@@ -131,6 +133,8 @@ class MeanLoss:
     """Of `mean_loss`: what predicts, for the number of classes."""
     example_loss: ExampleLoss | None = None
     """Of `mean_loss`: what takes the label."""
+    classes: int | None = None
+    """Of `mean_loss` with a weight for each class: how many there are."""
 
     def __call__(self, params: Params, batch: Any) -> Float[Array, ""]:
         losses = jax.vmap(partial(self.example, params))(batch)
@@ -140,7 +144,8 @@ class MeanLoss:
                 "or the mean over the outputs"
             )
         data_term = jnp.mean(losses)
-        return data_term if self.l2 == 0 else data_term + 0.5 * self.l2 * _weights_squared(params)
+        unpenalised = not isinstance(self.l2, Tracer) and self.l2 == 0
+        return data_term if unpenalised else data_term + 0.5 * self.l2 * _weights_squared(params)
 
 
 @checked
@@ -184,14 +189,28 @@ def mean_loss(
     """
     if weights is None:
         example = lambda params, row: example_loss(model(params, row.x), row.y)  # noqa: E731
-    else:
-        weight = weights if callable(weights) else _of_class(weights)
+        return replace(mean_of(example, l2), model=model, example_loss=example_loss)
+    weight = weights if callable(weights) else _of_class(weights)
+    classes = None if callable(weights) else len(weights)
+    if example_loss is logloss:
+        _check_weights(classes, 2)
 
-        def example(params: Params, row: Any) -> Any:
-            unweighted = example_loss(model(params, row.x), row.y)
-            return jnp.asarray(weight(row), unweighted.dtype) * unweighted
+    def weighted(params: Params, row: Any) -> Any:
+        prediction = model(params, row.x)
+        if example_loss is softmax_cross_entropy:
+            _check_weights(classes, jnp.shape(prediction)[-1])
+        unweighted = example_loss(prediction, row.y)
+        return jnp.asarray(weight(row), unweighted.dtype) * unweighted
 
-    return replace(mean_of(example, l2), model=model, example_loss=example_loss)
+    return replace(mean_of(weighted, l2), model=model, example_loss=example_loss, classes=classes)
+
+
+def _check_weights(given: int | None, classes: int) -> None:
+    if given is not None and given != classes:
+        raise ValueError(
+            f"weights has {given:,} entries for {classes:,} classes: give one for each class, or, for a weight of each "
+            "row, a function of it such as weights=lambda row: row.weight"
+        )
 
 
 def _of_class(weights: Any) -> Callable[[Any], Any]:
@@ -223,6 +242,14 @@ def check_labels(loss: Any, params: Params, data: Any, number: Callable[[int], i
     if not isinstance(loss, MeanLoss) or loss.model is None or not hasattr(data, "y"):
         return
     y = data.y
+    if loss.classes is not None:
+        row, value = _first_bad(y, low=0, high=loss.classes - 1)
+        if row is not None or np.ndim(y) != 1:
+            found = "the targets are no class numbers" if row is None else f"row {number(row):,} has label {value:g}"
+            raise ValueError(
+                f"weights by class need labels from 0 to {loss.classes - 1}, but {found} (rows counted from 0); for a "
+                "weight of each row, give a function of it such as weights=lambda row: row.weight"
+            )
     if loss.example_loss is logloss:
         row, value = _first_bad(y, low=0, high=1)
         if row is not None:
@@ -244,7 +271,7 @@ def check_labels(loss: Any, params: Params, data: Any, number: Callable[[int], i
 
 def _first_bad(y: Any, low: int, high: int) -> tuple[int | None, float]:
     """The first row with a label that is no whole number from `low` to `high`, and that label."""
-    y = jnp.asarray(y)
+    y = _wide(jnp.asarray(y))
     bad = ~((y >= low) & (y <= high) & (y == jnp.round(y))) if y.dtype != bool else jnp.zeros_like(y)
     bad = bad.reshape(bad.shape[0], -1).any(axis=1)
     if not bool(bad.any()):
@@ -252,6 +279,12 @@ def _first_bad(y: Any, low: int, high: int) -> tuple[int | None, float]:
     row = int(jnp.argmax(bad))
     of_row = np.asarray(y[row], float).reshape(-1)
     return row, float(next(v for v in of_row if not (low <= v <= high and v == round(v))))
+
+
+def _wide(labels: Any) -> Any:
+    """Labels in a dtype that holds the number of classes, which a narrow one may not: 256 is 0 in uint8."""
+    narrow = jnp.issubdtype(labels.dtype, jnp.integer) and labels.dtype.itemsize < 4
+    return labels.astype(jnp.int32) if narrow else labels
 
 
 def _weights_squared(params: Params) -> Any:

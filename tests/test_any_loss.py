@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad import descend, full_batch, models
+from jaxgrad import descend, distinct, full_batch, models
 from jaxgrad.types import Linear
 
 FUZZ = Path(__file__).with_name("any_loss.py")
@@ -59,6 +59,24 @@ def test_class_weights_on_sorted_rows_at_the_real_thresholds(steps):
         params = jax.tree.map(lambda w, g: w - jnp.float32(0.05) * g, params, slope(params, rows))
     np.testing.assert_allclose(trace.params.w, params.w, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(trace.loss[-1], loss(params, rows), rtol=1e-4)
+
+
+def test_the_recorded_loss_of_minibatches_beyond_cache_is_that_of_all_rows():
+    """32 MiB of rows sorted by class, at the real threshold."""
+    n = 400_000
+    x = np.random.default_rng(1).normal(size=(n, 20)).astype(np.float32)
+    rare = np.arange(n) >= 300_000
+    rows = tuple(map(jnp.asarray, (x, (2 * x[:, 0] + 3 * rare).astype(np.float32), 1 + 19 * rare.astype(np.float32))))
+
+    def loss(params, rows):
+        x, y, weight = rows
+        return jnp.sum(weight * (x @ params.w - y) ** 2) / jnp.sum(weight)
+
+    start = Linear(jnp.zeros(20, jnp.float32))
+    trace = descend(
+        loss, start, rows, optimizer=0.05, sampling=distinct(256), steps=10, key=jax.random.key(0), record=[0, 10]
+    )
+    np.testing.assert_allclose(trace.loss, [loss(start, rows), loss(trace.params, rows)], rtol=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

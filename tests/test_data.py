@@ -1264,3 +1264,27 @@ def test_a_sample_of_sorted_rows_is_like_all_rows(tmp_path):
     some = data.sample(load(table_file(tmp_path, table), target=1), 2000, 0)
     assert abs(float(some.batch.y.mean(dtype=np.float64))) < 0.08
     assert abs(float(some.batch.y.std(dtype=np.float64)) - 1) < 0.08
+
+
+def test_labels_that_differ_only_in_capitals_are_doubted(tmp_path):
+    rows = "\n".join(f"{i * 0.7},{['Yes', 'yes', 'No'][i % 3]}" for i in range(30))
+    with pytest.warns(data.Doubtful, match="'label' has levels that differ only in capitals: 'Yes', 'yes'"):
+        load(write(tmp_path, "f.csv", f"a,label\n{rows}\n"), target="label")
+
+
+def test_a_first_row_of_years_over_whole_numbers_is_doubted(tmp_path):
+    r = np.random.default_rng(0)
+    rows = "\n".join(",".join(map(str, r.choice([1900, 1950, 2000, 2050], 3))) for _ in range(40))
+    path = write(tmp_path, "f.csv", f"2019,2020,2021\n{rows}\n")
+    with pytest.warns(data.Doubtful, match="the first row, 2019 to 2021, looks like a header of years"):
+        load(path, target=-1)
+    assert len(load(path, target="2021", header=True).batch.x) == 40
+
+
+@pytest.mark.filterwarnings("ignore::jaxgrad.data.Doubtful")
+def test_a_measurement_called_index_or_number_is_kept(tmp_path):
+    r = np.random.default_rng(0)
+    index, number = r.permutation(900)[:80].reshape(2, 40)
+    rows = "\n".join(f"{index[i]},{number[i]},{r.normal():.2f}" for i in range(40))
+    d = load(write(tmp_path, "f.csv", f"heat_index,number,y\n{rows}\n"), target="y")
+    assert d.names == ("heat_index", "number")

@@ -607,8 +607,13 @@ def test_examples_are_counted_through_a_change_of_the_batch_size(runs, problem, 
 def test_a_state_of_advance_goes_on_and_a_state_of_descend_goes_into_advance(problem, key):
     data, how = problem[0], dict(loss=LOSS, optimizer=optax.sgd(0.01), sampling=distinct(4))
     by_hand = advance(init(start(), how["optimizer"]), key, data, 10, **how)
-    trace = descend(LOSS, by_hand, data, optimizer=how["optimizer"], sampling=distinct(4), steps=20, key=key)
-    assert trace.examples[[0, -1]].tolist() == [40, 80]
+    run = lambda state, b: descend(  # noqa: E731
+        LOSS, state, data, optimizer=how["optimizer"], sampling=distinct(b), steps=20, key=key
+    )
+    with pytest.raises(ValueError, match=r"does not count the gradients .* state\._replace\(examples=\.\.\.\)"):
+        run(by_hand, 20)
+    assert run(by_hand._replace(examples=40), 20).examples[[0, -1]].tolist() == [40, 240]
+    trace = run(by_hand._replace(examples=40), 4)
     on = jax.jit(lambda state: advance(state, key, data, 30, **how))(trace.state)
     whole = descend(LOSS, start(), data, optimizer=how["optimizer"], sampling=distinct(4), steps=30, key=key)
     np.testing.assert_allclose(on.params.w, whole.params.w, rtol=1e-12)
@@ -646,3 +651,68 @@ def test_a_loss_that_grew_is_not_said_to_have_finished(problem, key):
     trace = run(12)
     assert trace.status == f"grew: the loss went from {trace.loss[0]:.3g} to {trace.loss[-1]:.3g}"
     assert run(1).status == "finished"
+
+
+@pytest.mark.parametrize("record", [[12], [11, 12], 50])
+@pytest.mark.parametrize("offset", [0.0, -40.0])
+def test_that_a_loss_grew_does_not_hang_on_what_is_recorded_or_on_its_sign(record, offset, problem, key):
+    loss = lambda params, batch: LOSS(params, batch) + offset  # noqa: E731
+    run = lambda w: descend(  # noqa: E731
+        loss, Linear(w), problem[0], optimizer=8 / problem[1].max(), sampling=full_batch(), steps=12, key=key,
+        record=record,
+    )  # fmt: skip
+    assert run(start().w).status.startswith("grew: the loss went from ")
+
+
+def test_blocks_that_were_asked_for_are_refused_inside_a_program_too(problem, key):
+    ratio = lambda p, b: jnp.sum(b.y**2 * (b.x @ p.w - b.y) ** 2) / jnp.sum(b.y**2)  # noqa: E731
+    how = dict(optimizer=optax.sgd(0.01), sampling=full_batch(rows=7))
+    with pytest.raises(ValueError, match="needs a loss that is a mean over the examples"):
+        trajectory(ratio, start(), problem[0], key=key, record=[0, 5], **how)
+    with pytest.raises(ValueError, match="needs a loss that is a mean over the examples"):
+        advance(init(start(), how["optimizer"]), key, problem[0], 3, loss=ratio, **how)
+
+
+def test_an_accumulated_batch_without_a_gradient_of_its_own_is_no_small_step(key):
+    """Examples 5 have a margin: alone they move nothing, and in between nothing is applied."""
+    batch = Batch(jnp.ones(8), jnp.array([1.0, 1, 1, 1, 5, 5, 5, 5]))
+    hinge = lambda w, b: jnp.mean(jnp.maximum(b.y - w * b.x, 0.0))  # noqa: E731
+    optimizer = optax.MultiSteps(optax.sgd(0.05), 4).gradient_transformation()
+    for number in range(3):
+        with jax.numpy_dtype_promotion("standard"):
+            trace = descend(
+                hinge, jnp.asarray(2.0), batch, optimizer=optimizer, sampling=distinct(1), steps=200,
+                key=jax.random.fold_in(key, number), stop=small_step(1e-6),
+            )  # fmt: skip
+        assert trace.stopped_at % 4 == 0
+        assert trace.status == "finished" or trace.stopped_at >= 4
+
+
+def test_a_rule_of_ones_own_is_judged_at_every_step(problem, key):
+    optimizer = optax.MultiSteps(optax.sgd(0.05), 4).gradient_transformation()
+    with jax.numpy_dtype_promotion("standard"):
+        state = advance(
+            init(start(), optimizer), key, problem[0], 20, loss=LOSS, optimizer=optimizer, sampling=full_batch(),
+            halt=lambda state: state.step >= 6,
+        )  # fmt: skip
+    assert state.step == 6
+
+
+def test_a_bad_row_that_a_minibatch_meets_late_is_found_at_the_start_all_the_same(problem, key):
+    data = problem[0]._replace(y=problem[0].y.at[17].set(-1e3))
+    root = lambda p, b: jnp.mean(jnp.sqrt(b.y + 10) * (b.x @ p.w) ** 2)  # noqa: E731
+    for number in range(4):
+        trace = descend(
+            root, start(), data, optimizer=0.01, sampling=distinct(2), steps=60, key=jax.random.fold_in(key, number)
+        )
+        if trace.status != "finished":
+            assert trace.status.endswith("the first such example is row 17 (from 0)")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [full_batch(), distinct(4)])
+def test_parameters_that_are_not_finite_at_the_start_are_named(bad, sampling, problem, key):
+    loss = lambda p, b: jnp.mean((b.x @ p["w"] + p["b"] - b.y) ** 2)  # noqa: E731
+    params = {"w": jnp.zeros(D), "b": jnp.asarray(bad)}
+    trace = descend(loss, params, problem[0], optimizer=0.1, sampling=sampling, steps=5, key=key)
+    assert trace.status == "not finite at the start: the parameters have NaN or infinite entries in ['b']"

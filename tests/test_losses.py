@@ -125,6 +125,17 @@ def test_class_numbers_cost_the_same_in_every_dtype(kind):
         np.testing.assert_allclose(got, losses.softmax_cross_entropy(z, label), rtol=1e-14)
 
 
+@pytest.mark.parametrize("k", [128, 256, 300])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if np.dtype(kind).kind in "iu"], ids=str)
+def test_as_many_classes_as_a_narrow_dtype_holds_and_more(kind, k):
+    z, most = jnp.linspace(-1.0, 1.0, k), min(k - 1, int(np.iinfo(kind).max))
+    for label in (0, 44, most):
+        got = losses.softmax_cross_entropy(z, jnp.asarray(label, kind))
+        np.testing.assert_allclose(got, losses.softmax_cross_entropy(z, label), rtol=1e-14)
+    loss = losses.mean_loss(models.linear, losses.softmax_cross_entropy)
+    assert run(loss, models.init_linear(3, k), np.array([0, 44, most], kind)).status == "finished"
+
+
 @pytest.mark.parametrize("label", [-1.0, -1, 2, 0.5, 255, 1e9, -0.1])
 def test_other_labels_than_0_and_1_make_loss_and_gradient_nan(label):
     for function in (jax.value_and_grad(losses.logloss), jax.jit(jax.value_and_grad(losses.logloss))):
@@ -249,3 +260,20 @@ def test_labels_that_a_loss_of_their_own_meets_make_a_run_that_says_so():
     loss = lambda p, b: jnp.mean(jax.vmap(lambda x, y: losses.logloss(models.linear(p, x), y))(b.x, b.y))  # noqa: E731
     trace = run(loss, models.init_linear(3), np.array([1.0, 0, 1, -1, 1, 0]), sampling=full_batch())
     assert trace.status == "not finite at the start: the loss is nan; the first such example is row 3 (from 0)"
+
+
+@pytest.mark.parametrize("size", [1, 3, 120])
+def test_as_many_class_weights_as_rows_or_too_few_are_not_taken_for_those_of_classes(size):
+    words = rf"weights has {size} entries for \d classes: .* weights=lambda row: row\.weight"
+    with pytest.raises(ValueError, match=words):
+        losses.mean_loss(models.linear, losses.logloss, weights=np.ones(size))
+    loss = losses.mean_loss(models.linear, losses.softmax_cross_entropy, weights=np.ones(size))
+    with pytest.raises(ValueError, match=words):
+        run(loss, models.init_linear(3, 5), np.array([0, 1, 2]))
+
+
+@pytest.mark.parametrize("y", [np.array([1.0, 2.0, 3.0]), np.eye(3), np.array([0.5, 1.0, 0.0])])
+def test_class_weights_of_what_is_no_class_number_are_refused(y):
+    own = lambda prediction, y: jnp.sum((prediction - y) ** 2)  # noqa: E731
+    with pytest.raises(ValueError, match="weights by class need labels from 0 to 2, but"):
+        run(losses.mean_loss(models.linear, own, weights=[1.0, 2.0, 3.0]), models.init_linear(3), y)

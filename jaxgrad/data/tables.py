@@ -25,9 +25,9 @@ MAX_LEVELS = 32
 _UNNAMED = re.compile(r"unnamed: ?\d+(_level_\d+)?|index|level_\d|\.\.\.1|x\.1", re.IGNORECASE)
 """What pandas and R call a column of row numbers that had no name."""
 _IDENTIFIER = re.compile(
-    r"(.*[ _.-])?(id|ids|uid|uuid|guid|index|idx|key|pk|row|rows|rownum|rownumber|rownames|nr|no|num|number|serial|sno)"
-    r"|.*[a-z0-9](Id|ID|Nr|No|Key|Number|Index)|#|s\.?no\.?",
+    r"(.*[ _.-])?(id|ids|uid|uuid|guid|pk|row|rows|rownum|rownumber|rownames)|.*[a-z0-9](Id|ID)|idx|#|s\.?no\.?"
 )
+"""Names of columns that mark rows. `index`, `number` or `key` may be a measurement: those are a doubt, if anything."""
 
 
 class Reading(NamedTuple):
@@ -75,7 +75,8 @@ def read_delimited(path: Path, target: str | int | None, reading: Reading = Read
     n = len(cells.columns[at])
     for i, (name, column) in enumerate(zip(names, values, strict=True)):
         if i == at:
-            account.append(Column(name, "number" if y.dtype.kind == "f" else "text", (), "target", said[i]))
+            own = "" if y.dtype.kind == "f" else _alike([str(level) for level in np.unique(y)])
+            account.append(Column(name, "number" if y.dtype.kind == "f" else "text", (), "target", said[i], own))
             continue
         kind = "empty" if column is None else "number" if column.dtype.kind == "f" else "text"
         left = "drop= says so" if i in dropped else "no cell holds anything" if column is None else ""
@@ -100,7 +101,9 @@ def read_delimited(path: Path, target: str | int | None, reading: Reading = Read
             account.append(one)
             notes += (coded,)
     x = np.stack(features, axis=1) if features else np.empty((n, 0))
+    years = _years(cells, values) if reading.header is None else ""
     account, loud = doubts(account, dict(zip(names, values, strict=True)), names[at], x, shown)
+    loud += (years,) if years else ()
     notes += tuple(f"column {c.name!r}: {c.doubt}" for c in account if c.doubt) + loud
     aloud = tuple(f"column {c.name!r} {c.doubt}" for c in account if c.doubt) + loud
     return Table(x, y, tuple(shown), names[at], file, notes, columns=tuple(account), doubts=aloud)
@@ -235,12 +238,8 @@ def _coded(name: str, column: np.ndarray, n: int, asked: bool, file: str) -> tup
         why = f"{show(levels[0])} in every row"
         return f"dropped text column {name!r}: {why}", Column(name, "text", (), "left out", why)
     one = f"a 0/1 column for each but the first ({show(levels[0])})"
-    same = [lower for lower, times in Counter(level.casefold() for level in levels).items() if times > 1]
-    doubt = ""
-    if same:
-        alike = [level for level in levels if level.casefold() == same[0]]
-        doubt = f"has levels that differ only in capitals: {', '.join(map(repr, alike))}"
-    elif not asked and len(levels) > 2 and resemble_numbers(levels):
+    doubt = _alike(levels)
+    if not doubt and not asked and len(levels) > 2 and resemble_numbers(levels):
         doubt = (
             f"is text, though each value begins as a number does (such as {show(levels[0])}); if these are numbers, "
         )
@@ -249,6 +248,28 @@ def _coded(name: str, column: np.ndarray, n: int, asked: bool, file: str) -> tup
     done = "feature" if made == 1 else f"{made} features"
     why = _join("text= says so" if asked else "", one)
     return f"text column {name!r}: {len(levels)} levels, {one}", Column(name, "text", tuple(levels), done, why, doubt)
+
+
+def _alike(levels: Sequence[str]) -> str:
+    """The doubt about levels that are probably one; empty if there are none."""
+    same = [lower for lower, times in Counter(level.casefold() for level in levels).items() if times > 1]
+    alike = [level for level in levels if same and level.casefold() == same[0]]
+    return f"has levels that differ only in capitals: {', '.join(map(repr, alike))}" if alike else ""
+
+
+def _years(cells: Cells, values: Sequence[np.ndarray | None]) -> str:
+    """Whether the first row of a file without a header looks like one of years: the doubt, or nothing."""
+    first = [column[0] for column in values if column is not None and column.dtype.kind == "f" and len(column) > 1]
+    next_ = [column[1] for column in values if column is not None and column.dtype.kind == "f" and len(column) > 1]
+    if any(cells.named) or len(first) < 2:
+        return ""
+    steps, others = np.diff(first), np.diff(next_)
+    regular = bool((steps == steps[0]).all()) and steps[0] > 0 and all(1000 <= v < 3000 and v % 1 == 0 for v in first)
+    if not regular or bool((others == others[0]).all()):
+        return ""
+    return (
+        f"the first row, {show(first[0])} to {show(first[-1])}, looks like a header of years; if it is, say header=True"
+    )
 
 
 def _join(*parts: str) -> str:

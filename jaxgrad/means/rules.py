@@ -520,9 +520,10 @@ def _scattered(step: Step) -> Found:
     return together([operand, updates])
 
 
-def _as_long(step: Step, a: int, axis: int, b: int, other: int) -> bool:
+def _as_long(step: Step, a: int, axis: int, b: int, other: int | None) -> bool:
     """Whether two axes of two inputs are of one length, at each size."""
-    return all(x[axis] == y[other] for x, y in zip(step.shapes(a), step.shapes(b), strict=True))
+    pairs = zip(step.shapes(a), step.shapes(b), strict=True)
+    return other is not None and all(x[axis] == y[other] for x, y in pairs)
 
 
 def _bits(step: Step) -> Found:

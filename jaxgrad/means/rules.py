@@ -540,9 +540,10 @@ _POINTWISE = (
     "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt",
     "ceil", "clz", "cos", "cosh", "digamma", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor",
     "ge", "gt", "igamma", "igammac", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2", "logistic",
-    "lt_to", "max", "min", "ne", "nextafter", "not", "one_minus_square", "or", "polygamma", "population_count", "pow",
-    "regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "sign", "sin", "sinh", "sqrt", "tan", "tanh", "threefry2x32", "xor", "zeta",
+    "lt_to", "max", "min", "ne", "nextafter", "not", "one_minus_square", "or", "polygamma", "polynomial",
+    "population_count", "pow", "regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "tan", "tanh", "threefry2x32",
+    "xor", "zeta",
 )  # fmt: skip
 
 RULES: dict[str, Callable[[Step], Found]] = {

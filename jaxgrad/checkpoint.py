@@ -58,7 +58,7 @@ def save(checkpoint: Checkpoint, tree: Any, fingerprint: dict[str, str]) -> None
         parallel.together(lambda: None)
 
 
-def _archive(tree: Any, fingerprint: dict[str, str]) -> memoryview:
+def _archive(tree: Any, fingerprint: dict[str, str]) -> bytes:
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     names = [array.dtype.name for array in arrays]
     # numpy cannot save the small floats that JAX adds to it (bfloat16, ...), but their bytes.
@@ -66,10 +66,10 @@ def _archive(tree: Any, fingerprint: dict[str, str]) -> memoryview:
     header = json.dumps({"format": _FORMAT, "fingerprint": fingerprint, "dtypes": names}, sort_keys=True)
     content = io.BytesIO()
     np.savez(content, header=np.array(header), **{f"leaf{i}": leaf for i, leaf in enumerate(plain)})  # type: ignore[arg-type]
-    return content.getbuffer()
+    return content.getvalue()
 
 
-def _write(path: Path, content: memoryview) -> None:
+def _write(path: Path, content: bytes) -> None:
     try:
         atomic.write(path, content)
     except OSError as error:

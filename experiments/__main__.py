@@ -196,7 +196,9 @@ def main(argv: list[str] | None = None) -> int:
         complain(f"error: {files().sentence(error)}")
         return UNUSABLE
     except KeyboardInterrupt:
-        say("interrupted")
+        from jaxgrad import commandline
+
+        say(commandline.word())
         return INTERRUPTED
 
 

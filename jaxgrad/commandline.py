@@ -124,7 +124,7 @@ def outcome(main: Callable[[], Any]) -> int:
         status = _status(main)
     except KeyboardInterrupt:
         status = 130
-        say(_WORDS.get(_came, "interrupted"))  # type: ignore[call-overload]
+        say(word())
     except OSError as error:
         from jaxgrad import files
 
@@ -172,6 +172,11 @@ def _why(error: OSError) -> str:
     from jaxgrad import files
 
     return files.reason(error)
+
+
+def word() -> str:
+    """`interrupted`, or `terminated`, by the first signal that came."""
+    return _WORDS.get(_came, "interrupted")  # type: ignore[call-overload]
 
 
 def say(text: str) -> None:

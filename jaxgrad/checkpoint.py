@@ -226,6 +226,11 @@ def _program(function: Callable[..., Any], *args: Any) -> str:
     return _short(re.sub(r"0x[0-9a-f]+", "", _written_out(closed)))
 
 
+_AROUND = {"compiler_options_kvs", "ctx_mesh", "in_layouts", "in_shardings", "inline", "keep_unused", "name",
+           "out_layouts", "out_shardings"}  # fmt: skip
+"""Settings of a call that hang on where a process stands, not on what is computed."""
+
+
 def _written_out(value: Any) -> str:
     """The text of a jaxpr with all that it calls in place.
 
@@ -246,7 +251,7 @@ def _written_out(value: Any) -> str:
 
     lines = [f"{[*map(name, [*jaxpr.constvars, *jaxpr.invars])]}"]
     for equation in jaxpr.eqns:
-        settings = {key: _written_out(equation.params[key]) for key in sorted(equation.params)}
+        settings = {key: _written_out(equation.params[key]) for key in sorted(equation.params) if key not in _AROUND}
         named = [[*map(name, variables)] for variables in (equation.invars, equation.outvars)]
         lines.append(f"{equation.primitive} {named} {settings}")
     constants = digest([np.asarray(constant) for constant in getattr(value, "consts", ())])

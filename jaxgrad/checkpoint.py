@@ -246,7 +246,8 @@ def _written_out(value: Any) -> str:
 
     def name(variable: Any) -> str:
         if hasattr(variable, "val"):
-            return f"{variable.val!r}:{variable.aval}"
+            # Printed, a number loses digits; and JAX holds it as this type or that.
+            return f"{np.asarray(variable.val).tobytes().hex()}:{variable.aval}"
         return f"{numbers.setdefault(variable, len(numbers))}:{variable.aval}"
 
     lines = [f"{[*map(name, [*jaxpr.constvars, *jaxpr.invars])]}"]

@@ -16,6 +16,15 @@ settings.register_profile("jaxgrad", deadline=None, derandomize=True, max_exampl
 settings.load_profile("jaxgrad")
 
 
+@pytest.fixture(autouse=True)
+def same_settings():
+    """No test leaves JAX with another precision, for which the next one's checkpoint would be of another run."""
+    before = jax.config.jax_default_matmul_precision
+    yield
+    if jax.config.jax_default_matmul_precision != before:
+        jax.config.update("jax_default_matmul_precision", before)
+
+
 @pytest.fixture
 def key():
     return jax.random.key(20210407)

@@ -126,13 +126,16 @@ def test_losses_are_told_apart_by_every_number_that_they_hold(wrap):
     shapes = jax.eval_shape(lambda: (start(np.float64), problem(3, np.float64)))
 
     def program(weights):
-        weights = jnp.asarray(weights)
+        weights = weights if isinstance(weights, float) else jnp.asarray(weights)
         return _program(wrap(lambda params, batch: (params.w.sum() * weights).mean()), *shapes)
 
     weights = np.arange(5000.0)
     changed = np.where(weights == 2500, 2500.5, weights)
     assert program(weights) == program(weights.copy())
     assert program(weights) != program(changed)
+    # A number is printed with 8 digits.
+    assert program(0.1) == program(0.1)
+    assert program(0.1) != program(0.1 + 1e-12)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, stopped_at_50):

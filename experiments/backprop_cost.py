@@ -20,6 +20,7 @@ from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
 from experiments import plots, work
+from experiments.exact import layers
 from experiments.results import Claim
 from jaxgrad import data, losses, models, timing
 from jaxgrad.theory import cost
@@ -95,7 +96,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     for depth in config.depths:
         progress(f"timing dense nets of {depth} layers")
         sizes = (batch.x.shape[1], *(config.width,) * (depth - 1), len(digits.labels))
-        params = models.init_deep(jax.random.key(depth), sizes)
+        params = layers(depth, sizes)
         contenders, operations = _ways(params, batch, slow=depth <= config.deepest_slow)
         took = work.race(contenders, repeats=config.repeats, min_seconds=config.min_seconds)
         predicted.append(cost.dense_ratio(sizes))

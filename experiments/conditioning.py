@@ -23,10 +23,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from experiments import plots
+from experiments.exact import decimals, geometric, normal
 from experiments.loading import ROWS_KEY, load, some_rows
 from experiments.results import Claim
 from jaxgrad import data, losses, models
-from jaxgrad.descent import State, advance, init, trajectory
+from jaxgrad.descent import State, advance, init, log_spaced, trajectory
 from jaxgrad.sampling import full_batch
 from jaxgrad.theory import conditioning as exact
 from jaxgrad.theory import least_squares as theory
@@ -104,11 +105,11 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         numbers |= {"data": dataset.name, "n": len(y), "share": config.share, "methods": list(METHODS)}
 
         kappas, lanes = np.array(config.kappas), config.seeds
-        starts = np.random.default_rng(2021).normal(size=(lanes, 2))
+        starts = normal(np.random.default_rng(2021), (lanes, 2))
         starts /= np.linalg.norm(starts, axis=1, keepdims=True)
         numbers |= {"kappas": kappas, "most": config.most, "most_real": config.most_real, "seeds": lanes}
-        spectra = np.stack([np.array([1.0, 1 / kappa]) for kappa in kappas])
-        hessians = np.array([[exact.rotated(spectrum, angle) for spectrum in spectra] for angle in ANGLES])
+        spectra = np.stack([np.ones(len(kappas)), 1 / kappas], axis=1)
+        hessians = _hessians(spectra)
         for method in METHODS:
             progress(f"{method} on quadratics and on the real one")
             etas = _etas(method, config.etas)
@@ -135,8 +136,8 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
 
 def _directions(geometry: theory.Problem, batch: Batch, config: Config) -> dict[str, Any]:
     """What is left of each eigen-component along GD, measured and `(1 − ηλᵢ)^t`."""
-    record = np.unique(np.round(np.geomspace(1, config.steps, 24)).astype(int))
-    eta = config.fraction * theory.edge(geometry)
+    record = log_spaced(config.steps, 25)[1:]
+    eta = decimals(config.fraction * theory.edge(geometry))
     # One unit along every eigenvector: each is then measured as well as the others.
     start = geometry.minimiser + geometry.directions.sum(axis=1)
     begin = Linear(jnp.asarray(start[:-1]), jnp.asarray(start[-1]))
@@ -157,11 +158,18 @@ def _directions(geometry: theory.Problem, batch: Batch, config: Config) -> dict[
     }  # fmt: skip
 
 
+def _hessians(spectra: np.ndarray) -> np.ndarray:
+    """`exact.rotated` of each spectrum at each of `ANGLES`, by no sine but by halves: `[angle, spectrum, 2, 2]`."""
+    half_sum, half_difference = spectra.sum(axis=1) / 2, (spectra[:, 0] - spectra[:, 1]) / 2
+    turned = half_sum[:, None, None] * np.eye(2) + half_difference[:, None, None] * np.eye(2)[::-1]
+    return np.stack([spectra[:, :, None] * np.eye(2), turned])
+
+
 def _etas(method: str, count: int) -> np.ndarray:
     """Step sizes to try; those of GD and Jacobi for curvatures up to 1."""
     if method in ("GD", "Jacobi"):
-        return np.concatenate([np.geomspace(0.1, 0.9, count // 4), np.linspace(1.0, 1.999, count - count // 4)])
-    return np.geomspace(1e-3, 2, count)
+        return np.append(geometric(0.1, 0.9, count // 4), np.linspace(1.0, 1.999, count - count // 4))
+    return geometric(1e-3, 2, count)
 
 
 def _steps_to(

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.exact import normal
+
 HIDDEN = 128
 """Hidden units of the two-layer net."""
 
@@ -69,8 +71,8 @@ def first_point(case: Case) -> list[np.ndarray]:
     if case.problem != "two-layer":
         return [np.zeros(case.d, np.float32), np.zeros((), np.float32)]
     rng = np.random.default_rng(1)
-    W1 = rng.standard_normal((case.d, HIDDEN), np.float32) / np.float32(math.sqrt(case.d))
-    W2 = rng.standard_normal((HIDDEN, 1), np.float32) / np.float32(math.sqrt(HIDDEN))
+    W1 = normal(rng, (case.d, HIDDEN), dtype=np.float32) / np.float32(math.sqrt(case.d))
+    W2 = normal(rng, (HIDDEN, 1), dtype=np.float32) / np.float32(math.sqrt(HIDDEN))
     return [W1, np.zeros(HIDDEN, np.float32), W2, np.zeros(1, np.float32)]
 
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, FancyBboxPatch
 
 from experiments import plots, random_keys
+from experiments.exact import decimals
 from experiments.results import Claim
 from jaxgrad import data, lecture, losses, models, statistics
 from jaxgrad.descent import descend, trajectory
@@ -93,12 +94,12 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     def path(eta: float, sampling: Any) -> np.ndarray:
         return paths(eta, sampling, np.arange(config.steps + 1), random_keys(3, 1))[0]
 
-    eta = config.fraction * edge
+    eta = decimals(config.fraction * edge)
     numbers["gd"] = path(eta, full_batch())
     for b in config.batch_sizes:
         numbers[f"sgd/{b}"] = path(eta, distinct(b))
-    numbers["crawl"] = path(config.too_small * edge, full_batch())
-    numbers["divergence"] = path(config.too_large * edge, full_batch())
+    numbers["crawl"] = path(decimals(config.too_small * edge), full_batch())
+    numbers["divergence"] = path(decimals(config.too_large * edge), full_batch())
 
     progress("the spread near the minimum")
     best = Linear(jnp.asarray(geometry.minimiser[:1], jnp.float32), jnp.float32(geometry.minimiser[1]))

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments import plots, random_keys
+from experiments.exact import decimals, geometric, two_layer
 from experiments.expected_path import few_features
 from experiments.loading import load
 from experiments.results import Claim
@@ -127,6 +128,7 @@ def _landscape(
     config: Config,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
+    land = _rounded(land)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), land.data)
     stationary = escape.stationary_points(land.loss, land.data, land.bad - 0.01, land.barrier + 0.01)
     w = np.linspace(land.bad - 0.9, land.good + 0.6, 200)
@@ -136,7 +138,7 @@ def _landscape(
         "marks": np.array([land.bad, land.barrier, land.good]),
     }  # fmt: skip
     ceiling = min(1.0 / land.smoothness, 1.3 * max(etas))
-    fine = np.geomspace(0.6 * min(etas), ceiling, config.fine)
+    fine = geometric(0.6 * min(etas), ceiling, config.fine)
     numbers["fine"] = fine
     keys = random_keys(7, config.seeds)
     here = jnp.full(config.seeds, land.bad, jnp.float32)
@@ -161,7 +163,7 @@ def _landscape(
 
     progress(f"{name}: GD from {config.seeds:,} starts in the basin")
     left = land.left if land.left is not None else land.bad - 1.0
-    spread = jnp.linspace(left + 0.01, land.barrier - 0.01, config.seeds, dtype=jnp.float32)
+    spread = jnp.asarray(np.linspace(left + 0.01, land.barrier - 0.01, config.seeds), jnp.float32)
     eta = float(np.float32(max(etas)))
     numbers["gd crossed"] = int(_crossed(keys, spread, land, batch, eta, config.steps, full_batch()).sum())
     wall = escape.impossible(land.loss, land.data, sampling=full_batch(), start=land.bad, exit=land.barrier)
@@ -177,6 +179,14 @@ def _landscape(
     numbers |= {"shown": f"{_label(samplings[which])}, η = {etas[at]:g}", "shown steps": record}
     numbers |= {"runs": np.asarray(some, float), "gd run": np.asarray(gd, float)[0]}
     return {f"{name}/{key}": value for key, value in numbers.items()}
+
+
+def _rounded(land: escape.Landscape) -> escape.Landscape:
+    """The landscape, its stationary points to nine digits: runs start at one and end at another."""
+    left = None if land.left is None else decimals(land.left, 9)
+    return land._replace(
+        bad=decimals(land.bad, 9), barrier=decimals(land.barrier, 9), good=decimals(land.good, 9), left=left
+    )
 
 
 def certified(land: escape.Landscape, sampling: Sampling, eta: float, steps: int, grid: int) -> escape.Escape:
@@ -235,6 +245,7 @@ def _kramers(land: escape.Landscape, stationary: list[escape.Stationary], eta: f
 
 def _collapse(land: escape.Landscape, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Exact probabilities at equal η/b and equal ηT: rows of η/b, columns of b."""
+    land = _rounded(land)
     sizes, ratios, time = np.array([1, 2, 4, 8, 16]), (0.0125, 0.025, 0.05), 60
     return np.array(
         [
@@ -261,7 +272,7 @@ def _net(dataset: data.Dataset, features: int, hidden: int, l2: float, config: C
     batch = Batch(few.x[chosen], few.y[chosen][:, None])
     loss = losses.mean_loss(partial(models.two_layer, activation=jnp.tanh), losses.half_squared, l2=l2)
     d = batch.x.shape[1]
-    starts = jax.vmap(lambda key: models.init_two_layer(key, d, hidden, 1))(random_keys(1, config.starts))
+    starts = two_layer(1, d, hidden, 1, count=config.starts)
     keys = random_keys(2, config.starts)
 
     @partial(jax.jit, static_argnames=("sampling",))

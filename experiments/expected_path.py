@@ -24,6 +24,7 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 from experiments import plots, random_keys
+from experiments.exact import decimals, geometric
 from experiments.loading import ROWS_KEY, load
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
@@ -89,7 +90,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     edge = theory.sgd_edge(problem, smallest)
     eta = float(np.float32(config.eta * edge))
     record = log_spaced(config.steps, config.points + 1)[1:]
-    every = np.unique(np.geomspace(1, config.steps, 60).astype(int))
+    every = log_spaced(config.steps, 61)[1:]
     keys = random_keys(5, config.seeds)
     numbers: dict[str, Any] = {
         "data": dataset.name, "n": len(batch.y), "features": list(names), "sizes": np.array(sizes), "eta": eta,
@@ -133,7 +134,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
                 deviation = theory.sgd_deviation(problem, start, own, sampling, ends[-1:])[0]
                 leading, settles = theory.floor_leading(problem, own, sampling), theory.floor(problem, own, sampling)
                 floors.append([b, own, final.mean(), exact, deviation, settles, leading, own / own_edge])
-            fine = np.geomspace(0.02, 0.97, 40) * own_edge
+            fine = decimals(geometric(0.02, 0.97, 40) * own_edge)
             numbers[f"{name}/fine"] = fine
             numbers[f"{name}/floor"] = np.array([theory.floor(problem, e, sampling) for e in fine])
             numbers[f"{name}/leading"] = np.array([theory.floor_leading(problem, e, sampling) for e in fine])

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import recorded, results
+from experiments.exact import normal
 from jaxgrad import launch
 
 BAR = 30
@@ -70,7 +71,7 @@ def _job(how: str, rank: int, file: Path) -> int:
             raise RuntimeError("planted")
         os.kill(os.getpid(), signal.SIGKILL if how.startswith("killed") else signal.SIGSTOP)
 
-    x = np.random.default_rng(0).standard_normal((1000, 8), np.float32)
+    x = normal(np.random.default_rng(0), (1000, 8), bits=16, dtype=np.float32)
     descend(
         losses.mean_loss(models.linear, losses.squared), models.init_linear(8), Batch(x, x.sum(axis=1)), optimizer=0.01,
         sampling=distinct(16), steps=4 * STEP, key=jax.random.key(0), record=range(0, 4 * STEP + 1, 10), progress=fail,

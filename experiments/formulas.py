@@ -19,7 +19,7 @@ The sigmoid that autodiff sees is `exp(log_sigmoid(z))`: autodiff of the plain s
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, localcontext
+from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import plots
+from experiments.exact import decimals, dyadic, geometric, normal, sigmoid
 from experiments.results import Claim
 from jaxgrad import lecture, losses, models
 from jaxgrad.types import Batch, Layer, Linear, TwoLayer
@@ -140,9 +141,9 @@ def linear_family(shape: Shape, config: Config) -> Family:
     n, d, _, _ = shape
     random = np.random.default_rng(n)
     B, eta = jnp.asarray(random.integers(0, n, size=max(1, n // 2))), 0.05
-    X, noise, start = (random.normal(size=(config.seeds, *s)) for s in ((n, d), (n,), (d,)))
-    y = np.einsum("snd,sd->sn", X, random.normal(size=(config.seeds, d))) + 0.5 * noise
-    trained = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(X, y, strict=True)])
+    X, noise, start, w = (normal(random, (config.seeds, *s)) for s in ((n, d), (n,), (d,), (d,)))
+    y = np.einsum("snd,sd->sn", X, w) + 0.5 * noise
+    trained = dyadic(np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(X, y, strict=True)]))
     moving = kinds({"X": X, "y": y}, w=(start, trained + 1e-4 * start, 1e3 * start))
 
     mean = losses.mean_loss(models.linear, losses.squared)
@@ -173,15 +174,15 @@ def functional_family(shape: Shape, config: Config) -> Family:
     """F7 and F9, by the predictions. Trained: residuals of 1e-6. Saturated: of 1e3, and p near 0 and 1."""
     n, _, _, k = shape
     random = np.random.default_rng(n)
-    y, off, logits = (random.normal(size=(config.seeds, n)) for _ in range(3))
-    Y, Off = (random.normal(size=(config.seeds, n, k)) for _ in range(2))
+    y, off, logits = (normal(random, (config.seeds, n)) for _ in range(3))
+    Y, Off = (normal(random, (config.seeds, n, k)) for _ in range(2))
     labels = random.integers(0, 2, size=(config.seeds, n)).astype(float)
     sizes = (1.0, 1e-6, 1e3)
     moving = kinds(
         {"y": y, "Y": Y},
         y_hat=[y + size * off for size in sizes],
         Y_hat=[Y + size * Off for size in sizes],
-        p=[1 / (1 + np.exp(-spread * logits)) for spread in (1.0, 3.0, 10.0)],
+        p=[sigmoid(spread * logits) for spread in (1.0, 3.0, 10.0)],
     )
     textbook = lambda p, y: -jnp.log(jnp.where(y == 1, p, 1 - p))
 
@@ -207,9 +208,7 @@ def two_layer_family(shape: Shape, config: Config, activation: int) -> Family:
     n, d, h, k = shape
     f, same_f = ACTIVATIONS[activation]
     random = np.random.default_rng(n)
-    X, Y, W1, W2, b1, b2 = (
-        random.normal(size=(config.seeds, *s)) for s in ((n, d), (n, k), (d, h), (h, k), (h,), (k,))
-    )
+    X, Y, W1, W2, b1, b2 = (normal(random, (config.seeds, *s)) for s in ((n, d), (n, k), (d, h), (h, k), (h,), (k,)))
     params = TwoLayer(W1 / np.sqrt(d), W2 / np.sqrt(h), 0.1 * b1, 0.1 * b2)
     model = partial(models.two_layer, activation=same_f)
     mean = losses.mean_loss(model, losses.half_squared)
@@ -255,10 +254,10 @@ def deep_family(shape: Shape, config: Config, activation: int, depth: int) -> Fa
     random = np.random.default_rng(n)
     sizes = (d, *[h] * (depth - 1), k)
     layer = lambda a, b: Layer(
-        random.normal(size=(config.seeds, a, b)) / np.sqrt(a), 0.1 * random.normal(size=(config.seeds, b))
+        normal(random, (config.seeds, a, b)) / np.sqrt(a), 0.1 * normal(random, (config.seeds, b))
     )
     params = tuple(layer(a, b) for a, b in itertools.pairwise(sizes))
-    X, Y = random.normal(size=(config.seeds, n, d)), random.normal(size=(config.seeds, n, k))
+    X, Y = normal(random, (config.seeds, n, d)), normal(random, (config.seeds, n, k))
     Y_class = np.eye(k)[random.integers(0, k, size=(config.seeds, n))]
     model = partial(models.deep, activation=same_f)
 
@@ -284,9 +283,9 @@ def logistic_family(shape: Shape, config: Config) -> Family:
     """F16: `params = (w[d], b)`, `X[n, d]`, labels `y[n]`."""
     n, d, _, _ = shape
     random = np.random.default_rng(n)
-    X, w = random.normal(size=(config.seeds, n, d)), random.normal(size=(config.seeds, d))
-    p = 1 / (1 + np.exp(-np.einsum("snd,sd->sn", X, w)))
-    labels = (random.uniform(size=p.shape) < p).astype(float)
+    X, w = normal(random, (config.seeds, n, d)), normal(random, (config.seeds, d))
+    p = sigmoid(np.einsum("snd,sd->sn", X, w))
+    labels = (random.random(p.shape) < p).astype(float)
     mean = losses.mean_loss(models.linear, losses.logloss)
     reference = gradient_of(lambda m, f: mean(m["params"], Batch(m["X"], f["labels"])), "params")
     params, rest, fixed = Linear(w, np.full(config.seeds, 0.1)), {"X": X}, {"labels": labels}
@@ -304,7 +303,7 @@ def scalar_family(config: Config) -> Family:
     """F11, F14, F15 at single logits `h`: of order 1; confident, up to 20; saturated, from 20 to 300."""
     random = np.random.default_rng(0)
     count = config.logits
-    sizes = [np.exp(random.uniform(np.log(low), np.log(high), count)) for low, high in ((0.01, 3), (2, 20), (20, 300))]
+    sizes = [decimals(low * (high / low) ** random.random(count)) for low, high in ((0.01, 3), (2, 20), (20, 300))]
     moving = kinds({}, h=[random.choice([-1.0, 1.0], count) * size for size in sizes])
     fixed = kinds({"label": random.integers(0, 2, count).astype(float)})
 
@@ -356,7 +355,8 @@ def three_points(
 ) -> tuple[Tree, Tree, Tree]:
     """`params` as drawn, trained, and times `factor`, all with a leading axis of seeds.
 
-    Trained by descent with steps of given length, `0.3 / (1 + t/5)` at step t: it needs no tuning.
+    Trained by descent with steps of given length, `0.3 / (1 + t/5)` at step t: it needs no tuning. Where that ends is
+    rounded, so that a formula's error is measured at one point on every machine.
     """
     batched = jax.jit(jax.vmap(lambda p, r, f: gradient.exact({**r, "params": p}, f)))
     w = params
@@ -364,7 +364,7 @@ def three_points(
         g = jax.tree.map(np.asarray, batched(w, rest, fixed))
         length = 0.3 / (1 + t / 5) / np.maximum(norm(g), 1e-300)
         w = jax.tree.map(lambda a, b, c=length: a - b * over(c, b), w, g)
-    return params, w, jax.tree.map(lambda leaf: factor * leaf, params)
+    return params, jax.tree.map(dyadic, w), jax.tree.map(lambda leaf: factor * leaf, params)
 
 
 # --- The comparison --------------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ def compare_descents(config: Config, shape: Shape) -> tuple[list[dict[str, np.nd
     n, times = shape[0], np.arange(config.steps)
     minibatches = np.random.default_rng(n).integers(0, n, size=(config.steps, max(1, n // 4)))
     points = dict(linear_family(shape, config).moving)
-    points["eta"] = np.asarray([0.3 / np.linalg.eigvalsh(X.T @ X / n)[-1] for X in points["X"]])
+    points["eta"] = decimals([0.3 / np.linalg.eigvalsh(X.T @ X / n)[-1] for X in points["X"]])
     loss = losses.mean_loss(models.linear, losses.squared)
 
     def path(moving: Any, _: Any, indices: np.ndarray) -> Any:
@@ -550,7 +550,7 @@ def steepest(shape: Shape, config: Config, directions: int = 1000) -> tuple[floa
     Returns the largest of the random ones, and that of `w₀ − w₁`.
     """
     w, X, y = (linear_family(shape, config).moving[name][0] for name in ("w", "X", "y"))
-    drawn = np.random.default_rng(0).normal(size=(directions, shape[1]))
+    drawn = normal(np.random.default_rng(0), (directions, shape[1]))
     loss = lambda w: losses.mean_loss(models.linear, losses.squared)(Linear(w), Batch(X, y))
 
     @jax.jit
@@ -581,12 +581,8 @@ def logit_curves(points: int) -> dict[str, Any]:
 
     The truth is decimal arithmetic. Where it is below the smallest normal number, a finite value has error 0.
     """
-    # Rounded: the last bit of `geomspace` hangs on the processor, and the error at a logit on its last bit.
-    h = np.round(np.concatenate([-np.geomspace(1000, 0.01, points // 2), np.geomspace(0.01, 100, points // 2)]), 5)
-    with localcontext() as context:
-        context.prec = 40
-        sigmoid = lambda x: float(1 / (1 + (-Decimal(x)).exp()))
-        exact = {0: np.asarray([sigmoid(x) for x in h]), 1: np.asarray([-sigmoid(-x) for x in h])}
+    h = np.concatenate([-geometric(1000, 0.01, points // 2), geometric(0.01, 100, points // 2)])
+    exact = {0: sigmoid(h), 1: -sigmoid(-h)}
     numbers: dict[str, Any] = {"curve/logit": h}
     for series, form in FORMS.items():
         for y, truth in exact.items():

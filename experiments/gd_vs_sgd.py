@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments import on_disk, plots, random_keys, side_by_side, work
+from experiments.exact import decimals, two_layer
 from experiments.loading import load, some_rows
 from experiments.report import brief
 from experiments.results import Claim
@@ -155,7 +156,7 @@ def _problem(name: str, config: Config, progress: Callable[[str], None]) -> Prob
     if test is not None:
         k = len(dataset.labels)
         model = partial(models.two_layer, activation=jnp.tanh)
-        start = models.init_two_layer(jax.random.key(0), d, config.hidden, k)
+        start = two_layer(0, d, config.hidden, k)
         x_test, y_test = jnp.asarray(test.batch.x), jnp.asarray(test.batch.y)
 
         def accuracy(params: Params) -> Any:
@@ -168,7 +169,7 @@ def _problem(name: str, config: Config, progress: Callable[[str], None]) -> Prob
     start = models.init_linear(d)
     # Beyond 2/λmax not even the full batch converges; the largest curvature of the logloss is λmax(E x xᵀ)/4.
     ones = np.column_stack([np.asarray(x, float), np.ones(n)])
-    top = float(np.linalg.eigvalsh(ones.T @ ones / n)[-1])
+    top = decimals(np.linalg.eigvalsh(ones.T @ ones / n)[-1])
     if dataset.task == "binary":
         loss = losses.mean_loss(models.linear, losses.logloss, l2=config.l2)
         minimum = optimum.logistic(batch, l2=config.l2)
@@ -185,7 +186,7 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
     n = problem.batch.x.shape[0]
     steps = max(-(-config.epochs * n // (b or n)), problem.least_updates)
     progress(f"{problem.name}, {label_of(b)}: tuning the step size under {steps:,} updates")
-    etas = problem.largest * 0.5 ** np.arange(config.halvings)
+    etas = np.ldexp(problem.largest, -np.arange(config.halvings))
     # Without sampling there is nothing random: one run stands for all.
     tuning, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
 

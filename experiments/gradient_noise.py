@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments import plots, random_keys
+from experiments.exact import decimals, two_layer
 from experiments.loading import load
 from experiments.results import Claim
 from jaxgrad import losses, models, noise, statistics
@@ -90,11 +91,11 @@ def _problem(name: str, config: Config) -> Problem:
     chosen = np.random.default_rng(0).permutation(len(dataset.batch.y))[: config.rows]
     x, y = (jnp.asarray(leaf[chosen]) for leaf in dataset.batch)
     n, d = x.shape
-    top = float(np.linalg.eigvalsh(np.asarray(x, float).T @ np.asarray(x, float) / n)[-1])
+    top = decimals(np.linalg.eigvalsh(np.asarray(x, float).T @ np.asarray(x, float) / n)[-1])
     if dataset.task == "classes":
         k = len(dataset.labels)
         loss = losses.mean_loss(partial(models.two_layer, activation=jnp.tanh), losses.softmax_cross_entropy)
-        start = models.init_two_layer(jax.random.key(0), d, config.hidden, k)
+        start = two_layer(0, d, config.hidden, k)
         return Problem(dataset.name, f"net {d}–{config.hidden}–{k}", loss, start, Batch(x, y), 0.5)
     start = models.init_linear(d)
     if dataset.task == "binary":

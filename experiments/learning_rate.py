@@ -18,10 +18,11 @@ import optax
 from matplotlib.figure import Figure
 
 from experiments import plots, random_keys
+from experiments.exact import geometric
 from experiments.loading import load, some_rows
 from experiments.results import Claim
 from jaxgrad import losses, models, statistics
-from jaxgrad.descent import trajectory
+from jaxgrad.descent import log_spaced, trajectory
 from jaxgrad.sampling import distinct, full_batch
 from jaxgrad.theory import least_squares as theory
 from jaxgrad.types import Batch, Sampling
@@ -38,7 +39,7 @@ class Config:
     steps: int = 3000
     """Budget of GD; a target not reached in it is not reached."""
     fractions: tuple[float, ...] = (
-        *np.round(np.geomspace(0.005, 0.9, 19), 6).tolist(), 0.95, 0.98, 0.99, 0.998, 1.002, 1.01, 1.02, 1.05,
+        *geometric(0.005, 0.9, 19).tolist(), 0.95, 0.98, 0.99, 0.998, 1.002, 1.01, 1.02, 1.05,
     )  # fmt: skip
     """GD's step sizes, as fractions of the edge 2/λmax."""
     shares: tuple[float, ...] = (0.1, 0.01, 0.001)
@@ -48,7 +49,7 @@ class Config:
     b: int = 32
     """Batch size of SGD."""
     sgd_steps: int = 3000
-    sgd_fractions: tuple[float, ...] = tuple(np.round(np.geomspace(0.003, 1.3, 20), 6).tolist())
+    sgd_fractions: tuple[float, ...] = tuple(geometric(0.003, 1.3, 20).tolist())
     """SGD's step sizes, as fractions of the edge of its second moment."""
     seeds: int = 20
     rows: int | None = None
@@ -122,7 +123,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     numbers["grows"] = ~(paths[:, -1] <= paths[:, -1 - config.steps // 10])
 
     shown = np.float32(np.array(config.shown) * edge).astype(float)
-    record = np.unique(np.geomspace(1, config.steps, 60).astype(int))
+    record = log_spaced(config.steps, 61)[1:]
     numbers["shown_steps"] = record
     numbers["shown_gaps"] = gaps(shown, one_key, full_batch(), record)[:, 0]
     numbers["shown_theory"] = np.stack([theory.gd_excess(geometry, start, eta, record) for eta in shown])
@@ -134,7 +135,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     keys = random_keys(1, config.seeds)
     numbers["sgd_edge"], numbers["sgd_etas"] = sgd_edge, sgd_etas
     numbers["sgd_gaps"] = gaps(sgd_etas, keys, sampling, np.array([config.sgd_steps]))[:, :, 0]
-    fine = np.geomspace(sgd_etas[0], 0.995 * sgd_edge, 30)
+    fine = geometric(sgd_etas[0], 0.995 * sgd_edge, 30)
     numbers["sgd_fine_etas"] = fine
     numbers["sgd_floor"] = np.array([theory.floor(geometry, eta, sampling) for eta in fine])
     numbers["sgd_expected"] = np.array(

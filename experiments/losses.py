@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import linprog
 
 from experiments import plots
+from experiments.exact import decimals
 from experiments.results import Claim
 from jaxgrad import data, models, optimum
 from jaxgrad.descent import log_spaced, trajectory
@@ -70,16 +71,10 @@ START = (-0.5, 1.0)
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     diabetes = data.load("diabetes")
-    raw = np.asarray(data.load("diabetes", standardise=False).batch.y, float)
     # From the smallest upwards: were it centred, slope and intercept would be two problems of one number each.
     bmi = diabetes.batch.x[:, [diabetes.names.index("bmi")]]
     X = theory.design_matrix(bmi - bmi.min())
-    # In units of the clean target's standard deviation; a slipped point multiplies the raw number.
-    centre, unit = raw.mean(), raw.std()
-    rows = np.random.default_rng(config.drawn_with).permutation(len(raw))[: round(config.share * len(raw))]
-    slipped = raw.copy()
-    slipped[rows] *= config.factor
-    targets = {"clean": (raw - centre) / unit, "outliers": (slipped - centre) / unit}
+    rows, targets = _targets(config)
     numbers: dict[str, Any] = {
         "x": X[:, 0], "rows": np.sort(rows), "factor": config.factor, "steps": config.steps, "eta/MAE": config.mae_eta,
         "start": np.array(START), **{f"y/{kind}": y for kind, y in targets.items()},
@@ -123,7 +118,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     clean = targets["clean"]
     # A point far out on the x axis, where it has leverage, moved upwards from above both lines.
     i = int(np.argmax(X[:, 0]))
-    above = max(float(X[i] @ numbers[f"minimum/{loss}/clean"]) for loss in ("MSE", "MAE")) + 0.5
+    above = decimals(max(X[i] @ numbers[f"minimum/{loss}/clean"] for loss in ("MSE", "MAE")) + 0.5)
     distance = np.linspace(0, config.furthest, config.points)
     moved = []
     for far in distance:
@@ -133,6 +128,17 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     numbers |= {"distance": distance, "influence/MSE": np.array(moved)[:, 0], "influence/MAE": np.array(moved)[:, 1]}
     numbers["influence_theory/MSE"] = numbers["influence/MSE"][0] + np.linalg.solve(X.T @ X, X[i])[0] * distance
     return numbers
+
+
+def _targets(config: Config) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The rows whose point slips, and the targets without and with that, in standard deviations of the clean one."""
+    raw = np.asarray(data.load("diabetes", standardise=False).batch.y, float)
+    centre, unit = raw.mean(), raw.std()
+    rows = np.random.default_rng(config.drawn_with).permutation(len(raw))[: round(config.share * len(raw))]
+    # A slipped point multiplies the raw number.
+    slipped = raw.copy()
+    slipped[rows] *= config.factor
+    return rows, {"clean": (raw - centre) / unit, "outliers": (slipped - centre) / unit}
 
 
 def _path(loss: str, batch: Batch, eta: Any, record: np.ndarray) -> np.ndarray:

@@ -25,9 +25,10 @@ from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
 from experiments import plots, random_keys
+from experiments.exact import geometric, two_layer
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
-from jaxgrad.descent import trajectory
+from jaxgrad.descent import log_spaced, trajectory
 from jaxgrad.sampling import distinct, full_batch
 from jaxgrad.types import Batch, Params, Sampling, TwoLayer
 
@@ -90,12 +91,8 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         return optax.tree.norm(jax.grad(loss)(params, batch))
 
     keys = random_keys(2021, lanes)
-    drawn = jax.jit(jax.vmap(lambda key: models.init_two_layer(key, x.shape[1], config.hidden, 1)))(keys)
-    starts = jax.tree.map(lambda leaf: config.scale * np.asarray(leaf), drawn)
-    for leaf in jax.tree.leaves(starts):
-        leaf[-1] = 0
-    early = np.unique(np.round(np.geomspace(1, config.steps - LAST, 50)).astype(int))
-    record = np.concatenate([[0], early, np.arange(config.steps - LAST + 1, config.steps + 1)])
+    starts = _starts(x.shape[1], config)
+    record = np.append(log_spaced(config.steps - LAST, 51), np.arange(config.steps - LAST + 1, config.steps + 1))
 
     def program(sampling: Sampling) -> Callable[..., Any]:
         """Runs side by side, each with its start, step size and key: final parameters, `(L, ‖∇L‖)` at `record`."""
@@ -129,7 +126,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     progress("GD from one start of each minimum with many step sizes")
     chosen = np.array([np.argmax(belongs == k) for k in range(min(2, len(levels)))])
     each = lanes // len(chosen)
-    fan = np.r_[np.geomspace(1, 12, each - each // 3), np.geomspace(20, 4 / config.l2, each // 3)]
+    fan = np.append(geometric(1, 12, each - each // 3), geometric(20, 4 / config.l2, each // 3))
     fanned = _in_lots(gd, starts, np.repeat(chosen, each), np.tile(fan, len(chosen)), keys)[:, -LAST:, 1]
 
     def by_eta(values: np.ndarray) -> np.ndarray:
@@ -149,6 +146,15 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         "zero_moved": moved, "zero_path": np.asarray(sgd_paths[-1, :, 0]),
         "zero_curvature": float(_spectrum(loss, saddle, batch)[0, 0]),
     }  # fmt: skip
+
+
+def _starts(d: int, config: Config) -> TwoLayer:
+    """Where the runs begin: at random, and the last one at zero."""
+    drawn = two_layer(2021, d, config.hidden, 1, count=config.seeds + 1)
+    starts = jax.tree.map(lambda leaf: config.scale * np.asarray(leaf), drawn)
+    for leaf in jax.tree.leaves(starts):
+        leaf[-1] = 0
+    return starts
 
 
 def _in_lots(program: Callable[..., Any], starts: Params, which: np.ndarray, etas: np.ndarray, keys: Any) -> np.ndarray:

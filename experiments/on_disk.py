@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import work
+from experiments.exact import decimals
 from experiments.loading import plain
 from experiments.tuning import finals, label_of, sampling_of
 from jaxgrad import losses, models, stream
@@ -59,7 +60,7 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
             f"{path.name} has no names: the target is a number of a column, got {config.target!r}"
         ) from None
     raw = stream.open_rows(path, target=target, memory=stream.MEMORY if config.memory is None else config.memory / 4)
-    some = np.unique(np.linspace(0, raw.n - 1, 10_000).astype(np.int64))
+    some = np.unique(np.arange(10_000) * (raw.n - 1) // 9_999)
     values = np.unique(stream.pick(raw, some)[:, raw.target])
     if len(values) <= 2 or are_classes(values, len(some)):
         raise ValueError(
@@ -84,7 +85,7 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
 
     rows = raw.scaled(mean, spread)._replace(full=lambda params: gap(params) + minimum)
     loss, start = losses.mean_loss(models.linear, losses.squared), models.init_linear(len(features))
-    top = max(1.0, float(np.linalg.eigvalsh(R)[-1]))
+    top = max(1.0, decimals(np.linalg.eigvalsh(R)[-1]))
     name, n = plain(path.stem), raw.n
     sizes: list[int | None] = [None, *(b for b in config.batch_sizes if b < n)]
     numbers: dict[str, Any] = {
@@ -104,7 +105,7 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
         sampling = sampling_of(b)
         tuned, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
         progress(f"{name}, {label_of(b)}: tuning the step size on {len(sample):,} rows under {steps:,} updates")
-        etas = 1 / top * 0.5 ** np.arange(config.halvings)
+        etas = np.ldexp(1 / top, -np.arange(config.halvings))
 
         def scores(sampling: Any = sampling, steps: int = steps, tuned: int = tuned, etas: Any = etas) -> np.ndarray:
             final = finals(loss, start, batch, sampling, steps, jax.random.split(key_tune, tuned), etas, lambda w: w)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments import plots, random_keys
+from experiments.exact import decimals, geometric
 from experiments.expected_path import few_features, runs_of
 from experiments.loading import load
 from experiments.results import Claim
@@ -91,7 +92,8 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         fresh_edge, tame = theory.sgd_edge(problem, distinct(b)), theory.deviation_edge(problem, distinct(b))
         # Near where the variance of the loss explodes, a sample mean says nothing.
         etas = [float(np.float32(f * fresh_edge)) for f in config.fractions if f * fresh_edge < 0.9 * tame]
-        fine = np.append(np.geomspace(config.fractions[0], 0.6, 14), np.linspace(0.65, 0.97, 14)) * fresh_edge
+        shares = np.append(geometric(config.fractions[0], 0.6, 14), np.linspace(0.65, 0.97, 14))
+        fine = decimals(shares * fresh_edge)
         numbers |= {f"{b}/etas": np.array(etas), f"{b}/fine": fine, f"{b}/edge": fresh_edge}
         numbers[f"{b}/edge with replacement"] = theory.sgd_edge(problem, with_replacement(b))
         numbers[f"{b}/edge reshuffled"] = reshuffling.stable_edge(problem, b)

@@ -43,6 +43,7 @@ from scipy.optimize import nnls
 
 import jaxgrad
 from experiments import plots, random_keys, recorded, results, side_by_side, work
+from experiments.exact import geometric
 from experiments.results import Claim
 from experiments.taken_apart import Case, Job, problem, split
 from jaxgrad import data, losses, models, noise, parallel, statistics
@@ -232,7 +233,7 @@ def predict(numbers: dict[str, Any], network: str, shape: str) -> Prediction:
     rate, latency = NETWORKS[network]
     fixed, row = _one_host(numbers)
     B, size = float(numbers["noise/scale"][-1]), 4 * numbers["parameters"]
-    P = np.unique(np.round(np.logspace(0, 4, 201)))
+    P = np.unique(np.round(geometric(1, 10_000, 201)))
     overhead = fixed + latency * messages(shape, P) + passed(P) * size / rate
     batch = best_batch(P, overhead, row, B)
     seconds = to_the_goal(P, batch, overhead, row, B)

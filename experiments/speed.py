@@ -51,6 +51,7 @@ from experiments.contenders import (
     takes,
     target_of,
 )
+from experiments.exact import normal
 from experiments.report import brief
 from experiments.results import Claim
 from jaxgrad import data as datasets
@@ -179,9 +180,10 @@ def _data(name: str, config: Config) -> tuple[np.ndarray, dict[str, np.ndarray]]
     if name in ("synthetic", "beyond cache"):
         n = config.rows if name == "synthetic" else int(config.caches * last_level_cache() / (4 * COLUMNS))
         rng = np.random.default_rng(0)
-        x = rng.standard_normal((n, COLUMNS), np.float32)
-        y = x @ rng.standard_normal(COLUMNS, np.float32) / np.float32(8)
-        y += rng.standard_normal(n, np.float32)
+        # 8 bits: what is summed are multiples of 2^-16 and stays below 256, exact in float32 in any order.
+        x = normal(rng, (n, COLUMNS), bits=8, dtype=np.float32)
+        y = x @ normal(rng, COLUMNS, bits=8, dtype=np.float32) / np.float32(8)
+        y += normal(rng, n, bits=8, dtype=np.float32)
         return x, {"numbers": y, "labels": (y > 0).astype(np.float32)}
     loaded = datasets.load(name)
     x, y = (np.ascontiguousarray(leaf, np.float32) for leaf in loaded.batch)

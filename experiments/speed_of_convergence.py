@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments import plots, random_keys, work
+from experiments.exact import geometric
 from experiments.gd_vs_sgd import first_at_most
 from experiments.loading import load, some_rows
 from experiments.report import brief
@@ -241,7 +242,7 @@ def _critical(numbers: dict[str, Any]) -> np.ndarray:
     """B of `S(b) = S_min (1 + B γ_b)` at each exact target, S_min the full batch's, least squares in log S."""
     out = []
     gammas = numbers["gamma"]
-    candidates = np.geomspace(0.1, 1e6, 4000)
+    candidates = geometric(0.1, 1e6, 4000)
     for row in numbers["exact_steps"]:
         seen = np.isfinite(row) & (gammas > 0)
         if seen.sum() < 2 or not np.isfinite(row[-1]):

@@ -23,9 +23,20 @@ import optax
 from matplotlib.figure import Figure
 
 from experiments import plots, random_keys
+from experiments.exact import decimals, geometric
 from experiments.results import Claim
 from jaxgrad import data, losses, models, statistics
-from jaxgrad.descent import State, advance, descend, init, no_improvement, small_gradient, small_step, trajectory
+from jaxgrad.descent import (
+    State,
+    advance,
+    descend,
+    init,
+    log_spaced,
+    no_improvement,
+    small_gradient,
+    small_step,
+    trajectory,
+)
 from jaxgrad.sampling import distinct, full_batch, with_replacement
 from jaxgrad.theory import least_squares as theory
 from jaxgrad.theory import stopping as exact
@@ -34,7 +45,7 @@ from jaxgrad.types import Batch, Linear
 
 @dataclass(frozen=True)
 class Config:
-    fractions: tuple[float, ...] = tuple(np.round(np.geomspace(3e-4, 0.97, 16), 6).tolist())
+    fractions: tuple[float, ...] = tuple(geometric(3e-4, 0.97, 16).tolist())
     """GD's step sizes, as fractions of the edge 2/λmax."""
     thresholds: tuple[float, ...] = (1e-2, 1e-3, 1e-4)
     """ε of the rule for GD."""
@@ -44,7 +55,7 @@ class Config:
     """b of SGD at the floor."""
     sgd_fraction: float = 0.2
     """SGD's step size there, as a fraction of the edge of its second moment."""
-    shares: tuple[float, ...] = tuple(np.round(np.geomspace(0.01, 0.5, 10), 6).tolist())
+    shares: tuple[float, ...] = tuple(geometric(0.01, 0.5, 10).tolist())
     """ε for SGD, as shares of the root mean square step."""
     seeds: int = 400
     """Runs of SGD."""
@@ -109,8 +120,8 @@ def _gd(config: Config, batch: Batch) -> dict[str, Any]:
     # Just beyond the edge, from a start that hardly has the component that grows.
     middle = geometry.directions[:, geometry.directions.shape[1] // 2]
     hidden = geometry.minimiser + middle + 1e-9 * geometry.directions[:, 0]
-    unstable = 1.025 * edge
-    pairs = [(f * edge, below) for f in config.fractions for below in config.thresholds] + [(unstable, 1e-3)]
+    unstable = decimals(1.025 * edge)
+    pairs = [(decimals(f * edge), below) for f in config.fractions for below in config.thresholds] + [(unstable, 1e-3)]
     starts = np.zeros((len(pairs), len(hidden)))
     starts[-1] = hidden
     etas, below = np.array(pairs).T
@@ -127,14 +138,14 @@ def _gd(config: Config, batch: Batch) -> dict[str, Any]:
         "diverging": steps[-1], "diverging_predicted": exact.gd_stop_time(geometry, hidden, unstable, 1e-3),
         "diverging_excess": float(theory.gd_excess(geometry, hidden, unstable, [1500])[0]),
     }  # fmt: skip
-    fine = np.geomspace(config.fractions[0], 0.99, 120)
-    numbers["fine"] = fine
+    fine = geometric(config.fractions[0], 0.99, 120)
+    numbers["fine"], etas = fine, decimals(fine * edge)
     for name, law in (("time", exact.gd_stop_time), ("gap", exact.gd_stop_excess)):
         numbers[f"fine_{name}"] = np.array(
-            [[law(geometry, origin, f * edge, below) for below in config.thresholds] for f in fine]
+            [[law(geometry, origin, eta, below) for below in config.thresholds] for eta in etas]
         )
     numbers["certified"] = np.array(
-        [[exact.certified_excess(geometry, f * edge, below) for below in config.thresholds] for f in fine]
+        [[exact.certified_excess(geometry, eta, below) for below in config.thresholds] for eta in etas]
     )
     return numbers
 
@@ -152,7 +163,7 @@ def _false_stops(config: Config, batch: Batch) -> dict[str, Any]:
     }  # fmt: skip
     for b in config.batch_sizes:
         sampling = with_replacement(1) if b == 1 else distinct(b)
-        eta = config.sgd_fraction * theory.sgd_edge(geometry, sampling)
+        eta = decimals(config.sgd_fraction * theory.sgd_edge(geometry, sampling))
         rms = np.sqrt(exact.stationary_step_square(geometry, eta, sampling))
 
         def one(key: Any, eta: Any = eta, sampling: Any = sampling) -> Any:
@@ -172,7 +183,7 @@ def _false_stops(config: Config, batch: Batch) -> dict[str, Any]:
                 [exact.false_stop_probability(geometry, eta, e, sampling) for e in thresholds]
             )
             # For the smallest threshold: the share of runs that have stopped within T steps.
-            numbers["false/steps"] = np.unique(np.geomspace(1, config.watched, 12).astype(int))
+            numbers["false/steps"] = log_spaced(config.watched, 13)[1:]
             first = np.where(below[:, :, 0].any(axis=1), np.argmax(below[:, :, 0], axis=1) + 1, np.inf)
             numbers["false/stopped"] = np.sum(first[:, None] <= numbers["false/steps"][None, :], axis=0)
     return numbers
@@ -199,7 +210,7 @@ def _compared(config: Config, diabetes: Any) -> dict[str, Any]:
     b = 8
     for name, sampling in (("GD", full_batch()), ("SGD", distinct(b))):
         # SGD's largest step size is smaller; half of its edge, like GD's half of its own.
-        eta = 0.5 * (theory.edge(geometry) if name == "GD" else theory.sgd_edge(geometry, sampling))
+        eta = decimals(0.5 * (theory.edge(geometry) if name == "GD" else theory.sgd_edge(geometry, sampling)))
         for rule, stop in rules.items():
             trace = descend(
                 LOSS, start, batch, optimizer=eta, sampling=sampling, steps=config.budget,

@@ -34,6 +34,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import work
+from experiments.exact import two_layer
 from jaxgrad import losses, models, parallel
 from jaxgrad.descent import advance, init
 from jaxgrad.sampling import distinct, full_batch
@@ -77,7 +78,7 @@ def problem(name: str, x: Any, hidden: int) -> tuple[Loss, Params]:
     if name == "linear":
         return losses.mean_loss(models.linear, losses.squared), models.init_linear(x.shape[1])
     loss = losses.mean_loss(partial(models.two_layer, activation=jnp.tanh), losses.softmax_cross_entropy)
-    return loss, models.init_two_layer(jax.random.key(0), x.shape[1], hidden, 10)
+    return loss, two_layer(0, x.shape[1], hidden, 10)
 
 
 def main() -> int:

@@ -78,7 +78,7 @@ def test_the_predicted_logits():
 
 
 def test_the_logits_of_the_error_curve_are_the_same_on_every_machine():
-    """To five decimals: NumPy's `geomspace` itself has another last bit on another processor, and so had the errors."""
+    """Rounded: NumPy's `geomspace` itself has another last bit on another processor, and so had the errors."""
     code = "from experiments import formulas; print(formulas.logit_curves(200)['curve/logit'].tobytes().hex())"
     said = {
         subprocess.run(

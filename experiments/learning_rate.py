@@ -39,7 +39,7 @@ class Config:
     steps: int = 3000
     """Budget of GD; a target not reached in it is not reached."""
     fractions: tuple[float, ...] = (
-        *geometric(0.005, 0.9, 19).tolist(), 0.95, 0.98, 0.99, 0.998, 1.002, 1.01, 1.02, 1.05,
+        *np.round(geometric(0.005, 0.9, 19, digits=9), 6).tolist(), 0.95, 0.98, 0.99, 0.998, 1.002, 1.01, 1.02, 1.05,
     )  # fmt: skip
     """GD's step sizes, as fractions of the edge 2/λmax."""
     shares: tuple[float, ...] = (0.1, 0.01, 0.001)
@@ -49,7 +49,7 @@ class Config:
     b: int = 32
     """Batch size of SGD."""
     sgd_steps: int = 3000
-    sgd_fractions: tuple[float, ...] = tuple(geometric(0.003, 1.3, 20).tolist())
+    sgd_fractions: tuple[float, ...] = tuple(np.round(geometric(0.003, 1.3, 20, digits=9), 6).tolist())
     """SGD's step sizes, as fractions of the edge of its second moment."""
     seeds: int = 20
     rows: int | None = None

@@ -45,7 +45,7 @@ from jaxgrad.types import Batch, Linear
 
 @dataclass(frozen=True)
 class Config:
-    fractions: tuple[float, ...] = tuple(geometric(3e-4, 0.97, 16).tolist())
+    fractions: tuple[float, ...] = tuple(np.round(geometric(3e-4, 0.97, 16, digits=9), 6).tolist())
     """GD's step sizes, as fractions of the edge 2/λmax."""
     thresholds: tuple[float, ...] = (1e-2, 1e-3, 1e-4)
     """ε of the rule for GD."""
@@ -55,7 +55,7 @@ class Config:
     """b of SGD at the floor."""
     sgd_fraction: float = 0.2
     """SGD's step size there, as a fraction of the edge of its second moment."""
-    shares: tuple[float, ...] = tuple(geometric(0.01, 0.5, 10).tolist())
+    shares: tuple[float, ...] = tuple(np.round(geometric(0.01, 0.5, 10, digits=9), 6).tolist())
     """ε for SGD, as shares of the root mean square step."""
     seeds: int = 400
     """Runs of SGD."""

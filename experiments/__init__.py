@@ -22,7 +22,10 @@ anything, and `name[1]` for a column (along the last axis); the first that fits 
     "machine"                               what a machine is and has installed, and who won a race on it
     "rounding"                              computed in floating point without drawing anything, or the same each time
     "rounding, chosen by SCORES of OPTIONS" the option with the lowest score, which rounding may decide at a tie
-    "statistical, axis K"                   one entry along axis K for each seed
+    "error, unit UNIT"                      an error of rounding: UNIT, a number or the name of one, is what it is
+                                            measured in
+    "count"                                 how many cases pass a threshold, each of which rounding may move across
+    "statistical, axis K"                   one entry along axis K for each seed, or for each late step of a chaotic run
     "statistical, error KEY"                a mean whose standard error is the number KEY
     "statistical, deviation KEY"            a mean over the seeds, which scatter by KEY
     "statistical, count of KEY"             how many of KEY runs
@@ -30,7 +33,16 @@ anything, and `name[1]` for a column (along the last axis); the first that fits 
     "timing"                                seconds
     "timing, ratio"                         seconds over seconds of the same run
 
-A `*` in KEY, SCORES and OPTIONS stands for what it stood for in the name.
+A `*` in KEY, SCORES, OPTIONS and UNIT stands for what it stood for in the name.
+
+What a study begins with, grids, draws and starts, comes from `experiments.exact` and is the same to the last bit on
+every machine; so what a re-run gives otherwise is what it computes otherwise.
+
+Recording. Committed results name the code that made them, module by module. Code may move on without a new recording
+for as long as `verify` shows that nothing moved; no test fails because code is newer than results. A new recording is
+made when a study, a bar, or a number that hangs on the machine changes: of all experiments that the change concerns,
+once, by one version of the code, and published whatever it shows. After it, `spread` at both sizes and `power --quick`
+measure what the verdicts of `verify` on the new numbers are worth.
 
 Nothing heavy is imported here: a command line is read, and refused, before JAX is loaded.
 """

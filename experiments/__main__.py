@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -60,12 +59,9 @@ examples:
   python -m experiments gd_vs_sgd --data prices.csv --target price
                                                    the same experiment on your own file
 
-verify runs again into a temporary folder, touches nothing that is committed, and gives a verdict on every number
-and curve: identical; agrees (within what rounding, or its own seeds, may change); differs (with both values, the
-tolerance, and what kind of change does that); not comparable (and what would make it so). For whoever changes the
-study: `spread` runs it three times more, on data nudged by a unit in the last place and with other vector
-instructions, and records by how much rounding moves each number, on which verify's tolerances rest; `spread --quick`
-renews results/quick first.
+verify runs again into a temporary folder, touches nothing that is committed, and says of every number and curve
+whether it is the same: `python -m experiments verify --help`. For whoever changes the study there are `spread` and
+`power`, with a --help each.
 
 An experiment's files are replaced when it is done, each whole or not at all, whenever the study is stopped.
 --resume leaves out what was finished by this very code with these settings, versions and machine. The rest
@@ -81,6 +77,47 @@ stopped when asked: run again with --resume, 130 interrupted (Ctrl-C), 143 termi
 """
 
 
+HELP = {
+    "verify": """\
+usage: python -m experiments verify [NAME ...] [--quick] [--rerun DIR] [--all] [--note] [--out DIR] [--device cpu|gpu]
+
+Are the published numbers those that this machine gets? Runs again into a temporary folder (12 minutes; --quick: one),
+touches nothing that is committed, and gives every number, curve and claim one of four verdicts:
+
+  identical        the same to the last bit
+  agrees           off by no more than rounding moves such a number, or than its own random numbers allow
+  differs          off by more: the code, the data or a setting is not that of the publication, or one of both is wrong
+  not comparable   seconds of another machine, counts of another compiler, a choice at a tie: no verdict is possible
+
+First one line for each experiment and a sentence; then what differs, with both values, the tolerance and the kind of
+change that does this. What rounding may do is measured, not chosen: the study was run in nine environments, and the
+tolerances of any eight hold for the ninth (results/proof.json).
+
+  --quick       the small sizes, against results/quick
+  --rerun DIR   compare results that you have already; nothing is run
+  --all         every number with its verdict
+  --note        keep what was found in verified.json, for the table of re-runs
+
+exit status: 0 nothing differs, 1 something does, 2 it could not be done, 130 interrupted
+""",
+    "spread": """\
+usage: python -m experiments spread [NAME ...] [--quick] [--python INTERPRETER] [--out DIR] [--device cpu|gpu]
+
+For whoever changes the study: how far does rounding move each number? Runs the study again in environments that round
+otherwise (other vector instructions in XLA and NumPy, another BLAS kernel, another C library, one thread, nudged data,
+and another Python and JAX where --python names one that has this study installed), and records the size of what moved
+beside the results: verify's tolerances follow from it. Then each environment is left out in turn and judged by the
+others; where anything differs that is said, and the exit status is 1. --quick renews results/quick first, where its
+code is older. It takes as long as the study for each environment.
+""",
+    "power": """\
+usage: python -m experiments power [NAME ...] [--quick] [--out DIR] [--device cpu|gpu]
+
+How small a mistake does verify see? Runs the study with every step size, then with one example's target, changed by
+1 %, 0.1 %, ... for as long as verify says that it differs, and records the smallest such change of each experiment.
+""",
+}
+
 QUIET: Any = {"help_behavior_hint": ""}
 """For the help, where `(default: None)` behind every option says nothing."""
 
@@ -94,7 +131,7 @@ class Arguments:
     """Gradient descent against SGD: the lecture's formulas and claims, run, measured and drawn."""
 
     names: Annotated[tuple[str, ...], conf.Positional, conf.arg(metavar="[NAME ...]", **QUIET)] = ()
-    """Experiments to run (none: all of them), or `list`, or `report`; or `verify` or `spread` and experiments."""
+    """Experiments to run (none: all), or `list`, or `report`; or `verify`, `spread` or `power` and experiments."""
 
     quick: Annotated[bool, conf.arg(**QUIET)] = False
     """Small sizes: seconds instead of minutes."""
@@ -147,11 +184,14 @@ class Arguments:
     rerun: Annotated[Path | None, conf.arg(metavar="DIR", **QUIET)] = None
     """For verify: results of a re-run that you have already; nothing is run."""
 
-    every: Annotated[bool, conf.arg(**QUIET)] = False
+    every: Annotated[bool, conf.arg(name="all", **QUIET)] = False
     """For verify: list every number with its verdict, not only those that differ."""
 
     note: Annotated[bool, conf.arg(**QUIET)] = False
     """For verify: keep what was found in verified.json, for the table on the front page."""
+
+    python: Annotated[str | None, conf.arg(metavar="INTERPRETER", **QUIET)] = None
+    """For spread: another Python that has this study installed."""
 
 
 class Plan(NamedTuple):
@@ -169,13 +209,17 @@ class Plan(NamedTuple):
     """What becomes of each column of a person's own file."""
 
 
-COMMANDS = ("list", "report", "verify", "spread")
+COMMANDS = ("list", "report", "verify", "spread", "power")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, do it, and return the exit status."""
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        if argv and argv[0] in HELP and {"-h", "--help"} & {*argv}:
+            print(HELP[argv[0]], end="")
+            return OK
+        arguments = parse(argv)
         if arguments.names[:1] == ("list",):
             status = show_list(arguments)
         elif several() and arguments.names[:1] in [(name,) for name in COMMANDS]:
@@ -186,6 +230,8 @@ def main(argv: list[str] | None = None) -> int:
             status = verify_study(arguments)
         elif arguments.names[:1] == ("spread",):
             status = record_spread(arguments)
+        elif arguments.names[:1] == ("power",):
+            status = record_power(arguments)
         else:
             status = run(plan(arguments))
         return status
@@ -211,9 +257,29 @@ def parse(argv: list[str]) -> Arguments:
         Arguments,
         prog="python -m experiments",
         description=f"{Arguments.__doc__}\n\nexperiments:\n{listing}\n\n{EXAMPLES}",
-        args=argv,
+        args=names_first(argv),
         config=(conf.FlagCreatePairsOff,),
     )
+
+
+def names_first(argv: list[str]) -> list[str]:
+    """The same command line with its names in front: `verify --quick losses` is `verify losses --quick`."""
+    flags = {"all", "help", *(field.name for field in dataclasses.fields(Arguments) if field.default is False)}
+    names: list[str] = []
+    options: list[str] = []
+    room = 0.0  # for values of the option before
+    for word in argv:
+        if word.startswith("-"):
+            option = word.removeprefix("--")
+            several = getattr(Arguments, option, None) == ()
+            room = 0 if option in flags or "=" in word or word == "-h" else float("inf") if several else 1
+            options.append(word)
+        elif room:
+            options.append(word)
+            room -= 1
+        else:
+            names.append(word)
+    return names + options
 
 
 def plan(arguments: Arguments) -> Plan:
@@ -221,7 +287,7 @@ def plan(arguments: Arguments) -> Plan:
     known = catalogue()
     for name in arguments.names:
         if name in COMMANDS:
-            alone = "comes first" if name in ("verify", "spread") else "stands alone"
+            alone = "comes first" if name in HELP else "stands alone"
             raise Unusable(f"{name!r} {alone}: python -m experiments {name}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -235,9 +301,11 @@ def plan(arguments: Arguments) -> Plan:
         raise Unusable(f"--device must be cpu or gpu, got {arguments.device!r}")
     if arguments.target is not None and arguments.data is None:
         raise Unusable("--target names a column of --data, and there is no --data")
-    for option in ("rerun", "every", "note"):
+    for option, name in (("rerun", "rerun"), ("every", "all"), ("note", "note")):
         if getattr(arguments, option):
-            raise Unusable(f"--{option} is for verify: python -m experiments verify --{option} ...")
+            raise Unusable(f"--{name} is for verify: python -m experiments verify --{name} ...")
+    if arguments.python:
+        raise Unusable("--python is for spread: python -m experiments spread --python ...")
     given = {
         "seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target,
         "memory": gibibytes(arguments.memory), "options": reading(arguments),
@@ -550,7 +618,11 @@ def verify_study(arguments: Arguments) -> int:
                 continue
             module = importlib.import_module(f"experiments.{entry.name}")
             try:
-                found.append(verify.study(folder, rerun, entry.name, device, module.PUBLISHED, not arguments.quick))
+                found.append(
+                    verify.study(
+                        folder, rerun, entry.name, device, module.PUBLISHED, not arguments.quick, module.claims
+                    )
+                )
             except ValueError as error:
                 raise Unusable(str(error)) from None
         if arguments.note and ran:
@@ -565,11 +637,16 @@ def verify_study(arguments: Arguments) -> int:
 
 
 def record_spread(arguments: Arguments) -> int:
-    """Run again as the machine would round otherwise, and record by how much each number moves."""
+    """Run again in environments that round otherwise, record by how much each number moves, and prove it."""
     folder, entries = committed(arguments, "spread")
-    from experiments import results, spread
+    from experiments import echo, environments, proof, results, spread, verify
 
     device = start_jax(arguments.device)
+    chosen = {
+        label: one
+        for label, one in environments.ENVIRONMENTS[device].items()
+        if arguments.python or not one.other_python
+    }
     with writing(folder), tempfile.TemporaryDirectory(prefix="jaxgrad-spread-") as temporary:
         plan = Plan(entries, {}, arguments.quick, folder, device, bare=True)
         stale = tuple(entry for entry in entries if not is_current(entry, plan, device))
@@ -578,25 +655,74 @@ def record_spread(arguments: Arguments) -> int:
             raise Unusable(f"these results are not of this code on this machine: run `python -m experiments {names}`")
         if (status := carry_out(plan._replace(entries=stale), device).status) != OK:
             return status
-        echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
-        for nudge, (label, variables) in enumerate(spread.ECHOES[device].items(), 1):
-            say(f"echo: {label}")
+        echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries if computes(entry)}
+        for label, one in chosen.items():
+            say(f"environment: {label}")
             out = Path(temporary) / label
-            flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), variables.get("XLA_FLAGS"))))
-            options = ["--bare", "--device", device, "--out", str(out), *(["--quick"] if arguments.quick else [])]
-            done = subprocess.run(
-                [sys.executable, "-m", "experiments.spread", str(nudge), *echoes, *options], check=False,
-                cwd=Path(experiments.__path__[0]).parent, env={**os.environ, **variables, "XLA_FLAGS": flags},
+            failed = echo.run(
+                echo.Change(nudge=one.nudge), [*echoes, *bare(out, device, arguments.quick)], one.variables,
+                arguments.python if one.other_python else None,
             )  # fmt: skip
-            if done.returncode:
-                say(f"echo {label} failed: nothing is recorded")
-                return done.returncode
+            if failed:
+                say(f"{label} failed: nothing is recorded")
+                return failed
             for name, found in echoes.items():
                 found[label] = results.read(out, name, device)
+        as_fast = [label for label, one in chosen.items() if not one.variables and not one.other_python]
+        counts, wrong = {}, []
         for name, found in echoes.items():
-            module = importlib.import_module(f"experiments.{name}")
-            say(str(spread.write(folder, results.read(folder, name, device), found, module.PUBLISHED)))
+            module, old = importlib.import_module(f"experiments.{name}"), results.read(folder, name, device)
+            say(str(spread.write(folder, old, spread.measure(old, found, module.PUBLISHED, as_fast))))
+            verdicts = proof.left_out(old, found, module)
+            counts[name] = {label: {v: one.count(v) for v in verify.VERDICTS} for label, one in verdicts.items()}
+            wrong += [(f"{name}, {label} left out", one) for label, one in verdicts.items() if one.count("differs")]
+        say(str(proof.note(folder, "left out", device, counts)))
+    for title, one in wrong:
+        say(f"{title}:\n{verify.text([one])}")
+    return FAILED if wrong else OK
+
+
+def record_power(arguments: Arguments) -> int:
+    """Run again with planted mistakes of shrinking size, and record which of them verify sees."""
+    folder, entries = committed(arguments, "power")
+    from experiments import echo, proof, results, verify
+
+    device = start_jax(arguments.device)
+    names = [entry.name for entry in entries if computes(entry)]
+    missing = [name for name in names if (name, device) not in results.saved(folder)]
+    if missing:
+        raise Unusable(f"there are no results of {' '.join(missing)} in {folder}")
+    for kind in ("eta", "target"):
+
+        def differs(level: float, names: list[str], kind: str = kind) -> dict[str, bool]:
+            say(f"{kind} changed by {level:g}: {' '.join(names)}")
+            with tempfile.TemporaryDirectory(prefix="jaxgrad-power-") as temporary:
+                change = echo.Change(eta=level) if kind == "eta" else echo.Change(target=level)
+                if status := echo.run(change, [*names, *bare(Path(temporary), device, arguments.quick)]):
+                    raise Unusable(f"the study with {kind} changed by {level:g} ended with status {status}")
+                seen = {}
+                for name in names:
+                    module = importlib.import_module(f"experiments.{name}")
+                    found = verify.study(
+                        folder, temporary, name, device, module.PUBLISHED, timed=False, claims=module.claims
+                    )
+                    seen[name] = found.count("differs") > 0
+                return seen
+
+        with writing(folder):
+            say(str(proof.note(folder, kind, device, proof.power(names, differs))))
     return OK
+
+
+def bare(out: Path, device: str, quick: bool) -> list[str]:
+    """The options of a run that leaves numbers only, elsewhere."""
+    return ["--bare", "--device", device, "--out", str(out), *(["--quick"] if quick else [])]
+
+
+def computes(entry: Entry) -> bool:
+    """Whether an experiment publishes anything that rounding can move: more than seconds."""
+    module = importlib.import_module(f"experiments.{entry.name}")
+    return any(words.split(",")[0] not in ("exact", "machine", "timing") for words in module.PUBLISHED.values())
 
 
 def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ...]]:
@@ -604,18 +730,22 @@ def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ..
     for option in ("seeds", "data", "target", *READING, "resume", "bare"):
         if getattr(arguments, option):
             raise Unusable(f"{command!r} runs what is committed, as it is: --{option} has no meaning for it")
-    if command == "spread" and (arguments.rerun or arguments.every or arguments.note):
-        raise Unusable("--rerun, --every and --note are for verify")
+    if command != "verify" and (arguments.rerun or arguments.every or arguments.note):
+        raise Unusable("--rerun, --all and --note are for verify")
+    if command != "spread" and arguments.python:
+        raise Unusable("--python is for spread")
+    if arguments.python and shutil.which(arguments.python) is None:
+        raise Unusable(f"--python {arguments.python}: there is no such program")
     folder = Path(arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS))
     only_names = dataclasses.replace(
-        arguments, names=arguments.names[1:], out=folder, rerun=None, every=False, note=False
+        arguments, names=arguments.names[1:], out=folder, rerun=None, every=False, note=False, python=None
     )
     entries = plan(only_names).entries
     from experiments import results
 
     if command == "verify" and not results.saved(folder):
         raise Unusable(f"there are no results in {folder} to verify")
-    if command == "spread" and not arguments.quick and not arguments.names[1:]:
+    if command != "verify" and not arguments.quick and not arguments.names[1:]:
         entries = tuple(entry for entry in entries if any(entry.name == name for name, _ in results.saved(folder)))
     return folder, entries
 
@@ -652,7 +782,7 @@ def outcomes(
         return
     new = multiprocessing.get_context("spawn")
     messages, workers = new.SimpleQueue(), new.Array("i", cores)
-    ready = (list(experiments.__path__), device, messages, workers, work.nudge)
+    ready = (list(experiments.__path__), device, messages, workers, work.changed)
     pool = ProcessPoolExecutor(cores, new, work.start, ready)
 
     def together() -> Iterator[tuple[str, work.Product | work.Failure]]:

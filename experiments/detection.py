@@ -63,8 +63,8 @@ QUICK = Config(species=("logistic",), seeds=1, train_steps=100, cold=False)
 PUBLISHED = {
     "seconds_*": "timing", "smallest_detectable": "rounding", "alarms_of_ours": "exact", "judges": "exact",
     "kinds": "exact", "misjudged": "exact", "misplaced": "exact", "missed_by_us": "exact", "mistakes": "exact",
-    "points": "exact", "right_*": "exact", "with_*": "exact", "caught": "exact", "confusion": "exact",
-    "correct": "exact", "false_alarms": "exact", "planted": "exact",
+    "points": "exact", "right_*": "count", "with_*": "count", "caught": "count", "confusion": "count",
+    "correct": "exact", "false_alarms": "count", "planted": "exact",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 POINTS = ("random", "trained", "saturated")

@@ -10,25 +10,32 @@ WORDS = re.compile(
     r"exact(?P<jax>, same jax)?"
     r"|machine"
     r"|rounding(, chosen by (?P<chosen>.+ of .+))?"
+    r"|error, unit (?P<unit>.+)"
+    r"|count"
     r"|timing(?P<ratio>, ratio)?(, axis (?P<repeats>-?\d+))?"
     r"|statistical(, (axis (?P<runs>-?\d+)|(?P<by>error|deviation|count of) (?P<key>.+)))?"
 )
+
+
+NUMBER = re.compile(r"\d+(\.\d*)?(e[+-]?\d+)?")
+"""A unit that is written out, where it is not the name of a number."""
 
 
 class Kind(NamedTuple):
     """A declaration, with the keys that it names filled in."""
 
     name: str
-    """`exact`, `machine`, `rounding`, `statistical` or `timing`."""
+    """`exact`, `machine`, `rounding`, `error`, `count`, `statistical` or `timing`."""
     by: str = ""
     """`jax` (exact), `chosen` (rounding), `axis`, `error`, `deviation`, `count` (statistical), `ratio` (timing)."""
     key: str = ""
-    """The axis of the runs or repeats, or the key that stands behind the words."""
+    """The axis of the runs or repeats, the unit of an error, or the key that stands behind the words."""
 
     @property
     def axis(self) -> int | None:
         """The axis of the runs (statistical) or of the repeats (timing), if there is one."""
-        return int(self.key) if re.fullmatch(r"-?\d+", self.key) else None
+        repeated = self.name in ("statistical", "timing") and re.fullmatch(r"-?\d+", self.key)
+        return int(self.key) if repeated else None
 
 
 class Part(NamedTuple):
@@ -94,11 +101,15 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile("(.*?)".join(map(re.escape, pattern.split("*"))))
 
 
+def _words(said: re.Match[str]) -> str:
+    return next((said[group] for group in ("chosen", "unit", "key", "runs", "repeats") if said[group]), "")
+
+
 def _kind(words: str, stars: tuple[str, ...]) -> Kind:
     said = WORDS.fullmatch(words)
     assert said is not None
     fill = itertools.cycle(stars)
-    key = re.sub(r"\*", lambda _: next(fill), said["chosen"] or said["key"] or said["runs"] or said["repeats"] or "")
+    key = re.sub(r"\*", lambda _: next(fill), _words(said))
     by = (said["by"] or "").removesuffix(" of") or next(
         (
             word

@@ -96,10 +96,19 @@ def write(folder: str | Path, chapters: list[Chapter]) -> Path:
         f"## Every check\n\n{held} of {len(claims)} hold.",
         claims_table(claims),
         *(_chapter(chapter) for chapter in chapters),
+        _verified(folder),
     ]
     path = Path(folder) / "README.md"
     atomic.write(path, ("\n\n".join(part.strip() for part in parts) + "\n").encode())
     return path
+
+
+def _verified(folder: str | Path) -> str:
+    """What re-runs found, and what their verdicts are worth."""
+    from experiments import proof, verify
+
+    parts = ("## Re-runs", verify.noted_table(folder), proof.tables(folder))
+    return "\n\n".join(part for part in parts if part)
 
 
 def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) -> bool:

@@ -41,10 +41,13 @@ PACKAGES = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
 """Packages whose versions every result records, beside Python's."""
 
 MACHINERY = (
-    "__main__", "inline", "page", "plots", "published", "recorded", "report", "results", "spread", "verdicts", "verify",
-    "work",
+    "__main__", "echo", "environments", "inline", "page", "plots", "proof", "published", "recorded", "report",
+    "results", "spread", "verdicts", "verify", "work",
 )  # fmt: skip
 """Modules of `experiments` that show, store or compare numbers and make none: no part of the `code` of a result."""
+
+DEVICES = ("cpu", "gpu", "tpu")
+"""What JAX calls the kinds of device that a result can be of."""
 
 
 class Claim(NamedTuple):
@@ -279,8 +282,8 @@ def lock(folder: str | Path) -> Iterator[None]:
 def saved(folder: str | Path) -> list[tuple[str, str]]:
     """`(experiment, device)` of every result in `folder`, sorted."""
     paths = Path(folder).glob("*/*.json")
-    # What verify noted of the quick baseline lies one folder down, too.
-    return sorted((path.parent.name, path.stem) for path in paths if path.name != "verified.json")
+    # What verify keeps lies there, too: of an experiment, `cpu.spread.json`; of the quick results, in their folder.
+    return sorted((path.parent.name, path.stem) for path in paths if path.stem in DEVICES)
 
 
 def surroundings() -> dict[str, Any]:
@@ -297,6 +300,8 @@ def surroundings() -> dict[str, Any]:
             "system": platform.system(),
             "architecture": platform.machine(),
             "cores": cores(),
+            "processor": processor(),
+            "instructions": instructions(),
         },
         "precision": {
             "default_matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
@@ -308,6 +313,31 @@ def surroundings() -> dict[str, Any]:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's name as its maker has it, where the system tells; else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()
+
+
+LEVELS = (
+    ("AVX-512", "avx512f"), ("AVX2", "avx2"), ("AVX", "avx"), ("SSE4.2", "sse4_2"), ("SVE", "sve"), ("NEON", "asimd"),
+)  # fmt: skip
+
+
+def instructions() -> str:
+    """The widest vector instructions that XLA may use: the processor's, or less where `XLA_FLAGS` says so."""
+    if said := re.search(r"--xla_cpu_max_isa=(\S+)", os.environ.get("XLA_FLAGS", "")):
+        return said[1].replace("_", ".").upper()
+    with contextlib.suppress(OSError):
+        content = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        words = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", content, re.MULTILINE)[:1]).split())
+        return next((name for name, flag in LEVELS if flag in words), "unknown")
+    return "NEON" if platform.machine() in ("arm64", "aarch64") else "unknown"
 
 
 def environment(folder: str | Path) -> Path:

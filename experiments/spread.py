@@ -1,72 +1,72 @@
-"""How far rounding moves each published number: measured, on *echoes* of the study, and saved beside it.
+"""How far rounding moves each published number: measured on *echoes* of the study, and saved beside it.
 
-An echo is the whole study again, with the same programs and random numbers, on data whose columns are scaled up or
-down by one unit in the last place of float32. Nobody could say that these are not the data: they were rounded to
-float32 themselves. And a sum or a product in floating point, in whatever order a compiler takes it, is the exact one
-of data nudged by about that much (backward error), so an echo goes astray as another compiler would make the study
-go astray; that much was compared between two JAX lines (`tests/test_verify.py`). Each echo has a nudge of its own,
-and two of them run on narrower vector instructions without fused multiply-add, in XLA, NumPy and BLAS, for the
-numbers that hang on no data.
+An echo is the whole study again, with the same programs and random numbers, in one of the `ENVIRONMENTS`. Of what an
+echo moves, only the size is kept: the *moments* of the deviations, pooled over entries that share a scale.
 
-    results/<experiment>/<device>.spread.npz    `of/<number>`: relative deviations `[echo, ...]` from the saved
-                                                number; nothing where no echo moved it. `seal`: the hash of the
-                                                result that they belong to. `echoes`: what they were.
+    results/<experiment>/<device>.spread.json   `moments`: by part (`published.parts`) and pool, how many deviations
+                                                are not 0, and sums of their powers (`Moments`). `seal`: the hash of
+                                                the result that they belong to. `echoes`: the environments.
+
+Pools: a number `d`, the entries of a size from 4^d to 4^(d+1), whose deviations are measured in 4^d; `zero`, those
+that are saved as 0, in the root mean square of the part; `relative`, all others, in units of themselves; `scale`,
+all, in the root mean square of the part.
+
+That the tolerances hold where they were not made, `verify.left_out` proves.
 """
 
-import sys
-from collections.abc import Callable
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments import results
-from experiments.published import parts
+from experiments.published import Part, parts
 from experiments.results import Result
 from jaxgrad import atomic
-from jaxgrad.types import Batch
 
-NARROW = {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"}
-ECHOES: dict[str, dict[str, dict[str, str]]] = {
-    "cpu": {
-        "SSE4.2": {"XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2", "OPENBLAS_CORETYPE": "Prescott", **NARROW},
-        "all instructions": {},
-        "AVX": {"XLA_FLAGS": "--xla_cpu_max_isa=AVX", "OPENBLAS_CORETYPE": "Sandybridge", **NARROW},
-    },
-    "gpu": {"no autotuning": {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}, "as is": {}, "as is again": {}},
-}
-"""The environments of the echoes, by device. On another processor than x86 they have no effect, and the nudge has."""
+ZERO, RELATIVE, SCALE = "zero", "relative", "scale"
+
+
+class Moments(NamedTuple):
+    """What is known of the deviations of one pool; of those that are not 0."""
+
+    moved: int
+    """How many there are."""
+    squares: float
+    """The sum of their squares."""
+    fourths: float
+    """The sum of their fourth powers."""
+    between: float
+    """The sum, over the echoes, of the square of each one's own sum of squares: how many echoes it rests on."""
+
+    def plus(self, other: "Moments") -> "Moments":
+        """Of both together, from different echoes."""
+        return Moments(*(a + b for a, b in zip(self, other, strict=True)))  # type: ignore[arg-type]
+
+    def beside(self, other: "Moments") -> "Moments":
+        """Of both together, from the same echoes, which may have moved both at once."""
+        return self.plus(other)._replace(between=(self.between**0.5 + other.between**0.5) ** 2)
+
+    def scaled(self, by: float) -> "Moments":
+        """Of the deviations times `by`."""
+        return Moments(self.moved, self.squares * by**2, self.fourths * by**4, self.between * by**4)
+
+
+Pools = dict[str, Moments]
 
 
 class Spread(NamedTuple):
+    """What is known of the rounding of one result."""
+
     echoes: tuple[str, ...]
-    moved: dict[str, np.ndarray]
-    """Relative deviations of the echoes from the published number, per part `[echo, ...]`; 0 where it is not listed."""
-
-    def of(self, part: str, shape: tuple[int, ...]) -> np.ndarray:
-        return self.moved.get(part, np.zeros((len(self.echoes), *shape)))
-
-
-def nudged(load: Callable[..., Any], seed: int) -> Callable[..., Any]:
-    """`data.load`, with every floating-point column scaled by one unit in the last place, up or down."""
-
-    def nudge(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        up = random.integers(0, 2, values.shape[1:]).astype(bool)
-        towards = np.where(up, np.copysign(np.inf, values), 0).astype(values.dtype)
-        return np.where(values == 0, values, np.nextafter(values, towards))
-
-    def loaded(*arguments: Any, **options: Any) -> Any:
-        dataset, random = load(*arguments, **options), np.random.default_rng(seed)
-        x, y = dataset.batch
-        # Labels are what they are.
-        moved = Batch(nudge(x, random), nudge(y, random) if dataset.task == "regression" else y)
-        return dataset._replace(batch=moved)
-
-    return loaded
+    parts: dict[str, Pools]
+    """By part; a part that no echo moved is not in it."""
 
 
 def deviations(old: Result, new: Result, declared: dict[str, str]) -> dict[str, np.ndarray]:
-    """By how much each part of a re-run deviates: relative to the saved number (to 1 for a saved 0).
+    """By how much each part of a re-run deviates from the saved numbers.
 
     Times deviate by the logarithm, less the median of all: how much faster the machine was.
     """
@@ -78,14 +78,13 @@ def deviations(old: Result, new: Result, declared: dict[str, str]) -> dict[str, 
             if part.kind.name == "timing":
                 out[name] = log_ratio(part.kind.axis, a, b)
             else:
-                with np.errstate(invalid="ignore", over="ignore"):
-                    away = (b - a) / np.where(a == 0, 1, np.abs(a))
-                out[name] = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, away)
+                with np.errstate(invalid="ignore"):
+                    out[name] = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, b - a)
     pace = median_pace(before, out)
     return {k: v - pace if before[k].kind.name == "timing" and not before[k].kind.by else v for k, v in out.items()}
 
 
-def median_pace(before: dict[str, Any], logs: dict[str, np.ndarray]) -> float:
+def median_pace(before: dict[str, Part], logs: dict[str, np.ndarray]) -> float:
     """The median logarithm over all seconds: how much slower everything was."""
     seconds = [logs[k].ravel() for k in logs if before[k].kind.name == "timing" and not before[k].kind.by]
     finite = [values[np.isfinite(values)] for values in seconds]
@@ -104,19 +103,82 @@ def comparable(old: Any, new: Any) -> bool:
     return np.shape(old) == np.shape(new) and all(np.asarray(value).dtype.kind in "fiu" for value in (old, new))
 
 
-def write(folder: str | Path, old: Result, echoes: dict[str, Result], declared: dict[str, str]) -> Path:
-    """Write the deviations of the echoes of a saved result beside it; returns the path."""
-    found = [deviations(old, echo, declared) for echo in echoes.values()]
-    # What is missing from an echo, or has another shape there, has no spread.
-    common = sorted(set.intersection(*map(set, found)))
+# --- moments -----------------------------------------------------------------------------------------------------
+
+
+def pools_of(value: np.ndarray) -> np.ndarray:
+    """The number of the pool of each entry: floor(log4 |x|); NaN for 0 and for what is not finite."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pool = np.maximum(np.floor(np.log2(np.abs(value)) / 2), -511)  # 4^-511 is a normal number
+    return np.where(np.isfinite(value) & (value != 0), pool, np.nan)
+
+
+def scale_of(value: np.ndarray) -> float:
+    """Root mean square of the finite entries; 1 where they are 0."""
+    finite = np.abs(value[np.isfinite(value)])
+    largest = finite.max(initial=0.0)
+    return float(largest * np.sqrt(np.mean((finite / largest) ** 2))) if largest > 0 else 1.0
+
+
+def moments(value: np.ndarray, away: np.ndarray) -> Pools:
+    """Of the deviations `away` of the entries of `value`, pool by pool; pools that did not move are left out."""
+    pool = pools_of(value)
+    found = {
+        f"{number:.0f}": _moments(away[pool == number] / 4.0**number) for number in np.unique(pool[np.isfinite(pool)])
+    }
+    found[ZERO] = _moments(away[value == 0] / scale_of(value))
     with np.errstate(over="ignore"):
-        arrays = {f"of/{part}": np.stack([one[part] for one in found]).astype(np.float32) for part in common}
-    arrays = {key: value for key, value in arrays.items() if value.any()}
-    seal = results.seal(folder, old.name, old.device)
+        found[RELATIVE] = _moments(away[np.isfinite(pool)] / np.abs(value[np.isfinite(pool)]))
+    found[SCALE] = _moments(away / scale_of(value))
+    return {name: one for name, one in found.items() if one.moved}
+
+
+def _moments(deviations: np.ndarray) -> Moments:
+    sizes = np.abs(deviations[np.isfinite(deviations) & (deviations != 0)])
+    with np.errstate(over="ignore"):
+        squares = float(np.sum(sizes**2))
+        return Moments(sizes.size, squares, float(np.sum(sizes**4)), squares**2)
+
+
+def measure(old: Result, echoes: dict[str, Result], declared: dict[str, str], timed: Sequence[str] = ()) -> Spread:
+    """The spread of a result over its echoes; that of its times over those named in `timed`, which were as fast."""
+    before = parts(old.name, old.numbers, declared)
+    found: dict[str, Pools] = {}
+    for label, echo in echoes.items():
+        for name, away in deviations(old, echo, declared).items():
+            value = np.asarray(before[name].value, float)
+            timing = before[name].kind.name == "timing"
+            if timing and label not in timed:
+                continue
+            # Logarithms of times have a unit of their own.
+            pools = {SCALE: _moments(away)} if timing else moments(value, away)
+            own = found.setdefault(name, {})
+            for pool, more in pools.items():
+                if more.moved:
+                    own[pool] = own[pool].plus(more) if pool in own else more
+    return Spread(tuple(echoes), {name: pools for name, pools in found.items() if pools})
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def write(folder: str | Path, old: Result, spread: Spread) -> Path:
+    """Write the spread of a saved result beside it; returns the path."""
+    document = {
+        "echoes": list(spread.echoes),
+        "moments": {
+            name: {pool: [float(f"{value:.4g}") for value in one] for pool, one in pools.items()}
+            for name, pools in spread.parts.items()
+        },
+        "seal": results.seal(folder, old.name, old.device),
+    }
     path = _path(folder, old)
-    atomic.write(
-        path, results.npz(arrays | {"echoes": np.array(list(echoes)), "seal": np.array(seal)}, compressed=True)
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(pools)}" for name, pools in document["moments"].items())
+    text = (
+        f'{{"echoes": {json.dumps(document["echoes"])},\n "seal": {json.dumps(document["seal"])},\n'
+        f' "moments": {{\n{lines}\n }}\n}}\n'
     )
+    atomic.write(path, text.encode())
     return path
 
 
@@ -126,35 +188,16 @@ def read(folder: str | Path, old: Result) -> Spread | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # damaged bytes make NumPy and zipfile raise anything
-        raise ValueError(
-            f"{path} is not a whole npz file ({error}); run `python -m experiments spread` again"
-        ) from None
-    if str(arrays.pop("seal")) != results.seal(folder, old.name, old.device):
-        return None
-    echoes = tuple(arrays.pop("echoes").tolist())
-    return Spread(echoes, {key.removeprefix("of/"): value.astype(float) for key, value in arrays.items()})
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = {
+            name: {pool: Moments(int(one[0]), *map(float, one[1:4])) for pool, one in pools.items()}
+            for name, pools in document["moments"].items()
+        }
+        seal, echoes = str(document["seal"]), tuple(map(str, document["echoes"]))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not whole ({error!r}); run `python -m experiments spread` again") from None
+    return Spread(echoes, found) if seal == results.seal(folder, old.name, old.device) else None
 
 
 def _path(folder: str | Path, result: Result) -> Path:
-    return Path(folder) / result.name / f"{result.device}.spread.npz"
-
-
-def nudge_data(seed: int) -> None:
-    """Let every experiment of this process load nudged data."""
-    from jaxgrad import data
-
-    data.load = nudged(data.load, seed)
-
-
-if __name__ == "__main__":
-    # python -m experiments.spread SEED ARGUMENTS: one echo of `python -m experiments ARGUMENTS`.
-    from experiments import work
-    from experiments.__main__ import main
-    from jaxgrad import commandline
-
-    work.nudge = int(sys.argv[1])
-    nudge_data(work.nudge)
-    commandline.leave(commandline.outcome(lambda: main(sys.argv[2:])))
+    return Path(folder) / result.name / f"{result.device}.spread.json"

@@ -5,19 +5,30 @@ was recorded; nobody types it in.
 
 **Exact**: not at all.
 
-**Rounding**: by as much as rounding moves this very number, which no data type tells (a sum loses an ulp; a step of GD
-beyond the edge doubles what was lost before), and which is measured on the echoes of the study (`spread.py`). With r
-the root mean square of the deviations of entries of like size (within a factor of 16 or so) in the same array, those
-that moved at all, a re-run agrees within
+**Rounding**: by as much as rounding moves numbers like this one, which no data type tells (a sum loses an ulp; a step
+of GD beyond the edge doubles what was lost before), and which is measured on the echoes of the study (`spread.py`).
+With r the root mean square of the deviations of entries of like size (within a factor of 16 or so) in the same array,
+those that moved at all, a re-run agrees within
 
     t(1 − α/2N, ν) · r + 4 u |x|
 
-t: quantile of Student's distribution. ν: how many echoes moved (times the runs, where an array has an axis of runs:
-the entries of a curve share its history), or fewer where few large deviations make up r (Satterthwaite). α:
-`LEVEL`, the chance that a sound re-run of an experiment is called different. N: how many parts it has (Bonferroni).
-u: unit of rounding of the precision in which the values are saved, or of float32 where all of them are float32
-numbers. What no echo moved may move by the rounding of a sum over the n examples in another order, √n u |x|. Chaotic
-numbers (late losses of a net at a large step size) get a wide tolerance because their echoes scatter; no other does.
+t: quantile of Student's distribution. ν: how many echoes r rests on (times the runs, where an array has an axis of
+runs: the entries of a curve share its history), fewer where a few of them, or of the entries, make up most of it
+(Satterthwaite). α: `LEVEL`, the chance that a sound re-run of an experiment is called different. N: how many parts it
+has (Bonferroni). u: unit of rounding of the precision in which the values are saved, or of float32 where all of them
+are float32 numbers. Where no entry of like size moved, r is relative, over the array; where nothing of it moved, over
+the parts that were declared with it; where none of those moved, the tolerance is the rounding of a sum over the n
+examples in another order, √n u |x|. For an entry that is 0, r is absolute, over the array; and u |x| is at least a
+unit of rounding, of float64, of the array's root mean square. So nothing that is computed has the tolerance 0. A
+whole number that is computed, a step at which a threshold is crossed, may move by 1. Chaotic numbers (late losses of
+a net at a large step size) get a wide tolerance because their echoes scatter; no other does.
+
+**Error**: a number that is itself an error of rounding, in the unit that is declared, is one draw of a random number
+of its own size. So is that of the re-run: it may be off by z(1 − α/2N) √2 times the published one, or the unit where
+that is larger.
+
+**Count**: how many cases pass a threshold. It is held to what the echoes show over all counts of the experiment, or
+to 1 where they show less.
 
 **Statistical**: a re-run draws the same random numbers, so it is held to the tolerance of rounding first. Beyond it,
 the deviation is compared with what the seeds of both imply (Welch's t for runs, a normal interval for means with a
@@ -31,8 +42,9 @@ part from their published selves while most stay are chaos, and agree.
 of the echoes' own ratios in the same way. Times of another kind of machine, and of `--quick`, are not comparable.
 """
 
+import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,21 +52,27 @@ import ml_dtypes
 import numpy as np
 from scipy import stats
 
-from experiments import results
+from experiments import published, results
 from experiments import spread as spreads
 from experiments.published import Kind, Part, look_up, parts
-from experiments.results import Result
-from experiments.spread import Spread, comparable, log_ratio
+from experiments.results import Claim, Result
+from experiments.spread import RELATIVE, SCALE, ZERO, Moments, Pools, Spread, comparable, log_ratio, pools_of, scale_of
 from jaxgrad import atomic
 
 LEVEL = 1e-3
 """Chance that a sound re-run of one experiment is called different, for all of its numbers together."""
+
+Claims = Callable[[dict[str, Any]], Sequence[Claim]]
+"""`claims` of an experiment: what its numbers confirm or refute."""
 
 Verdict = Literal["identical", "agrees", "differs", "not comparable"]
 VERDICTS: tuple[Verdict, ...] = ("identical", "agrees", "differs", "not comparable")
 
 OTHER_DRAWS = "within the interval of its seeds, with other random numbers"
 CHAOS = "runs parted from their published selves, the others did not: chaos; within the interval of its seeds"
+
+
+NO_SPREAD = "no spread is recorded for it (`python -m experiments spread`): rounding is held to that of one sum"
 
 
 class Finding(NamedTuple):
@@ -97,7 +115,13 @@ class Case(NamedTuple):
 
 
 def study(
-    folder: str | Path, rerun: str | Path, name: str, device: str, declared: dict[str, str], timed: bool = True
+    folder: str | Path,
+    rerun: str | Path,
+    name: str,
+    device: str,
+    declared: dict[str, str],
+    timed: bool = True,
+    claims: Claims | None = None,
 ) -> Comparison:
     """The verdicts on one experiment of the re-run in `rerun` against what is committed in `folder`."""
     try:
@@ -109,10 +133,9 @@ def study(
         hint = "edited: the committed files are damaged, or were changed after the run that wrote them"
         return Comparison(name, (Finding("all", "differs", str(error)),), hint=hint)
     spread = spreads.read(folder, old)
-    found = compare(old, results.read(rerun, name, device), declared, spread, timed)
-    if spread is None:
-        note = "no spread is recorded for it (`python -m experiments spread`): rounding is held to that of one sum"
-        found = found._replace(remarks=(*found.remarks, note))
+    found = compare(old, results.read(rerun, name, device), declared, spread, timed, claims)
+    if spread is None and any(words.startswith(("rounding", "statistical")) for words in declared.values()):
+        found = found._replace(remarks=(*found.remarks, NO_SPREAD))
     if edited:
         moved = [finding.part for finding in found.findings if finding.verdict == "differs"]
         note = f"the {' and '.join(edited)} in {name}/{device}.json are not those that a run wrote there"
@@ -124,9 +147,14 @@ def study(
 
 
 def compare(
-    old: Result, new: Result, declared: dict[str, str], spread: Spread | None, timed: bool = True
+    old: Result,
+    new: Result,
+    declared: dict[str, str],
+    spread: Spread | None,
+    timed: bool = True,
+    claims: Claims | None = None,
 ) -> Comparison:
-    """The verdicts on a re-run `new` of the committed result `old`."""
+    """The verdicts on a re-run `new` of the committed result `old`; `claims` are those of its experiment."""
     remarks = tuple(_stale(old, new))
     if obstacle := _obstacle(old, new):
         everything = tuple(Finding(key, "not comparable", obstacle) for key in old.numbers)
@@ -148,7 +176,9 @@ def compare(
     findings += [
         Finding(part, "differs", "it is not among the committed numbers") for part in after if part not in before
     ]
-    findings += _claims(old, new, any(part.kind.name == "timing" for part in before.values()))
+    loose = {finding.part for finding in findings if finding.verdict == "not comparable"}
+    loose |= {name for name, part in before.items() if part.kind.name in ("timing", "machine")}
+    findings += _claims(case, loose, claims)
     return Comparison(old.name, tuple(findings), remarks, _hint(case, findings, same_draws))
 
 
@@ -175,9 +205,15 @@ def _obstacle(old: Result, new: Result) -> str:
     return "" if there == here else f"other precision (run with this): {there} there, {here} here"
 
 
-def _claims(old: Result, new: Result, timed: bool) -> Iterator[Finding]:
-    """Each claim holds, or fails, as it did. Its numbers are judged by themselves."""
-    for was, now in zip(old.claims, new.claims, strict=False):
+def _claims(case: Case, loose: set[str], claims: Claims | None) -> Iterator[Finding]:
+    """Each claim holds, or fails, as it did. Its numbers are judged by themselves.
+
+    Of a claim that flips the question is what it stands on. It is asked of the claim: where it flips as well on the
+    published numbers with nothing of the re-run but what is not comparable (`loose`: seconds, what tells of a machine),
+    it is not comparable either.
+    """
+    old, new = case.old, case.new
+    for i, (was, now) in enumerate(zip(old.claims, new.claims, strict=False)):
         name = f"claim {was.id} ({was.text})"
         if was == now:
             yield Finding(name, "identical")
@@ -188,11 +224,27 @@ def _claims(old: Result, new: Result, timed: bool) -> Iterator[Finding]:
         else:
             held = "it holds there and not here" if was.holds else "it holds here and not there"
             note = f"{held}: {was.measured} there, {now.measured} here, expected {was.expected}"
-            # A claim about seconds is about a machine.
-            yield Finding(name, "not comparable" if timed else "differs", note)
+            by_these = claims is not None and bool(loose) and claims(_with(case, loose))[i].holds == now.holds
+            why = "; it stands on seconds or on what tells of the machine" if by_these else ""
+            yield Finding(name, "not comparable" if by_these else "differs", note + why)
     if len(old.claims) != len(new.claims):
         count = f"{len(old.claims)} claims there, {len(new.claims)} here: `python -m experiments report` renews them"
         yield Finding("claims", "not comparable", count)
+
+
+def _with(case: Case, names: set[str]) -> dict[str, Any]:
+    """The published numbers, with these parts of the re-run."""
+    numbers = dict(case.old.numbers)
+    for name in names & case.after.keys():
+        value = case.after[name].value
+        if name in numbers:
+            numbers[name] = value
+            continue
+        key, _, column = name[:-1].rpartition("[")
+        if np.shape(numbers[key])[:-1] == np.shape(value):
+            numbers[key] = np.array(numbers[key])
+            numbers[key][..., int(column)] = value
+    return numbers
 
 
 def _verdict(case: Case, name: str, same_draws: bool | None) -> Finding:
@@ -211,6 +263,8 @@ def _verdict(case: Case, name: str, same_draws: bool | None) -> Finding:
         return Finding(name, "not comparable", note)
     if kind.name == "exact" or not comparable(old, new):
         return Finding(name, "differs", f"{_brief(old)} there, {_brief(new)} here; it must be the same to the last bit")
+    if kind.name == "error":
+        return _error(case, name)
     allowed = tolerance(case, name)
     beyond = _beyond(*_values(case, name), allowed)
     if not beyond.any():
@@ -235,41 +289,75 @@ def tolerance(case: Case, name: str) -> np.ndarray:
             _all(np.float32(value) == value, value) and not _all(np.float16(value) == value, value)
         )
         unit = np.finfo(np.float32 if single else np.float64).eps * np.abs(value)
-        moved = None if case.spread is None else case.spread.of(name, value.shape)
-        if moved is None or moved.shape[1:] != value.shape or not np.any(moved):
-            return max(4.0, np.sqrt(case.examples)) * unit
-        runs = value.shape[kind.axis] if kind.axis is not None else 1
-        return 4 * unit + pooled(value, moved, runs, case.level)
+        # A difference of numbers of the array's size is off by a unit of theirs, however small it is itself.
+        unit = np.maximum(unit, np.finfo(np.float64).eps * scale_of(value))
+    runs = value.shape[kind.axis] if kind.axis is not None else 1
+    pools = {} if case.spread is None else case.spread.parts.get(name, {})
+    if pools and kind.name != "count":
+        allowed = 4 * unit + reach(value, pools, runs, case.level)
+    elif family := _family(case, name):
+        allowed = 4 * unit + bound(family, runs, case.level) * (1 if kind.name == "count" else np.abs(value))
+    else:
+        allowed = max(4.0, np.sqrt(case.examples)) * unit
+    whole = saved.dtype.kind in "iu" or kind.name == "count"
+    return np.maximum(allowed, 1.0) if whole else allowed
 
 
-def pooled(value: np.ndarray, moved: np.ndarray, runs: int, level: float) -> np.ndarray:
-    """`t · r` of every entry, from relative deviations `[echo, ...]` of the entries of its own and the next decades.
+def _family(case: Case, name: str) -> Moments | None:
+    """What is known of the parts that one pattern declares, together: of counts absolute, of all others relative."""
+    if case.spread is None:
+        return None
+    part, found = case.before[name], None
+    for other, pools in case.spread.parts.items():
+        kin = case.before.get(other)
+        if kin is None or (kin.kind.name == "count" if part.kind.name != "count" else kin.kind.name != "count"):
+            continue
+        if part.kind.name == "count":
+            one = pools[SCALE].scaled(scale_of(np.asarray(kin.value, float)))
+        elif kin.pattern != part.pattern or RELATIVE not in pools:
+            continue
+        else:
+            one = pools[RELATIVE]
+        found = one if found is None else found.beside(one)
+    return found
 
-    Decades of 4: entries within a factor of 4 to 16 of each other are pooled; zeros are a decade of their own.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        decade = np.where(value == 0, -9999, np.floor(np.log2(np.abs(value)) / 2))
-        away = moved * np.where(value == 0, 1, np.abs(value))
-    out = np.zeros(value.shape)
-    for one in np.unique(decade[np.isfinite(decade)]):
-        pool = away[:, np.abs(np.where(np.isfinite(decade), decade, np.inf) - one) <= 1]
-        echoes = int(np.any((pool != 0) & np.isfinite(pool), axis=1).sum())
-        out[decade == one] = bound(pool, echoes * runs, level)
+
+def reach(value: np.ndarray, pools: Pools, runs: int, level: float) -> np.ndarray:
+    """`t · r` of every entry: from its own pool and the next ones, or where these did not move, from all."""
+    pool, out = pools_of(value), np.zeros(value.shape)
+    for number in np.unique(pool[np.isfinite(pool)]):
+        near = [one.scaled(4.0**step) for step in (-1, 0, 1) if (one := pools.get(f"{number + step:.0f}"))]
+        here = pool == number
+        if near:
+            out[here] = bound(functools.reduce(Moments.beside, near), runs, level) * 4.0**number
+        elif RELATIVE in pools:
+            out[here] = bound(pools[RELATIVE], runs, level) * np.abs(value[here])
+    if zero := pools.get(ZERO) or pools.get(SCALE):
+        out[value == 0] = bound(zero, runs, level) * scale_of(value)
     return out
 
 
-def bound(deviations: np.ndarray, freedom: int, level: float) -> float:
+def bound(known: Moments, runs: int, level: float) -> float:
     """What one more deviation of the same source exceeds with a chance of `level`; of those that are not 0.
 
-    `freedom`: how many of them are independent, at most.
+    An echo is one draw of it for each of `runs`; echoes, or entries, that move more than others count for fewer
+    (Satterthwaite).
     """
-    sizes = np.abs(deviations[np.isfinite(deviations) & (deviations != 0)])
-    if not sizes.size:
+    if not known.moved or not known.squares:
         return 0.0
-    squares = (sizes / sizes.max()) ** 2
-    kurtosis = squares.size * np.sum(squares**2) / squares.sum() ** 2
-    freedom = min(freedom, 2 * squares.size / max(kurtosis - 1, 1e-9))
-    return float(stats.t.isf(level / 2, freedom) * sizes.max() * np.sqrt(squares.mean()))
+    kurtosis = known.moved * known.fourths / known.squares**2
+    freedom = min(runs * known.squares**2 / known.between, 2 * known.moved / max(kurtosis - 1, 1e-9))
+    return float(stats.t.isf(level / 2, freedom) * np.sqrt(known.squares / known.moved))
+
+
+def _error(case: Case, name: str) -> Finding:
+    """The verdict on a number that is itself an error of rounding: it may be another one of the same size."""
+    (a, b), key = _values(case, name), case.before[name].kind.key
+    unit = float(key) if published.NUMBER.fullmatch(key) else np.asarray(look_up(case.old.numbers, key), float)
+    allowed = stats.norm.isf(case.level / 2) * np.sqrt(2) * np.maximum(np.abs(a), unit)
+    if _beyond(a, b, allowed).any():
+        return Finding(name, "differs", f"{_first(case, name, allowed)}, for an error of this size")
+    return Finding(name, "agrees", _share(a, b, allowed))
 
 
 def _tie(case: Case, name: str) -> str:
@@ -405,12 +493,12 @@ def _timing(case: Case, name: str) -> Finding:
         return Finding(name, "not comparable", f"timed on {there}, here on {here}: run on the like of the former")
     if not comparable(part.value, case.after[name].value):
         return Finding(name, "not comparable", "another number of contenders or repeats")
-    known = {} if case.spread is None else case.spread.moved
-    pool = [known[k].ravel() for k, other in case.before.items() if other.kind.name == "timing" and k in known]
+    known = {} if case.spread is None else case.spread.parts
+    pool = [known[k][SCALE] for k, other in case.before.items() if other.kind.name == "timing" and k in known]
     if not pool:
         return Finding(name, "not comparable", "no scatter of its times is recorded: `python -m experiments spread`")
-    together = np.concatenate(pool)
-    allowed = bound(together, together.size, case.level)
+    together = functools.reduce(Moments.plus, pool)
+    allowed = bound(together._replace(between=together.squares**2 / together.moved), 1, case.level)
     away = log_ratio(part.kind.axis, *_values(case, name)) - (0.0 if part.kind.by == "ratio" else case.pace)
     worst = float(np.max(np.abs(away), initial=0.0, where=np.isfinite(away)))
     note = f"×{np.exp(worst):.3g} beside the other contenders of its run; their scatter allows ×{np.exp(allowed):.3g}"
@@ -474,11 +562,14 @@ def _course(old: np.ndarray, new: np.ndarray, runs: int | None) -> str:
     if use.sum() < 4 or not use[0] or not a[:, use].any():
         return ""
     a, b = a[:, use].mean(axis=0), b[:, use].mean(axis=0)
+    changes = np.flatnonzero((a != a[0]) & (b != b[0]))
+    if not changes.size:
+        return ""  # one of them stays where it is: no course to compare
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(a == b, 1.0, b / a)
-        first = (b[1] - b[0]) / (a[1] - a[0])
+        first = (b[changes[0]] - b[0]) / (a[changes[0]] - a[0])
     off = np.abs(ratio - 1)
-    if ratio[0] > 1.5 and abs(ratio[0] / round(ratio[0]) - 1) < 1e-3:
+    if 1.5 < ratio[0] < np.inf and abs(ratio[0] / round(ratio[0]) - 1) < 1e-3:
         return f"mean against sum: it starts {ratio[0]:.4g} times as large"
     if off[0] > 0.05 * np.nanmax(off):
         return "data: it is different from its first entry on"
@@ -486,12 +577,16 @@ def _course(old: np.ndarray, new: np.ndarray, runs: int | None) -> str:
     turns = np.abs(np.diff(np.sign(away[away != 0]))) > 1
     if np.sum(turns) > 0.2 * len(turns) and np.nanmax(off) < 0.1:
         return "dtype: it goes astray to both sides, by so much as few digits would make it"
-    if not np.isfinite(first) or abs(first) > 1.5:
+    if abs(first) > 1.5:
         return f"mean against sum: its first change is {abs(first):.4g} times as large"
     return f"step size: its first change is {first:.4g} times as large"
 
 
 # --- what was verified where -------------------------------------------------------------------------------------
+
+
+WHERE = ("device_kind", "system", "architecture", "cores", "processor", "instructions")
+"""What tells machines apart in the table of re-runs."""
 
 
 def note(folder: str | Path, rerun: str | Path, device: str, comparisons: Iterable[Comparison]) -> Path:
@@ -500,7 +595,7 @@ def note(folder: str | Path, rerun: str | Path, device: str, comparisons: Iterab
     here = results.read(rerun, comparisons[0].name, device).provenance
     where = {
         "python": here["versions"]["python"], "jax": here["versions"]["jax"], "device": device,
-        **{key: here["machine"][key] for key in ("device_kind", "system", "architecture", "cores")},
+        **{key: here["machine"].get(key) for key in WHERE},
     }  # fmt: skip
     found = {
         one.name: {
@@ -537,7 +632,9 @@ def noted_table(folder: str | Path) -> str:
             ]  # fmt: skip
             if now:
                 kind = f"{where['cores']} cores" if where["device"] == "cpu" else ", ".join(where["device_kind"])
-                machine = f"{where['system']} {where['architecture']}, {kind}"
+                processor = where.get("processor") or f"{where['system']} {where['architecture']}"
+                kind += f", {where['instructions']}" if where.get("instructions") else ""
+                machine = f"{processor}, {kind}"
                 counts = " | ".join(str(sum(found[verdict] for found in now)) for verdict in VERDICTS)
                 lines.append(
                     f"| Python {where['python']}, jax {where['jax']}, {machine}{size} | {len(now)} | {counts} |"
@@ -549,33 +646,69 @@ def noted_table(folder: str | Path) -> str:
 
 
 def text(comparisons: Iterable[Comparison], every: bool = False) -> str:
-    """What was found, experiment by experiment, and the table of verdicts."""
-    comparisons, lines = list(comparisons), []
+    """What was found: a line for each experiment, a sentence, and then what differs or needs a look."""
+    comparisons = list(comparisons)
+    width = max(len(found.name) for found in comparisons)
+    lines = [f"{found.name:<{width}}  {_line(found)}" for found in comparisons]
+    blocks = ["\n".join(lines), _sentence(comparisons)]
     for found in comparisons:
-        said = [f"  {remark}" for remark in found.remarks]
-        shown = [finding for finding in found.findings if every or finding.verdict == "differs"]
-        said += [f"  {finding.verdict}: {finding.part}: {finding.note}".rstrip(": ") for finding in shown]
-        told = [f for f in found.findings if f.verdict == "not comparable" or f.note == OTHER_DRAWS or CHAOS in f.note]
-        said += [f"  {words}" for words in ([] if every else _grouped(told))]
-        said += [f"  hint: {found.hint}"] if found.hint else []
-        lines += [found.name, *said, ""] if said else []
-    rows = [(found.name, *(str(found.count(verdict)) for verdict in VERDICTS)) for found in comparisons]
-    rows.append(("all", *(str(sum(found.count(verdict) for found in comparisons)) for verdict in VERDICTS)))
-    width = max(map(len, ("experiment", *(row[0] for row in rows))))
-    for row in (("experiment", *VERDICTS), *rows):
-        cells = (f"{cell:>{len(verdict)}}" for cell, verdict in zip(row[1:], VERDICTS, strict=True))
-        lines.append("  ".join((f"{row[0]:<{width}}", *cells)))
-    return "\n".join(lines)
+        if said := list(_attention(found, every)):
+            blocks.append("\n".join([found.name, *(f"  {words}" for words in said)]))
+    if notes := list(_notes(comparisons)):
+        blocks.append("\n".join(notes))
+    return "\n\n".join(blocks)
 
 
-def _grouped(findings: Iterable[Finding]) -> Iterator[str]:
-    """Findings of the same verdict and note in one line."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for finding in findings:
-        groups.setdefault((finding.verdict, finding.note), []).append(finding.part)
-    for (verdict, note), names in groups.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"{verdict}: {', '.join(names[:3])}{more}: {note}"
+def _line(found: Comparison) -> str:
+    """The worst verdict, and how many numbers have which."""
+    worst = next((verdict for verdict in ("differs", "agrees", "identical") if found.count(verdict)), VERDICTS[-1])
+    counts = [f"{found.count(verdict)} {verdict}" for verdict in VERDICTS if found.count(verdict)]
+    return f"{worst.upper() if worst == 'differs' else worst:<14}  {', '.join(counts)}"
+
+
+def _sentence(comparisons: Sequence[Comparison]) -> str:
+    """All of it in one sentence."""
+    differ = [found.name for found in comparisons if found.count("differs")]
+    agree = sum(found.count("agrees") > 0 and not found.count("differs") for found in comparisons)
+    same = sum(
+        found.count("identical") > 0 and not found.count("agrees") + found.count("differs") for found in comparisons
+    )
+    loose = len(comparisons) - len(differ) - agree - same
+    said = [f"{same} identical to the last bit"] if same else []
+    said += [f"{agree} within rounding"] if agree else []
+    said += [f"{loose} not comparable"] if loose else []
+    count = f"Of {len(comparisons)} experiments " if len(comparisons) > 1 else ""
+    apart = sum(found.count("not comparable") for found in comparisons)
+    rest = f" {apart} numbers are not comparable, most of them seconds (--all lists them)." if apart else ""
+    verdict = (
+        f"{len(differ)} {'differ' if len(differ) > 1 else 'differs'}: {', '.join(differ)}"
+        if differ
+        else "nothing differs"
+    )
+    return f"{count}{', '.join(said)}{'; ' if said else ''}{verdict}.{rest}"
+
+
+def _attention(found: Comparison, every: bool) -> Iterator[str]:
+    """What differs, claims that cannot be told, the hint; with `every` all."""
+    for finding in found.findings:
+        claim = finding.part.startswith("claim") and finding.verdict == "not comparable"
+        other = finding.verdict == "agrees" and (finding.note == OTHER_DRAWS or CHAOS in finding.note)
+        if every or finding.verdict == "differs" or claim or other:
+            yield f"{finding.verdict}: {finding.part}: {finding.note}".rstrip(": ")
+    if found.hint:
+        yield f"hint: {found.hint}"
+    if every or found.count("differs"):
+        yield from found.remarks
+
+
+def _notes(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """What is to be said of several experiments at once."""
+    newer = [found.name for found in comparisons if any(remark.startswith("stale") for remark in found.remarks)]
+    if newer:
+        yield f"The code is newer than the results of {', '.join(newer)} (stale); what moved is above."
+    bare = [found.name for found in comparisons if NO_SPREAD in found.remarks]
+    if bare:
+        yield f"No spread is recorded for {', '.join(bare)}: rounding is held to that of one sum."
 
 
 def _values(case: Case, name: str) -> tuple[np.ndarray, np.ndarray]:

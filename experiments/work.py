@@ -107,6 +107,8 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
     times = {
         "seconds": round(time.perf_counter() - start, 3),
         "compile_seconds": round(clock() - compiled_before, 3),
+        # How many processes wanted a core, over the last minute: what a time is worth.
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else float("nan"),
     }
     numbers = results.as_saved(numbers)
     published.parts(name, numbers, declared)
@@ -218,14 +220,14 @@ _speak: Callable[[str], None] = print
 _workers: Any = None
 """The process ids of all workers, 0 where there is none yet; its lock is held by who speaks."""
 _alone = False
-nudge: int | None = None
-"""For an echo of the study (`experiments.spread`): which nudge its data get, in every process."""
+changed: Any = None
+"""For an echo of the study: its `echo.Change`, which every process makes."""
 
 
-def start(folders: Sequence[str], device: str, messages: Any, workers: Any, nudge: int | None) -> None:
+def start(folders: Sequence[str], device: str, messages: Any, workers: Any, changed: Any) -> None:
     """Make a new process ready for `perform_here`: where experiments are, what to compute on, who hears of it."""
     global _speak, _workers
-    from experiments import plots, published, report, spread  # noqa: F401  while `experiments` is where it is
+    from experiments import echo, plots, published, report, spread  # noqa: F401  while `experiments` is where it is
 
     def speak(text: str) -> None:
         with workers.get_lock():
@@ -240,8 +242,8 @@ def start(folders: Sequence[str], device: str, messages: Any, workers: Any, nudg
     experiments.__path__[:] = folders  # type: ignore[index]
     _speak, _workers = speak, workers
     start_jax(device)
-    if nudge is not None:
-        spread.nudge_data(nudge)
+    if changed is not None:
+        echo.change(changed)
     # Tracing makes many objects that stay. Looking through all of them as often as Python does took 9 % of the study.
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

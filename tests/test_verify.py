@@ -21,12 +21,14 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import plots, published, report, results, spread, verify
+from experiments import echo, environments, plots, proof, published, report, results, spread, verify
 from jaxgrad import data
 
 ROOT = Path(experiments.__file__).parent.parent
 # The command imports these when it needs them, which it could not from the packages that are made up below.
+assert environments
 assert plots
+assert proof
 assert report
 
 PLANTED = '''
@@ -134,14 +136,14 @@ def ran(package, out, source=PLANTED, **changes):
 
 
 def committed(package, folder, monkeypatch):
-    """The committed result of PLANTED with the spread of two echoes."""
+    """The committed result of PLANTED with the spread of four echoes."""
     module, old = ran(package, folder)
     load, echoes = data.load, {}
-    for seed in (1, 2):
-        monkeypatch.setattr(data, "load", spread.nudged(load, seed))
+    for seed in (1, 2, 3, 4):
+        monkeypatch.setattr(data, "load", echo.nudged(load, seed))
         echoes[str(seed)] = ran(package, folder.parent / f"echo{seed}")[1]
     monkeypatch.setattr(data, "load", load)
-    spread.write(folder, old, echoes, module.PUBLISHED)
+    spread.write(folder, old, spread.measure(old, echoes, module.PUBLISHED))
     return module, old
 
 
@@ -171,11 +173,11 @@ class TestPlanted:
             status, said = verified(PLANTED.replace(was, now))
             assert status == expected, (fault, said)
             assert f"hint: {hint}" in said, (fault, said)
-            assert "stale: experiments.planted changed since it was recorded" in said, fault
+            assert "The code is newer than the results of planted (stale)" in said, fault
             if expected:
                 assert re.search(r"differs: \S+: .* there, .* here", said), (fault, said)
         # A nudge that was not recorded is a sound re-run on another machine, and agrees.
-        monkeypatch.setattr(data, "load", spread.nudged(data.load, 7))
+        monkeypatch.setattr(data, "load", echo.nudged(data.load, 7))
         status, said = verified()
         assert (status, "hint" in said) == (0, False), said
         assert contents(folder) == before
@@ -250,7 +252,7 @@ def verdicts(tmp_path, declared, old, new, echoes=(), **options):
     known = None
     if echoes:
         heard = {str(i): result(tmp_path / f"echo{i}", numbers) for i, numbers in enumerate(echoes)}
-        spread.write(tmp_path / "0", before, heard, declared)
+        spread.write(tmp_path / "0", before, spread.measure(before, heard, declared, [*heard]))
         known = spread.read(tmp_path / "0", before)
     found = verify.compare(before, after, declared, known, **options)
     return {finding.part: (finding.verdict, finding.note) for finding in found.findings}
@@ -280,11 +282,62 @@ class TestRules:
     def test_the_bound_is_that_of_students_distribution(self):
         from scipy import stats
 
-        assert verify.bound(np.array([2.0, -2.0, 2.0]), 3, 0.01) == pytest.approx(2 * stats.t.isf(0.005, 3))
+        def bound(deviations, runs, level):
+            return verify.bound(spread._moments(np.asarray(deviations)), runs, level)
+
+        def of_echoes(*sizes):
+            one, *more = (spread._moments(np.array([size])) for size in sizes)
+            for other in more:
+                one = one.plus(other)
+            return verify.bound(one, 1, 0.01)
+
+        assert of_echoes(2.0, -2.0, 2.0) == pytest.approx(2 * stats.t.isf(0.005, 3))
+        # Two echoes that hardly move anything are none: one is left, and Student's t is wide.
+        assert of_echoes(2.0, 1e-9, 1e-9) == pytest.approx(2 / np.sqrt(3) * stats.t.isf(0.005, 1))
         # One large deviation among many small ones is worth few degrees of freedom.
         spiked = np.r_[np.full(99, 0.01), 10.0]
-        assert verify.bound(spiked, 100, 1e-4) > 5 * stats.t.isf(5e-5, 100) * np.sqrt(np.mean(spiked**2))
-        assert verify.bound(np.zeros(5), 5, 0.01) == 0
+        assert bound(spiked, 100, 1e-4) > 5 * stats.t.isf(5e-5, 100) * np.sqrt(np.mean(spiked**2))
+        assert bound(np.zeros(5), 5, 0.01) == 0
+
+    @pytest.mark.parametrize("zero", [0.0, 1e-300, 1e-17])
+    def test_nothing_that_is_computed_has_the_tolerance_0(self, tmp_path, zero):
+        """An entry that no echo moved, a 0 too, has the tolerance of its array; an array that none moved, its kin's."""
+        curve = np.r_[zero, np.linspace(1, 2, 20)]
+        moved = curve * (1 + 1e-15 * (np.arange(21) > 10))
+        old, echoes = {"curve": curve, "kin": 0.1}, [{"curve": moved, "kin": 0.1}] * 3
+        new = {"curve": curve + 4e-16 * (np.arange(21) < 5), "kin": 0.1 * (1 + 1e-15)}
+        found = verdicts(tmp_path, {"*": "rounding"}, old, new, echoes)
+        assert [found[part][0] for part in ("curve", "kin")] == 2 * ["agrees"], found
+        found = verdicts(tmp_path, {"*": "rounding"}, old, {"curve": curve + 1e-6, "kin": 0.1001}, echoes)
+        assert [found[part][0] for part in ("curve", "kin")] == 2 * ["differs"]
+
+    def test_a_step_that_is_computed_may_move_by_one(self, tmp_path):
+        steps = np.array([10, 200, 3000])
+        for by, verdict in ((1, "agrees"), (2, "differs")):
+            new = {"steps": steps + np.array([0, by, 0])}
+            assert verdicts(tmp_path, {"steps": "rounding"}, {"steps": steps}, new)["steps"][0] == verdict
+
+    def test_an_error_of_rounding_may_be_another_of_its_size(self, tmp_path):
+        old = {"units": np.array([0.0, 0.3, 2.0, 1e8]), "eps": 1e-16, "curve": np.array([0.0, 3e-16, 0.1])}
+        declared = {"units": "error, unit 1", "eps": "exact", "curve": "error, unit eps"}
+        sound = {"units": np.array([1.7, 0.0, 3.1, 3e8]), "curve": np.array([2e-16, 0.0, 0.2])}
+        found = verdicts(tmp_path, declared, old, old | sound)
+        assert [found[part][0] for part in ("units", "curve")] == 2 * ["agrees"]
+        for part, at in (("units", 0), ("units", 2), ("curve", 0)):
+            wrong = np.array(old[part])
+            wrong[at] = 100 * max(wrong[at], 1e-16 if part == "curve" else 1)
+            assert verdicts(tmp_path, declared, old, old | {part: wrong})[part][0] == "differs"
+
+    def test_counts_at_a_threshold_are_held_to_all_counts_of_the_experiment(self, tmp_path):
+        declared = {"alarms": "count", "caught": "count"}
+        old = {"alarms": np.array([178, 0, 252]), "caught": 312}
+        for new, verdict in ((177, "agrees"), (170, "differs")):
+            assert verdicts(tmp_path, declared, old, old | {"alarms": np.array([new, 0, 252])})["alarms"][0] == verdict
+        echoes = [old | {"alarms": np.array([178 + by, 0, 252])} for by in (-3, 2, 4, -2)]
+        found = verdicts(tmp_path, declared, old, {"alarms": np.array([174, 0, 252]), "caught": 310}, echoes)
+        assert [found[part][0] for part in declared] == 2 * ["agrees"]
+        found = verdicts(tmp_path, declared, old, old | {"alarms": np.array([78, 0, 252])}, echoes)
+        assert found["alarms"][0] == "differs"
 
     def test_sound_reruns_with_other_seeds_agree_and_shifted_ones_do_not(self, tmp_path):
         """40 pairs of independent runs of every form: no false alarm; a shift by 10 standard errors is seen."""
@@ -369,11 +422,39 @@ class TestRules:
             old, new = (result(tmp_path / str(i), {"a": 1}, [c]) for i, c in enumerate((claim, changed)))
             assert verify.compare(old, new, {"a": "exact"}, None).findings[-1].verdict == verdict
 
+    def test_claims_are_judged_one_by_one_by_what_they_stand_on(self, tmp_path):
+        """One flips because of seconds, one because of a table with a column of seconds, one because of a loss."""
+        declared = {"seconds": "timing", "table[1]": "timing", "table[*]": "rounding", "loss": "rounding"}
+
+        def claims(numbers):
+            told = (numbers["seconds"] < 2, numbers["table"][0, 1] < 2, numbers["loss"] < 2)
+            return [results.Claim("C1", f"number {i}", "1", "1", bool(holds)) for i, holds in enumerate(told)]
+
+        both = {"seconds": 1.0, "table": np.ones((1, 2)), "loss": 1.0}, {
+            "seconds": 3.0, "table": np.array([[1.0, 3.0]]), "loss": 3.0
+        }  # fmt: skip
+        old, new = (result(tmp_path / str(i), numbers, claims(numbers)) for i, numbers in enumerate(both))
+        found = verify.compare(old, new, declared, None, claims=claims).findings[-3:]
+        assert [finding.verdict for finding in found] == ["not comparable", "not comparable", "differs"]
+        assert "it stands on seconds" in found[0].note
+
+    def test_what_stays_where_it_is_has_no_course(self, tmp_path, recwarn):
+        """No 'nan times as large', and no warning of NumPy's."""
+        old, new = ({"curve": np.r_[first, np.linspace(1, 2, 9)]} for first in ([0.0, 0.0], [0.0, 0.0]))
+        new["curve"] = new["curve"] * 1.001
+        flat = {"curve": np.zeros(9)}
+        for a, b in ((old, new), (flat, {"curve": np.full(9, 1e-3)}), ({"curve": np.ones(9)}, {"curve": np.zeros(9)})):
+            before, after = (result(tmp_path / str(i), numbers) for i, numbers in enumerate((a, b)))
+            found = verify.compare(before, after, {"curve": "rounding"}, None)
+            assert "nan" not in found.hint
+            assert "inf" not in found.hint
+        assert not recwarn.list
+
     def test_a_spread_of_other_numbers_is_not_used(self, tmp_path):
         declared = {"a": "rounding"}
         old = result(tmp_path, {"a": 1.0})
-        spread.write(tmp_path, old, {"one": result(tmp_path / "echo", {"a": 1.1})}, declared)
-        assert spread.read(tmp_path, old).of("a", ())[0] == pytest.approx(0.1)
+        spread.write(tmp_path, old, spread.measure(old, {"one": result(tmp_path / "echo", {"a": 1.1})}, declared))
+        assert spread.read(tmp_path, old).parts["a"]["relative"].squares == pytest.approx(0.01, rel=1e-3)
         assert spread.read(tmp_path, result(tmp_path, {"a": 2.0})) is None
 
 
@@ -588,8 +669,11 @@ class TestCommand:
             (["verify", "nobody"], "there is no experiment 'nobody'"),
             (["verify"], "there are no results in"),
             (["planted", "verify"], "'verify' comes first"),
-            (["planted", "--every"], "--every is for verify"),
-            (["spread", "--rerun", "x"], "--rerun, --every and --note are for verify"),
+            (["planted", "--all"], "--all is for verify"),
+            (["spread", "--rerun", "x"], "--rerun, --all and --note are for verify"),
+            (["planted", "--python", "python3"], "--python is for spread"),
+            (["verify", "--python", "python3"], "--python is for spread"),
+            (["spread", "--python", "no-such-python"], "there is no such program"),
             (["spread", "planted"], "run `python -m experiments planted`"),
         ],
     )
@@ -600,12 +684,36 @@ class TestCommand:
         assert message in err.splitlines()[-1]
         assert out == ""
 
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            "verify losses --quick", "verify --quick losses", "--quick verify losses",
+            "verify --rerun x --quick losses", "verify --rerun=x --quick losses",
+            "verify --all losses --quick --rerun x",
+        ],
+    )  # fmt: skip
+    def test_names_may_stand_behind_options(self, arguments):
+        found = command.parse(arguments.split())
+        assert (found.names, found.quick) == (("verify", "losses"), True)
+        assert found.rerun == (Path("x") if "rerun" in arguments else None)
+        assert found.every == ("--all" in arguments)
+
+    @pytest.mark.parametrize("name", ["verify", "spread", "power"])
+    def test_help_is_a_screen_that_says_what_the_words_mean(self, name, capsys):
+        assert command.main([name, "--help"]) == 0
+        out, _ = capsys.readouterr()
+        assert len(out.splitlines()) < 30
+        assert all(len(line) <= 120 for line in out.splitlines())
+        assert all(re.search(rf"^  {word} +\w", out, re.MULTILINE) for word in verify.VERDICTS) == (name == "verify")
+
     def test_verify_runs_again_and_touches_nothing(self, package, tmp_path, capsys):
         ran(package, tmp_path / "results" / "quick")
         before = contents(tmp_path / "results")
-        assert command.main(["verify", "--quick", "--every"]) == 0
+        assert command.main(["verify", "--quick", "--all"]) == 0
         out, _ = capsys.readouterr()
-        assert re.search(r"^all +7 +0 +0 +0$", out, re.MULTILINE), out
+        assert out.splitlines()[:3] == [
+            "planted  identical       7 identical", "", "1 identical to the last bit; nothing differs."
+        ]  # fmt: skip
         assert "identical: sgd" in out
         assert "no spread is recorded" in out
         assert contents(tmp_path / "results") == before
@@ -621,7 +729,7 @@ class TestCommand:
             assert command.main([*arguments, *more]) == 0
             assert (folder / "verified.json").is_file() == bool(more)
         *_, row = verify.noted_table(folder).splitlines()
-        assert re.fullmatch(r"\| Python [\d.]+, jax [\d.]+, \S+ \S+, \d+ cores \| 1 \| 7 \| 0 \| 0 \| 0 \|", row), row
+        assert re.fullmatch(r"\| Python [\d.]+, jax [\d.]+, .+, \d+ cores, \S+ \| 1 \| 7 \| 0 \| 0 \| 0 \|", row), row
         ran(package, folder, seeds=29)
         assert verify.noted_table(folder).startswith("Nothing has been verified")
 

@@ -1,0 +1,73 @@
+"""Other machines, as far as this one can play them: environments in which the study is run again.
+
+A re-run on another machine rounds otherwise: XLA and NumPy take other vector instructions, BLAS another kernel, the C
+library another `exp`, a sum is cut for another number of threads. Each of these can be set for a process, so that one
+machine stands in for many. What cannot be set is played by *nudged* data: every floating-point column is scaled up or
+down by one unit in the last place of float32. A sum or a product in floating point, in whatever order it is taken, is
+the exact one of data nudged by about that much (backward error).
+
+From them follow verify's tolerances (`experiments/spread.py`), and the proof that these hold for a machine that they
+were not made from (`left_out` there).
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+_NUMPY_AVX2 = {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR"}
+_NUMPY_SSE = {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"}
+_PLAIN_LIBM = {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4"}
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+class Environment(NamedTuple):
+    """What a run of the study is started with, and how its data are changed."""
+
+    variables: Mapping[str, str] = MappingProxyType({})
+    """Variables of the environment. On a processor that does not know them they have no effect."""
+    nudge: int | None = None
+    """Which nudge the data get; None: they are what they are."""
+    other_python: bool = False
+    """By the interpreter that `--python` names: another Python, another JAX."""
+
+
+ENVIRONMENTS: dict[str, dict[str, Environment]] = {
+    "cpu": {
+        "nudged": Environment({}, 1),
+        "SSE4.2": Environment(
+            {"XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2", "OPENBLAS_CORETYPE": "Prescott", **_NUMPY_SSE, **_PLAIN_LIBM}
+        ),
+        "SSE4.2, nudged": Environment(
+            {"XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2", "OPENBLAS_CORETYPE": "Prescott", **_NUMPY_SSE}, 2
+        ),
+        "AVX, nudged": Environment(
+            {"XLA_FLAGS": "--xla_cpu_max_isa=AVX", "OPENBLAS_CORETYPE": "Sandybridge", **_NUMPY_SSE, **_PLAIN_LIBM}, 3
+        ),
+        "AVX2": Environment(
+            {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2", "OPENBLAS_CORETYPE": "Haswell", **_NUMPY_AVX2}
+        ),
+        "AVX2, one thread, nudged": Environment(
+            {
+                "XLA_FLAGS": "--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=false", "OPENBLAS_CORETYPE": "Zen",
+                **_NUMPY_AVX2, **_ONE_THREAD,
+            },
+            4,
+        ),
+        "AVX-512, vectors of 512 bits, nudged": Environment(
+            {
+                "XLA_FLAGS": "--xla_cpu_max_isa=AVX512 --xla_cpu_prefer_vector_width=512",
+                "OPENBLAS_CORETYPE": "SkylakeX",
+            },
+            5,
+        ),
+        "one thread, C library without FMA": Environment(
+            {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", **_ONE_THREAD, **_PLAIN_LIBM}
+        ),
+        "another Python and JAX": Environment({}, None, other_python=True),
+    },
+    "gpu": {
+        "no autotuning, nudged": Environment({"XLA_FLAGS": "--xla_gpu_autotune_level=0"}, 1),
+        "as is, nudged": Environment({}, 2), "as is again": Environment(), "nudged once more": Environment({}, 3),
+    },
+}  # fmt: skip
+"""By device. At least eight on a CPU, no two alike; the last one only where another interpreter is given."""

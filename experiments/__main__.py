@@ -642,11 +642,13 @@ def record_spread(arguments: Arguments) -> int:
     from experiments import echo, environments, proof, results, spread, verify
 
     device = start_jax(arguments.device)
+    entries = tuple(entry for entry in entries if computes(entry))
     chosen = {
         label: one
         for label, one in environments.ENVIRONMENTS[device].items()
         if arguments.python or not one.other_python
     }
+    as_fast = [label for label, one in chosen.items() if not one.variables and not one.other_python]
     with writing(folder), tempfile.TemporaryDirectory(prefix="jaxgrad-spread-") as temporary:
         plan = Plan(entries, {}, arguments.quick, folder, device, bare=True)
         stale = tuple(entry for entry in entries if not is_current(entry, plan, device))
@@ -655,12 +657,12 @@ def record_spread(arguments: Arguments) -> int:
             raise Unusable(f"these results are not of this code on this machine: run `python -m experiments {names}`")
         if (status := carry_out(plan._replace(entries=stale), device).status) != OK:
             return status
-        echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries if computes(entry)}
+        echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
         for label, one in chosen.items():
             say(f"environment: {label}")
             out = Path(temporary) / label
             failed = echo.run(
-                echo.Change(nudge=one.nudge), [*echoes, *bare(out, device, arguments.quick)], one.variables,
+                echo.Change(nudge=one.nudge, untimed=label not in as_fast), [*echoes, *bare(out, device, arguments.quick)], one.variables,
                 arguments.python if one.other_python else None,
             )  # fmt: skip
             if failed:
@@ -668,7 +670,6 @@ def record_spread(arguments: Arguments) -> int:
                 return failed
             for name, found in echoes.items():
                 found[label] = results.read(out, name, device)
-        as_fast = [label for label, one in chosen.items() if not one.variables and not one.other_python]
         counts, wrong = {}, []
         for name, found in echoes.items():
             module, old = importlib.import_module(f"experiments.{name}"), results.read(folder, name, device)
@@ -697,7 +698,7 @@ def record_power(arguments: Arguments) -> int:
         def differs(level: float, names: list[str], kind: str = kind) -> dict[str, bool]:
             say(f"{kind} changed by {level:g}: {' '.join(names)}")
             with tempfile.TemporaryDirectory(prefix="jaxgrad-power-") as temporary:
-                change = echo.Change(eta=level) if kind == "eta" else echo.Change(target=level)
+                change = echo.Change(untimed=True, **{kind: level})  # type: ignore[arg-type]
                 if status := echo.run(change, [*names, *bare(Path(temporary), device, arguments.quick)]):
                     raise Unusable(f"the study with {kind} changed by {level:g} ended with status {status}")
                 seen = {}
@@ -765,8 +766,9 @@ def outcomes(
 
     bare = plan.bare or rank() > 0
     tasks = [work.Task(entry, plan.overrides, plan.quick, device, bare) for entry in plan.entries]
-    timed = [task for task in tasks if task.entry.timed]
-    others = [task for task in tasks if not task.entry.timed]
+    untimed = work.changed is not None and work.changed.untimed
+    timed = [] if untimed else [task for task in tasks if task.entry.timed]
+    others = [task for task in tasks if untimed or not task.entry.timed]
 
     def here() -> Iterator[tuple[str, work.Product | work.Failure]]:
         for task in timed + others:

@@ -26,6 +26,8 @@ class Change(NamedTuple):
     """Relative change of every step size."""
     target: float = 0.0
     """Relative change of one example's target; from 1 % on, a label changes to another class."""
+    untimed: bool = False
+    """Whether seconds do not matter: experiments that measure them then run beside others."""
 
 
 def change(what: Change) -> None:

@@ -44,6 +44,7 @@ of the echoes' own ratios in the same way. Times of another kind of machine, and
 
 import functools
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -606,7 +607,8 @@ def note(folder: str | Path, rerun: str | Path, device: str, comparisons: Iterab
         if (Path(folder) / one.name / f"{device}.json").is_file()
     }
     path = Path(folder) / "verified.json"
-    others = [old for old in noted(folder) if old["where"] != where]
+    # What was found about results that are no longer there goes.
+    others = [old for old in noted(folder) if old["where"] != where and _current(folder, old)]
     notes = sorted(
         [*others, {"where": where, "found": found}], key=lambda one: json.dumps(one["where"], sort_keys=True)
     )
@@ -619,18 +621,23 @@ def noted(folder: str | Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
+def _current(folder: str | Path, note: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a note says of the results that are there now."""
+    device = note["where"]["device"]
+    return [
+        found
+        for name, found in note["found"].items()
+        if (Path(folder) / name / f"{device}.json").is_file() and results.seal(folder, name, device) == found["seal"]
+    ]
+
+
 def noted_table(folder: str | Path) -> str:
     """What was verified where, as a Markdown table: of the results that are there now, not of those that were."""
     lines = [f"| re-run on | experiments | {' | '.join(VERDICTS)} |", "|---|---|---|---|---|---|"]
     for size, place in (("", Path(folder)), (", `--quick`", Path(folder) / "quick")):
         for one in noted(place):
             where = one["where"]
-            now = [
-                found for name, found in one["found"].items()
-                if (place / name / f"{where['device']}.json").is_file()
-                and results.seal(place, name, where["device"]) == found["seal"]
-            ]  # fmt: skip
-            if now:
+            if now := _current(place, one):
                 kind = f"{where['cores']} cores" if where["device"] == "cpu" else ", ".join(where["device_kind"])
                 processor = where.get("processor") or f"{where['system']} {where['architecture']}"
                 kind += f", {where['instructions']}" if where.get("instructions") else ""
@@ -694,7 +701,8 @@ def _attention(found: Comparison, every: bool) -> Iterator[str]:
         claim = finding.part.startswith("claim") and finding.verdict == "not comparable"
         other = finding.verdict == "agrees" and (finding.note == OTHER_DRAWS or CHAOS in finding.note)
         if every or finding.verdict == "differs" or claim or other:
-            yield f"{finding.verdict}: {finding.part}: {finding.note}".rstrip(": ")
+            words = f"{finding.verdict}: {finding.part}: {finding.note}".rstrip(": ")
+            yield textwrap.fill(words, 116, subsequent_indent="    ") if finding.part.startswith("claim") else words
     if found.hint:
         yield f"hint: {found.hint}"
     if every or found.count("differs"):

@@ -266,6 +266,9 @@ def alone() -> Iterator[None]:
     """
     global _alone
     stopped: list[int] = []
+    if changed is not None and changed.untimed:
+        yield
+        return
     if _workers is not None and CAN_STOP and not _alone:
         with _workers.get_lock():  # nobody is stopped while speaking, which others wait for
             stopped = [pid for pid in _workers if pid not in (0, os.getpid())]

@@ -1,6 +1,7 @@
 """`descend` takes any loss: the path and the recorded losses of the loop that everybody writes, or a sentence."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -27,10 +28,12 @@ def fuzz(*arguments):
 
 @pytest.mark.parametrize("seed", [101, 102])
 def test_random_losses_at_every_threshold_and_place_give_what_the_plain_loop_gives(seed):
-    said = fuzz(seed, 30)
+    """15 losses a seed, two seconds each; JAXGRAD_LOSSES=100 tries more."""
+    count = int(os.environ.get("JAXGRAD_LOSSES", 15))
+    said = fuzz(seed, count)
     assert said["bad"] == []
-    assert sum(said["found"].values()) == 30
-    assert said["found"]["right"] > 20
+    assert sum(said["found"].values()) == count
+    assert said["found"]["right"] > count / 2
 
 
 def test_a_guess_from_the_first_rows_would_be_found_out():

@@ -661,10 +661,9 @@ def record_spread(arguments: Arguments) -> int:
         for label, one in chosen.items():
             say(f"environment: {label}")
             out = Path(temporary) / label
-            failed = echo.run(
-                echo.Change(nudge=one.nudge, untimed=label not in as_fast), [*echoes, *bare(out, device, arguments.quick)], one.variables,
-                arguments.python if one.other_python else None,
-            )  # fmt: skip
+            change = echo.Change(nudge=one.nudge, untimed=label not in as_fast)
+            options, python = bare(out, device, arguments.quick), arguments.python if one.other_python else None
+            failed = echo.run(change, [*echoes, *options], one.variables, python)
             if failed:
                 say(f"{label} failed: nothing is recorded")
                 return failed

@@ -149,8 +149,8 @@ class TestProcesses:
             race=(("linear", "synthetic", (1,)), ("logistic", "synthetic", (8,)), ("two-layer", "synthetic", (0,))),
             compiled=(), rows=600, full_steps=5, rounds=2, min_seconds=1e-4,
         )  # fmt: skip
-        cases = speed._cases(config, tmp_path)
         said = []
+        cases = speed._cases(config, tmp_path, said.append)
         numbers = results.as_saved(speed._race(config, cases, tmp_path, "cpu", said.append))
         assert len(said) == 3
         for name in CONTENDERS:
@@ -163,6 +163,16 @@ class TestProcesses:
                 if raced and name != "floor":
                     assert speed.comparable(numbers, i, name), (name, case, speed.off_by(numbers, i, name))
             assert name not in ("jaxgrad", "NumPy loop", "scikit-learn", "optax loop", "floor") or not absent
+
+    def test_data_beyond_cache_are_left_out_where_they_do_not_fit(self, tmp_path, monkeypatch):
+        """A processor whose last-level cache is large beside the memory, as those of servers are."""
+        config = speed.Config(race=(("linear", "beyond cache", (0,)), ("linear", "synthetic", (1,))), rows=100)
+        monkeypatch.setattr(speed, "last_level_cache", lambda: 2**14)
+        for free, expected in ((2**30, ["beyond cache", "synthetic"]), (2**20, ["synthetic"])):
+            said = []
+            monkeypatch.setattr(speed.on_disk, "free", lambda free=free: free)
+            assert [case.data for case in speed._cases(config, tmp_path, said.append)] == expected
+            assert len(said) == 2 - len(expected)
 
     def test_a_fault_is_an_answer_and_a_death_is_told(self, tmp_path):
         with speed.contender("NumPy loop", "cpu", tmp_path, patience=60) as process:

@@ -22,10 +22,13 @@ anything, and `name[1]` for a column (along the last axis); the first that fits 
     "machine"                               what a machine is and has installed, and who won a race on it
     "rounding"                              computed in floating point without drawing anything, or the same each time
     "rounding, chosen by SCORES of OPTIONS" the option with the lowest score, which rounding may decide at a tie
+    "rounding, found to SHARE"              what a search ends with, which may be off by that share of it
     "error, unit UNIT"                      an error of rounding: UNIT, a number or the name of one, is what it is
                                             measured in
     "count"                                 how many cases pass a threshold, each of which rounding may move across
-    "statistical, axis K"                   one entry along axis K for each seed, or for each late step of a chaotic run
+    "chaotic, axis K"                       late steps, along axis K, of runs that may wander, or stand still but for
+                                            rounding
+    "statistical, axis K"                   one entry along axis K for each seed
     "statistical, error KEY"                a mean whose standard error is the number KEY
     "statistical, deviation KEY"            a mean over the seeds, which scatter by KEY
     "statistical, count of KEY"             how many of KEY runs

@@ -90,8 +90,8 @@ touches nothing that is committed, and gives every number, curve and claim one o
   not comparable   seconds of another machine, counts of another compiler, a choice at a tie: no verdict is possible
 
 First one line for each experiment and a sentence; then what differs, with both values, the tolerance and the kind of
-change that does this. What rounding may do is measured, not chosen: the study was run in nine environments, and the
-tolerances of any eight hold for the ninth (results/proof.json).
+change that does this. What rounding may do is measured, not chosen: the study was run in other environments, and each
+of them was judged by what the others show (the table is in results/README.md, Re-runs).
 
   --quick       the small sizes, against results/quick
   --rerun DIR   compare results that you have already; nothing is run

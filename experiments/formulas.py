@@ -59,8 +59,10 @@ class Config:
 QUICK = Config(seeds=3, shapes=((5, 3, 4, 2),), training=50, steps=4, logits=40, curve=600)
 PUBLISHED = {
     "seeds": "exact", "row/form": "exact", "row/id": "exact", "row/kind": "exact", "row/series": "exact",
-    "row/shape": "exact", "row/*": "rounding", "words/*": "exact", "shapes": "exact", "stopped": "exact",
-    "curve/*": "rounding", "nan/*": "rounding", "zero/*": "exact", "slopes": "rounding",
+    "row/shape": "exact", "row/ratio": "rounding, found to 1e-11", "row/units": "error, unit 1",
+    "row/*": "error, unit 1e-12", "words/*": "exact", "shapes": "exact", "stopped": "exact", "curve/logit": "exact",
+    "curve/*": "error, unit 2.3e-16", "nan/found": "rounding, found to 2.4e-7", "nan/*": "rounding", "zero/*": "exact",
+    "slopes": "rounding",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 DEPTHS = 5

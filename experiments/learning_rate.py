@@ -65,7 +65,8 @@ PUBLISHED = {
     "shares": "exact", "fractions": "exact", "sgd_fractions": "exact", "shown": "exact", "shown_steps": "exact",
     "measured": "exact", "predicted": "exact", "grows": "exact", "predicted_growth": "exact",
     "sgd_gaps": "statistical, axis 1", "edge": "rounding", "sgd_edge": "rounding", "condition_number": "rounding",
-    "start": "rounding", "etas": "rounding", "sgd_etas": "rounding", "sgd_fine_etas": "rounding", "final": "rounding",
+    "start": "rounding", "etas": "rounding", "sgd_etas": "rounding", "sgd_fine_etas": "rounding, found to 1e-5",
+    "final": "rounding",
     "sgd_floor": "rounding", "sgd_expected*": "rounding", "shown_gaps": "rounding", "shown_theory": "rounding",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""

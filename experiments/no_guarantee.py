@@ -62,7 +62,7 @@ PUBLISHED = {
     "n": "exact", "hidden": "exact", "l2": "exact", "eta": "exact", "b": "exact", "sgd_eta": "exact", "steps": "exact",
     "record": "exact", "sweep": "exact", "fan": "exact", "zero_moved": "exact", "zero_path": "rounding",
     "zero_curvature": "rounding", "levels": "rounding", "curvatures": "rounding", "least_curvatures": "rounding",
-    "fan_steps": "statistical, axis 2", "paths": "statistical, axis 0", "gradient_norms": "statistical, axis 0",
+    "fan_steps": "chaotic, axis 2", "paths": "statistical, axis 0", "gradient_norms": "statistical, axis 0",
     "belongs": "statistical, axis 0", "sgd_level": "statistical, axis 0", "sweep_final": "statistical, axis 1",
     "sweep_step": "statistical, axis 1",
 }  # fmt: skip

@@ -9,7 +9,8 @@ import numpy as np
 WORDS = re.compile(
     r"exact(?P<jax>, same jax)?"
     r"|machine"
-    r"|rounding(, chosen by (?P<chosen>.+ of .+))?"
+    r"|rounding(, chosen by (?P<chosen>.+ of .+)|, found to (?P<found>\d[\d.e-]*))?"
+    r"|chaotic, axis (?P<late>-?\d+)"
     r"|error, unit (?P<unit>.+)"
     r"|count"
     r"|timing(?P<ratio>, ratio)?(, axis (?P<repeats>-?\d+))?"
@@ -25,16 +26,17 @@ class Kind(NamedTuple):
     """A declaration, with the keys that it names filled in."""
 
     name: str
-    """`exact`, `machine`, `rounding`, `error`, `count`, `statistical` or `timing`."""
+    """`exact`, `machine`, `rounding`, `error`, `count`, `chaotic`, `statistical` or `timing`."""
     by: str = ""
-    """`jax` (exact), `chosen` (rounding), `axis`, `error`, `deviation`, `count` (statistical), `ratio` (timing)."""
+    """What more was said: `jax` (exact), `chosen`, `found` (rounding), `axis` (statistical, chaotic, timing), `error`,
+    `deviation`, `count` (statistical), `ratio` (timing)."""
     key: str = ""
     """The axis of the runs or repeats, the unit of an error, or the key that stands behind the words."""
 
     @property
     def axis(self) -> int | None:
-        """The axis of the runs (statistical) or of the repeats (timing), if there is one."""
-        repeated = self.name in ("statistical", "timing") and re.fullmatch(r"-?\d+", self.key)
+        """The axis of the runs (statistical), the repeats (timing) or the late steps (chaotic), if there is one."""
+        repeated = self.name in ("statistical", "timing", "chaotic") and re.fullmatch(r"-?\d+", self.key)
         return int(self.key) if repeated else None
 
 
@@ -102,7 +104,9 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _words(said: re.Match[str]) -> str:
-    return next((said[group] for group in ("chosen", "unit", "key", "runs", "repeats") if said[group]), "")
+    return next(
+        (said[group] for group in ("chosen", "found", "unit", "key", "runs", "repeats", "late") if said[group]), ""
+    )
 
 
 def _kind(words: str, stars: tuple[str, ...]) -> Kind:
@@ -110,12 +114,6 @@ def _kind(words: str, stars: tuple[str, ...]) -> Kind:
     assert said is not None
     fill = itertools.cycle(stars)
     key = re.sub(r"\*", lambda _: next(fill), _words(said))
-    by = (said["by"] or "").removesuffix(" of") or next(
-        (
-            word
-            for word, group in (("jax", "jax"), ("chosen", "chosen"), ("axis", "runs"), ("ratio", "ratio"))
-            if said[group]
-        ),
-        "",
-    )
+    groups = {"jax": "jax", "chosen": "chosen", "found": "found", "runs": "axis", "late": "axis", "ratio": "ratio"}
+    by = (said["by"] or "").removesuffix(" of") or next((groups[group] for group in groups if said[group]), "")
     return Kind(words.partition(",")[0], by, key)

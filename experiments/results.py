@@ -332,7 +332,7 @@ LEVELS = (
 def instructions() -> str:
     """The widest vector instructions that XLA may use: the processor's, or less where `XLA_FLAGS` says so."""
     if said := re.search(r"--xla_cpu_max_isa=(\S+)", os.environ.get("XLA_FLAGS", "")):
-        return said[1].replace("_", ".").upper()
+        return f"{said[1].replace('_', '.').upper()} by XLA_FLAGS"
     with contextlib.suppress(OSError):
         content = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         words = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", content, re.MULTILINE)[:1]).split())

@@ -62,7 +62,7 @@ PUBLISHED = {
     "large/distinct error": "statistical", "large/reshuffled error": "statistical",
     "large/distinct": "statistical, error large/distinct error",
     "large/reshuffled": "statistical, error large/reshuffled error", "large/*": "rounding", "*edge*": "rounding",
-    "*/etas": "rounding", "*/fine": "rounding", "*/bias": "rounding", "*/bias leading": "rounding",
+    "*/etas": "rounding", "*/fine": "rounding, found to 1e-5", "*/bias": "rounding", "*/bias leading": "rounding",
     "*/exact": "rounding", "*/exact bias": "rounding", "*/floor": "rounding", "whole_with_replacement": "rounding",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""

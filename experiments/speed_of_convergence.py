@@ -78,9 +78,10 @@ PUBLISHED = {
     "data": "exact", "n": "exact", "labels": "exact", "sizes": "exact", "shares": "exact", "exact_shares": "exact",
     "most": "exact", "seeds": "exact", "*/steps": "exact", "exact_steps": "exact", "*/record": "exact",
     "seconds": "timing", "*/first": "statistical, axis 0", "*/mean": "statistical", "*/z": "statistical",
-    "*/eta": "rounding", "*/expected": "rounding", "exact_etas": "rounding", "bound": "rounding",
+    "*/eta": "rounding, found to 0.003", "*/expected": "rounding", "exact_etas": "rounding, found to 0.003",
+    "bound": "rounding",
     "minimum": "rounding", "start": "rounding", "condition_number": "rounding", "gamma": "rounding",
-    "floor_scale": "rounding", "noise_scale": "rounding",
+    "floor_scale": "rounding, found to 0.003", "noise_scale": "rounding",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)

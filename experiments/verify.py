@@ -16,16 +16,20 @@ t: quantile of Student's distribution. ν: how many echoes r rests on (times the
 runs: the entries of a curve share its history), fewer where a few of them, or of the entries, make up most of it
 (Satterthwaite). α: `LEVEL`, the chance that a sound re-run of an experiment is called different. N: how many parts it
 has (Bonferroni). u: unit of rounding of the precision in which the values are saved, or of float32 where all of them
-are float32 numbers. Where no entry of like size moved, r is relative, over the array; where nothing of it moved, over
-the parts that were declared with it; where none of those moved, the tolerance is the rounding of a sum over the n
-examples in another order, √n u |x|. For an entry that is 0, r is absolute, over the array; and u |x| is at least a
-unit of rounding, of float64, of the array's root mean square. So nothing that is computed has the tolerance 0. A
-whole number that is computed, a step at which a threshold is crossed, may move by 1. Chaotic numbers (late losses of
-a net at a large step size) get a wide tolerance because their echoes scatter; no other does.
+are float32 numbers, or moved as such move. Where no entry of like size moved, r is relative, over the array; where
+nothing of it moved, over the parts that were declared with it; where none of those moved, the tolerance is the
+rounding of a sum over the n examples in another order, √n u |x|. For an entry that is 0, r is absolute, over the
+array; and u |x| is at least a unit of rounding, of float64, of the array's root mean square. So nothing that is
+computed has the tolerance 0. A whole number that is computed, a step at which a threshold is crossed, may move by 1;
+what a search found, by the share that is declared. Chaotic numbers (late losses of a net at a large step size) get a
+wide tolerance because their echoes scatter; no other does.
 
 **Error**: a number that is itself an error of rounding, in the unit that is declared, is one draw of a random number
 of its own size. So is that of the re-run: it may be off by z(1 − α/2N) √2 times the published one, or the unit where
 that is larger.
+
+**Chaotic**: late steps of a run that wanders, or stands still but for rounding. Of each run the median size is
+compared, in logarithms, with how much its steps vary, and a factor of 2: within z(1 − α/2N) of these.
 
 **Count**: how many cases pass a threshold. It is held to what the echoes show over all counts of the experiment, or
 to 1 where they show less.
@@ -65,6 +69,9 @@ LEVEL = 1e-3
 
 Claims = Callable[[dict[str, Any]], Sequence[Claim]]
 """`claims` of an experiment: what its numbers confirm or refute."""
+
+FLOAT32 = 2.0**-36
+"""Relative deviations of this size have been through float32: far beyond a sum in float64, far below a float32 unit."""
 
 Verdict = Literal["identical", "agrees", "differs", "not comparable"]
 VERDICTS: tuple[Verdict, ...] = ("identical", "agrees", "differs", "not comparable")
@@ -266,6 +273,8 @@ def _verdict(case: Case, name: str, same_draws: bool | None) -> Finding:
         return Finding(name, "differs", f"{_brief(old)} there, {_brief(new)} here; it must be the same to the last bit")
     if kind.name == "error":
         return _error(case, name)
+    if kind.name == "chaotic":
+        return _chaotic(case, name)
     allowed = tolerance(case, name)
     beyond = _beyond(*_values(case, name), allowed)
     if not beyond.any():
@@ -290,16 +299,21 @@ def tolerance(case: Case, name: str) -> np.ndarray:
             _all(np.float32(value) == value, value) and not _all(np.float16(value) == value, value)
         )
         unit = np.finfo(np.float32 if single else np.float64).eps * np.abs(value)
+        pools = {} if case.spread is None else case.spread.parts.get(name, {})
+        if (known := pools.get(RELATIVE)) and known.squares / known.moved > FLOAT32**2:
+            # It moved as float32 numbers move, however it was saved.
+            unit = np.maximum(unit, np.finfo(np.float32).eps * np.abs(value))
         # A difference of numbers of the array's size is off by a unit of theirs, however small it is itself.
         unit = np.maximum(unit, np.finfo(np.float64).eps * scale_of(value))
     runs = value.shape[kind.axis] if kind.axis is not None else 1
-    pools = {} if case.spread is None else case.spread.parts.get(name, {})
     if pools and kind.name != "count":
         allowed = 4 * unit + reach(value, pools, runs, case.level)
     elif family := _family(case, name):
         allowed = 4 * unit + bound(family, runs, case.level) * (1 if kind.name == "count" else np.abs(value))
     else:
         allowed = max(4.0, np.sqrt(case.examples)) * unit
+    if kind.by == "found":
+        allowed = np.maximum(allowed, float(kind.key) * np.abs(value))
     whole = saved.dtype.kind in "iu" or kind.name == "count"
     return np.maximum(allowed, 1.0) if whole else allowed
 
@@ -361,6 +375,23 @@ def _error(case: Case, name: str) -> Finding:
     return Finding(name, "agrees", _share(a, b, allowed))
 
 
+def _chaotic(case: Case, name: str) -> Finding:
+    """The verdict on late steps of runs: of each, how large they are, in the middle, for how much they vary."""
+    kind, (a, b) = case.before[name].kind, _values(case, name)
+    if not _beyond(a, b, allowed := tolerance(case, name)).any():
+        return Finding(name, "agrees", _share(a, b, allowed))
+    logs = [np.log(np.abs(np.moveaxis(x, kind.axis or 0, 0)) + np.finfo(np.float32).tiny) for x in (a, b)]
+    ended = [np.isfinite(x).all(axis=0) for x in logs]
+    with np.errstate(invalid="ignore"):
+        away = np.where(ended[0] & ended[1], np.median(logs[1], axis=0) - np.median(logs[0], axis=0), 0.0)
+        varied = np.where(ended[0] & ended[1], np.maximum(*(np.std(x, axis=0) for x in logs)), 0.0) + np.log(2)
+    if (ended[0] != ended[1]).any():
+        return Finding(name, "differs", f"{np.sum(ended[0] != ended[1])} of its runs diverge in one of both only")
+    worst, limit = float(np.max(np.abs(away) / varied)), float(stats.norm.isf(case.level / 2 / away.size))
+    note = f"its late steps are ×{np.exp(np.max(np.abs(away))):.3g} as large at most, {worst:.2g} of their own scatter"
+    return Finding(name, "agrees" if worst <= limit else "differs", f"{note}; that allows {limit:.2g}")
+
+
 def _tie(case: Case, name: str) -> str:
     """Whether rounding may choose what the re-run chose: its score was within the tolerance of the best."""
     scores, options = case.before[name].kind.key.split(" of ")
@@ -387,6 +418,10 @@ def _statistical(case: Case, name: str, allowed: np.ndarray, beyond: np.ndarray,
         chaos = parted if parted < len(a) / 2 else 0
         level = case.level / max(1, a[0].size)
         away, interval = welch(a, b, level)
+        # Runs that agree to rounding, as all do at their common start, scatter by nothing.
+        interval = interval + np.max(
+            np.moveaxis(np.broadcast_to(allowed, np.shape(case.before[name].value)), kind.axis, 0), axis=0
+        )
     elif kind.by:
         level = case.level / max(1, a.size)
         away, interval = b - a, stats.norm.isf(level / 2) * _standard_error(case, name)

@@ -328,6 +328,31 @@ class TestRules:
             wrong[at] = 100 * max(wrong[at], 1e-16 if part == "curve" else 1)
             assert verdicts(tmp_path, declared, old, old | {part: wrong})[part][0] == "differs"
 
+    def test_what_a_search_found_is_held_to_its_resolution(self, tmp_path):
+        old = {"eta": np.array([0.0128187698, 0.5])}
+        for by, verdict in ((1.0026, "agrees"), (1.01, "differs")):
+            new = {"eta": old["eta"] * np.array([by, 1])}
+            assert verdicts(tmp_path, {"eta": "rounding, found to 0.003"}, old, new)["eta"][0] == verdict
+
+    def test_late_steps_of_chaotic_runs_are_compared_by_their_size(self, tmp_path):
+        """One run stands still but for rounding, one wanders over two decades."""
+        draw = np.random.default_rng(0)
+
+        def numbers(by):
+            return {"late": np.stack([3e-7 * draw.uniform(1, 2, 32), by * np.exp(draw.normal(4, 2, 32))])}
+
+        declared = {"late": "chaotic, axis 1"}
+        old = numbers(1)
+        for by, verdict in ((1, "agrees"), (1e6, "differs"), (np.nan, "differs")):
+            assert verdicts(tmp_path, declared, old, numbers(by))["late"][0] == verdict
+
+    def test_what_moved_as_float32_moves_has_its_unit(self, tmp_path):
+        """An excess: a float32 loss less a float64 minimum, so it hops by units of the loss, or not at all."""
+        curve = np.full(50, 0.123604951)
+        echoes = [{"a": curve * (1 + 1e-8 * (np.arange(50) == i))} for i in range(4)]
+        new = {"a": curve * (1 + 2.4e-7 * (np.arange(50) == 7))}
+        assert verdicts(tmp_path, {"a": "rounding"}, {"a": curve}, new, echoes)["a"][0] == "agrees"
+
     def test_counts_at_a_threshold_are_held_to_all_counts_of_the_experiment(self, tmp_path):
         declared = {"alarms": "count", "caught": "count"}
         old = {"alarms": np.array([178, 0, 252]), "caught": 312}
@@ -540,6 +565,13 @@ class TestProof:
         assert len({one.nudge for one in found.values()} - {None}) >= 4
         varied = {name for one in found.values() for name in one.variables}
         assert {"XLA_FLAGS", "OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES", "GLIBC_TUNABLES"} < varied
+
+    def test_a_result_names_processor_and_instructions(self, monkeypatch):
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
+        assert results.processor()
+        assert results.instructions() in ("unknown", *(name for name, _ in results.LEVELS))
+        monkeypatch.setenv("XLA_FLAGS", "--xla_something=1 --xla_cpu_max_isa=SSE4_2 --xla_more=2")
+        assert results.instructions() == "SSE4.2 by XLA_FLAGS"
 
 
 class TestDeclarations:
@@ -813,7 +845,7 @@ class TestCommand:
             assert command.main([*arguments, *more]) == 0
             assert (folder / "verified.json").is_file() == bool(more)
         *_, row = verify.noted_table(folder).splitlines()
-        assert re.fullmatch(r"\| Python [\d.]+, jax [\d.]+, .+, \d+ cores, \S+ \| 1 \| 7 \| 0 \| 0 \| 0 \|", row), row
+        assert re.fullmatch(r"\| Python [\d.]+, jax [\d.]+, .+, \d+ cores, [^|]+ \| 1 \| 7 \| 0 \| 0 \| 0 \|", row), row
         ran(package, folder, seeds=29)
         assert verify.noted_table(folder).startswith("Nothing has been verified")
 

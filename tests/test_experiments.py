@@ -1005,8 +1005,13 @@ class TestCommitted:
     def test_every_row_of_the_lecture_is_settled(self):
         claims = report.claims_of(report.load(ROOT / "results"))
         assert [row.id for row in verdicts.ROWS] == [f"F{i}" for i in range(1, 17)] + [f"C{i}" for i in range(1, 9)]
+        timed = {entry.name for entry in experiments.catalogue().values() if entry.timed}
         for row in verdicts.ROWS:
-            assert verdicts.settled(row, claims)[0] == row.verdict, row.id
+            said = verdicts.settled(row, claims)[0]
+            # What was measured in seconds is published as it came out: once, and not again until it passes.
+            failed = {name for name, _, claim in claims if claim.id == row.id and not claim.holds}
+            assert failed <= timed, row.id
+            assert said == row.verdict if not failed else all(name in said for name in failed), row.id
             assert verdicts.evidence(row, claims), row.id
             assert (ROOT / row.test).is_file()
 

@@ -301,7 +301,7 @@ def test_a_person_s_own_test_fails_with_the_report(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTEST_ADDOPTS": ""},  # those of this run are not the person's
         check=False,
     )
     assert done.returncode == 1

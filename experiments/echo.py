@@ -63,7 +63,7 @@ def nudged(load: Callable[..., Any], seed: int) -> Callable[..., Any]:
 
 
 def one_target_changed(load: Callable[..., Any], by: float) -> Callable[..., Any]:
-    """`data.load`, with the target of the example that lies in the middle of the order of targets scaled by 1 + by.
+    """`data.load`, with the target of one example, larger in size than three in four, scaled by 1 + by.
 
     A label becomes another class if `by` is 1 % or more: it has no smaller change.
     """

@@ -69,12 +69,7 @@ def noted(folder: str | Path) -> dict[str, Any]:
 def _current(folder: Path, device: str, kind: str) -> dict[str, Any]:
     """What was found about the results that are there now."""
     kept = noted(folder).get(device, {}).get(kind, {})
-    there = {name for name, on in results.saved(folder) if on == device}
-    return {
-        name: one["found"]
-        for name, one in kept.items()
-        if name in there and results.seal(folder, name, device) == one["seal"]
-    }
+    return {name: one["found"] for name, one in kept.items() if results.has_seal(folder, name, device, one["seal"])}
 
 
 def tables(folder: str | Path, device: str = "cpu") -> str:

@@ -195,6 +195,11 @@ def seal(folder: str | Path, name: str, device: str) -> str:
     return _digests(_document(path, f"run `python -m experiments {name}` again"))["results"]
 
 
+def has_seal(folder: str | Path, name: str, device: str, expected: str) -> bool:
+    """Whether a result is there and has this seal: what was found about it still is about it."""
+    return (Path(folder) / name / f"{device}.json").is_file() and seal(folder, name, device) == expected
+
+
 def _changed(path: Path, document: dict[str, Any]) -> list[str]:
     changed = [part for part, digest in _digests(document).items() if document["sha256"].get(part) != digest]
     # A digit too many is another text for the same number.

@@ -196,7 +196,7 @@ def read(folder: str | Path, old: Result) -> Spread | None:
         seal, echoes = str(document["seal"]), tuple(map(str, document["echoes"]))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not whole ({error!r}); run `python -m experiments spread` again") from None
-    return Spread(echoes, found) if seal == results.seal(folder, old.name, old.device) else None
+    return Spread(echoes, found) if results.has_seal(folder, old.name, old.device, seal) else None
 
 
 def _path(folder: str | Path, result: Result) -> Path:

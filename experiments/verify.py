@@ -322,19 +322,15 @@ def _family(case: Case, name: str) -> Moments | None:
     """What is known of the parts that one pattern declares, together: of counts absolute, of all others relative."""
     if case.spread is None:
         return None
-    part, found = case.before[name], None
-    for other, pools in case.spread.parts.items():
-        kin = case.before.get(other)
-        if kin is None or (kin.kind.name == "count" if part.kind.name != "count" else kin.kind.name != "count"):
-            continue
-        if part.kind.name == "count":
-            one = pools[SCALE].scaled(scale_of(np.asarray(kin.value, float)))
-        elif kin.pattern != part.pattern or RELATIVE not in pools:
-            continue
-        else:
-            one = pools[RELATIVE]
-        found = one if found is None else found.beside(one)
-    return found
+    part = case.before[name]
+    known = [(case.before[other], pools) for other, pools in case.spread.parts.items() if other in case.before]
+    if part.kind.name == "count":
+        kin = [
+            pools[SCALE].scaled(scale_of(np.asarray(o.value, float))) for o, pools in known if o.kind.name == "count"
+        ]
+    else:
+        kin = [pools[RELATIVE] for o, pools in known if o.pattern == part.pattern and RELATIVE in pools]
+    return functools.reduce(Moments.beside, kin) if kin else None
 
 
 def reach(value: np.ndarray, pools: Pools, runs: int, level: float) -> np.ndarray:
@@ -659,11 +655,7 @@ def noted(folder: str | Path) -> list[dict[str, Any]]:
 def _current(folder: str | Path, note: dict[str, Any]) -> list[dict[str, Any]]:
     """What a note says of the results that are there now."""
     device = note["where"]["device"]
-    return [
-        found
-        for name, found in note["found"].items()
-        if (Path(folder) / name / f"{device}.json").is_file() and results.seal(folder, name, device) == found["seal"]
-    ]
+    return [found for name, found in note["found"].items() if results.has_seal(folder, name, device, found["seal"])]
 
 
 def noted_table(folder: str | Path) -> str:
@@ -721,7 +713,7 @@ def _sentence(comparisons: Sequence[Comparison]) -> str:
     said += [f"{loose} not comparable"] if loose else []
     count = f"Of {len(comparisons)} experiments " if len(comparisons) > 1 else ""
     apart = sum(found.count("not comparable") for found in comparisons)
-    rest = f" {apart} numbers are not comparable, most of them seconds (--all lists them)." if apart else ""
+    rest = f" {apart} numbers are not comparable (--all lists them and says why)." if apart else ""
     verdict = (
         f"{len(differ)} {'differ' if len(differ) > 1 else 'differs'}: {', '.join(differ)}"
         if differ
@@ -731,13 +723,15 @@ def _sentence(comparisons: Sequence[Comparison]) -> str:
 
 
 def _attention(found: Comparison, every: bool) -> Iterator[str]:
-    """What differs, claims that cannot be told, the hint; with `every` all."""
+    """What differs, claims that cannot be told, why nothing can be, the hint; with `every` all."""
     for finding in found.findings:
         claim = finding.part.startswith("claim") and finding.verdict == "not comparable"
         other = finding.verdict == "agrees" and (finding.note == OTHER_DRAWS or CHAOS in finding.note)
         if every or finding.verdict == "differs" or claim or other:
             words = f"{finding.verdict}: {finding.part}: {finding.note}".rstrip(": ")
             yield textwrap.fill(words, 116, subsequent_indent="    ") if finding.part.startswith("claim") else words
+    if not every and all(finding.verdict == "not comparable" for finding in found.findings):
+        yield from dict.fromkeys(finding.note for finding in found.findings)
     if found.hint:
         yield f"hint: {found.hint}"
     if every or found.count("differs"):

@@ -235,6 +235,7 @@ class TestPlanted:
         module, old = ran(package, tmp_path / "committed")
         found = verify.compare(change(old), old, module.PUBLISHED, None)
         assert {finding.verdict for finding in found.findings} == {"not comparable"}
+        assert words in verify.text([found])
         assert all(words in finding.note for finding in found.findings)
 
 

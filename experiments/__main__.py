@@ -686,31 +686,29 @@ def record_spread(arguments: Arguments) -> int:
 def record_power(arguments: Arguments) -> int:
     """Run again with planted mistakes of shrinking size, and record which of them verify sees."""
     folder, entries = committed(arguments, "power")
-    from experiments import echo, proof, results
+    from experiments import proof, results
 
     device = start_jax(arguments.device)
     names = [entry.name for entry in entries if computes(entry)]
     missing = [name for name in names if (name, device) not in results.saved(folder)]
     if missing:
         raise Unusable(f"there are no results of {' '.join(missing)} in {folder}")
-    for kind, changes in (("eta", lambda level: echo.Change(eta=level)), ("target", lambda by: echo.Change(target=by))):
-        differs = partial(seen, arguments, folder, device, changes)
+    for kind in ("eta", "target"):
+        differs = partial(seen, arguments, folder, device, kind)
         with writing(folder):
             say(str(proof.note(folder, kind, device, proof.power(names, differs))))
     return OK
 
 
-def seen(
-    arguments: Arguments, folder: Path, device: str, changes: Callable[[float], Any], level: float, names: list[str]
-) -> dict[str, bool]:
-    """Of which experiments verify says that they differ, when they run with a change of this size."""
+def seen(arguments: Arguments, folder: Path, device: str, kind: str, level: float, names: list[str]) -> dict[str, bool]:
+    """Of which experiments verify says that they differ, when they run with a change of this kind and size."""
     from experiments import echo, verify
 
-    change = changes(level)._replace(untimed=True)
-    say(f"{change}: {' '.join(names)}")
+    change = echo.Change(untimed=True)._replace(**{kind: level})
+    say(f"{kind} changed by {level:g}: {' '.join(names)}")
     with tempfile.TemporaryDirectory(prefix="jaxgrad-power-") as temporary:
         if status := echo.run(change, [*names, *bare(Path(temporary), device, arguments.quick)]):
-            raise Unusable(f"the study with {change} ended with status {status}")
+            raise Unusable(f"the study with {kind} changed by {level:g} ended with status {status}")
         found = {}
         for name in names:
             module = importlib.import_module(f"experiments.{name}")

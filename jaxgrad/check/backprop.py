@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check import agreement, diagnosis, points
+from jaxgrad.check import agreement, diagnosis, examples, points
 from jaxgrad.check.agreement import Evaluation
 from jaxgrad.check.gradient import resamples, trace_given
 from jaxgrad.check.points import Point
@@ -73,7 +73,7 @@ def check_backprop(loss: Any, backprop: Any, params: Any, batch: Any = NO_BATCH)
         problem = prepare(loss, backprop, params, arguments, {}, False)
         store = kernel(problem)
         trace_given(problem, store)
-        return _check(problem, store)
+        return _check(examples.counted(problem, store), store)
 
 
 def _check(problem: Problem, store: Kernel) -> BackpropReport:
@@ -86,7 +86,7 @@ def _check(problem: Problem, store: Kernel) -> BackpropReport:
         known = ", ".join(tags) or "none: tag them with jax.ad_checkpoint.checkpoint_name(value, name)"
         raise ValueError(f"backprop returns adjoints of {', '.join(unknown)}, but the loss tags {known}.")
     rng = np.random.default_rng(20210407)
-    shapes = [leaf.shape for leaf in problem.leaves] + [np.shape(a)[1:] for a in problem.data]
+    shapes = [np.shape(a) for a in (*problem.leaves, *problem.data)]
     sizes = points.batch_sizes(problem.n, shapes)
     free = problem.n is not None and resamples(problem, store, rng, sizes[0], [], _gradient_only)
     given = Point("the given point", problem.n, problem.leaves, problem.data)

@@ -161,11 +161,15 @@ def _case(
 def _dims(problem: Problem) -> dict[str, int]:
     """Names for the sizes of the problem: d features, k outputs, h hidden units."""
     dims: dict[str, int] = {}
-    wide = [a for a in problem.data if getattr(a, "ndim", 0) > 1]
+    wide = [
+        [s for i, s in enumerate(a.shape) if i != (0 if axis is None else axis)]
+        for a, axis in zip(problem.data, problem.axes, strict=True)
+        if a.ndim > 1
+    ]
     if wide:
-        dims["d"] = wide[0].shape[-1]
+        dims["d"] = wide[0][-1]
     if len(wide) > 1:
-        dims["k"] = wide[1].shape[-1]
+        dims["k"] = wide[1][-1]
     shapes = [leaf.shape for leaf in problem.leaves if leaf.ndim > 0]
     if "k" not in dims and shapes and len(shapes[-1]) > 0 and shapes[-1][-1] not in dims.values():
         dims["k"] = shapes[-1][-1]

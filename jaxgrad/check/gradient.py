@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxgrad import checks
-from jaxgrad.check import agreement, diagnosis, numerics, points, words
+from jaxgrad.check import agreement, diagnosis, examples, numerics, points, words
 from jaxgrad.check.agreement import Evaluation, Tolerance
 from jaxgrad.check.points import Point
 from jaxgrad.check.problem import (
@@ -56,7 +56,7 @@ def check_gradient(
         problem = prepare(loss, gradient, params, arguments, kwargs, has_aux)
         store = kernel(problem)
         trace_given(problem, store)
-        return _check(problem, store)
+        return _check(examples.counted(problem, store), store)
 
 
 def assert_gradient(
@@ -294,7 +294,7 @@ def _structure(problem: Problem, store: Kernel, wrong: Wrong) -> Report:
 def _points(problem: Problem, store: Kernel, notes: list[str]) -> points.Plan:
     """The points to try, and whether the batch can be resampled."""
     rng = np.random.default_rng(20210407)
-    shapes = [leaf.shape for leaf in problem.leaves] + [np.shape(a)[1:] for a in problem.data]
+    shapes = [np.shape(a) for a in (*problem.leaves, *problem.data)]
     n1, n2 = points.batch_sizes(problem.n, shapes)
     free = problem.n is not None and resamples(problem, store, rng, n1, notes)
     return points.draw(problem, store, rng, (n1, n2) if free else None, truth)
@@ -309,7 +309,7 @@ def resamples(
     call: Callable[..., Any] = hand,
 ) -> bool:
     """Whether both functions work with another number of examples."""
-    data = points.resample(rng, problem.data, problem.rows, problem.n, size)
+    data = points.resample(rng, problem.data, problem.axes, problem.n, size)
     try:
         value, _ = truth(store, problem.leaves, data)
     except Exception:

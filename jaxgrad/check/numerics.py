@@ -201,9 +201,9 @@ def _largest_logit(
     name = None
     for row in range(problem.n or 0):
         one = tuple(
-            a[row : row + 1] if r else a
-            for a, r in zip(data, problem.rows, strict=True)
-            if np.ndim(a) == 0 or row < len(a)
+            a if axis is None else np.take(a, [row], axis=axis)
+            for a, axis in zip(data, problem.axes, strict=True)
+            if axis is None or row < a.shape[axis]
         )
         if len(one) != len(data):
             break

@@ -25,7 +25,7 @@ def batch_sizes(n: int | None, shapes: Sequence[tuple[int, ...]]) -> tuple[int, 
 
 
 def resample(
-    rng: np.random.Generator, data: Sequence[Any], rows: Sequence[bool], n: int | None, size: int
+    rng: np.random.Generator, data: Sequence[Any], axes: Sequence[int | None], n: int | None, size: int
 ) -> tuple[Any, ...]:
     """`size` examples: distinct ones if there are enough, and not all with one label if there are several."""
     if n is None:
@@ -34,13 +34,13 @@ def resample(
     for _ in range(20):
         base = rng.permutation(n)
         picks = np.concatenate([base, rng.integers(0, n, max(0, size - n))])[:size]
-        if all(_varied(a, picks) for a, row in zip(data, rows, strict=True) if row):
+        if all(_varied(a, axis, picks) for a, axis in zip(data, axes, strict=True) if axis is not None):
             break
-    return tuple(a[picks] if row else a for a, row in zip(data, rows, strict=True))
+    return tuple(a if axis is None else np.take(a, picks, axis=axis) for a, axis in zip(data, axes, strict=True))
 
 
-def _varied(array: np.ndarray, picks: np.ndarray) -> bool:
-    flat = array.reshape(array.shape[0], -1)
+def _varied(array: np.ndarray, axis: int, picks: np.ndarray) -> bool:
+    flat = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
     return bool(np.any(flat[picks] != flat[picks[:1]])) or not bool(np.any(flat != flat[:1]))
 
 
@@ -134,7 +134,7 @@ def generic(
 
 
 def _batch(problem: Any, rng: np.random.Generator, size: int | None) -> tuple[Any, ...]:
-    return problem.data if size is None else resample(rng, problem.data, problem.rows, problem.n, size)
+    return problem.data if size is None else resample(rng, problem.data, problem.axes, problem.n, size)
 
 
 def _spread(at: tuple[float, list[Any]], leaves: Sequence[Any]) -> float:

@@ -47,8 +47,8 @@ class Problem(NamedTuple):
     paths: tuple[str, ...]
     leaves: tuple[np.ndarray, ...]
     data: tuple[Any, ...]
-    rows: tuple[bool, ...]
-    """Which data arrays are indexed by example."""
+    axes: tuple[int | None, ...]
+    """For each data array the axis that counts the examples, or None."""
     n: int | None
     names: tuple[str, ...]
     """What each data array is called: its path in the arguments."""
@@ -141,7 +141,7 @@ def prepare(
     n = next((a.shape[0] for a in data if a.ndim > 0), None)
     if n == 0:
         raise ValueError("the batch is empty (leading axis 0): give at least one example.")
-    rows = tuple(a.ndim > 0 and a.shape[0] == n for a in data)
+    axes = tuple(0 if a.ndim > 0 and a.shape[0] == n else None for a in data)
     spec = Spec(
         params_tree,
         tuple(fixed),
@@ -153,7 +153,7 @@ def prepare(
         bool(arguments),
         has_aux,
     )
-    return Problem(loss, gradient, spec, tuple(paths), tuple(leaves), tuple(data), rows, n, tuple(data_names))
+    return Problem(loss, gradient, spec, tuple(paths), tuple(leaves), tuple(data), axes, n, tuple(data_names))
 
 
 def assemble(

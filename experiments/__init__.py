@@ -23,6 +23,8 @@ anything, and `name[1]` for a column (along the last axis); the first that fits 
     "rounding"                              computed in floating point without drawing anything, or the same each time
     "rounding, chosen by SCORES of OPTIONS" the option with the lowest score, which rounding may decide at a tie
     "rounding, found to SHARE"              what a search ends with, which may be off by that share of it
+    "rounding, off by KEY"                  what may be off by the number KEY, worked out with it: an error that its
+                                            condition explains, a jump where a residual is on the other side of 0
     "error, unit UNIT"                      an error of rounding: UNIT, a number or the name of one, is what it is
                                             measured in
     "count"                                 how many cases pass a threshold, each of which rounding may move across

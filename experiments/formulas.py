@@ -59,7 +59,8 @@ class Config:
 QUICK = Config(seeds=3, shapes=((5, 3, 4, 2),), training=50, steps=4, logits=40, curve=600)
 PUBLISHED = {
     "seeds": "exact", "row/form": "exact", "row/id": "exact", "row/kind": "exact", "row/series": "exact",
-    "row/shape": "exact", "row/ratio": "rounding, found to 1e-11", "row/units": "error, unit 1",
+    "row/shape": "exact", "row/ratio": "rounding, off by row/limit", "row/limit": "rounding",
+    "row/units": "error, unit 1",
     "row/*": "error, unit 1e-12", "words/*": "exact", "shapes": "exact", "stopped": "exact", "curve/logit": "exact",
     "curve/*": "error, unit 2.3e-16", "nan/found": "rounding, found to 2.4e-7", "nan/*": "rounding", "zero/*": "exact",
     "slopes": "rounding",
@@ -405,8 +406,8 @@ def ratio(hand: Tree, right: Tree) -> np.ndarray:
 def compare(family: Family) -> list[dict[str, np.ndarray]]:
     """Every check of a family at every point: columns of a table, one row per point.
 
-    `relative` error, error in `units` of rounding, `ratio` to the reference (of the projection on it), and
-    relative error of the `witness`. A result that has the shape of the reference's transpose, as F12 and F13
+    `relative` error, error in `units` of rounding, `ratio` to the reference (of the projection on it), the `limit`
+    that `LIMIT` units are for that ratio, and relative error of the `witness`. A result that has the shape of the reference's transpose, as F12 and F13
     printed for one example have, is transposed first. Where the printed factors do not multiply, one row says so.
     """
     possible = [check for check in family.checks if multiplies(check, family)]
@@ -440,7 +441,9 @@ def compare(family: Family) -> list[dict[str, np.ndarray]]:
             there = first_kind(right)
             third[: len(size) // len(KINDS)] = quotient(norm(minus(seen, there)), norm(there))
         errors = {"relative": quotient(off, size), "units": quotient(off, unit), "witness": third}
-        tables.append(rows(check, family.shape, **errors, ratio=ratio(hand, right)))
+        shares = ratio(hand, right)
+        errors["limit"] = LIMIT * quotient(unit, size) * np.maximum(1, np.abs(shares))
+        tables.append(rows(check, family.shape, **errors, ratio=shares))
     return tables
 
 
@@ -489,7 +492,7 @@ def rows(check: Check, shape: Shape, **errors: np.ndarray) -> dict[str, np.ndarr
     count = len(errors["units"]) if errors else 1
     points = count // len(KINDS)
     names = {"id": check.id, "form": check.form, "series": check.series}
-    nothing = {name: np.full(count, np.nan) for name in ("relative", "units", "ratio", "witness")}
+    nothing = {name: np.full(count, np.nan) for name in ("relative", "units", "ratio", "limit", "witness")}
     return {
         **{name: np.full(count, value) for name, value in names.items()},
         "shape": np.full((count, 4), shape),

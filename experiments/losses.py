@@ -60,9 +60,10 @@ class Config:
 QUICK = Config(steps=10_000, points=7)
 PUBLISHED = {
     "factor": "exact", "steps": "exact", "record": "exact", "rows": "exact", "start": "exact", "eta/MAE": "exact",
-    "eta/*": "rounding", "bound/*": "rounding", "distance": "rounding", "gap/*": "rounding", "theory/*": "rounding",
-    "path/*": "rounding", "minimum/*": "rounding", "influence/*": "rounding", "influence_theory/*": "rounding",
-    "x": "rounding", "y/*": "rounding",
+    "eta/*": "rounding", "bound/*": "rounding", "distance": "rounding", "jump/*": "rounding",
+    "path/MAE*": "rounding, off by jump/path/MAE*", "gap/MAE*": "rounding, off by jump/gap/MAE*", "gap/*": "rounding",
+    "theory/*": "rounding", "path/*": "rounding", "minimum/*": "rounding", "influence/*": "rounding",
+    "influence_theory/*": "rounding", "x": "rounding", "y/*": "rounding",
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSSES = {"MSE": squared, "MAE": absolute, "logloss": logloss}
@@ -108,7 +109,10 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     # ‖∇‖ <= mean ‖x‖ wherever it exists.
     steepest, away = float(np.mean(np.linalg.norm(X, axis=1))), float(np.linalg.norm(start - mae))
     numbers["theory/MAE"] = away**2 / (2 * config.mae_eta * record) + config.mae_eta * steepest**2 / 2
-    for name in ("MAE", "MAE, shrinking steps"):
+    for name, etas in (("MAE", np.full(len(record), config.mae_eta)), ("MAE, shrinking steps", record**-0.5)):
+        # What a residual on the other side of 0 moves (slope, intercept) by: near a kink rounding decides its side.
+        jump = 2 * etas[:, None] * np.abs(X).max(axis=0) / len(X)
+        numbers |= {f"jump/path/{name}": jump, f"jump/gap/{name}": steepest * np.linalg.norm(jump, axis=1)}
         numbers[f"gap/{name}"] = np.abs(dirty[None, :] - paths[name] @ X.T).mean(axis=1) - lowest
 
     progress("logloss with flipped labels")

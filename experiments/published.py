@@ -9,7 +9,7 @@ import numpy as np
 WORDS = re.compile(
     r"exact(?P<jax>, same jax)?"
     r"|machine"
-    r"|rounding(, chosen by (?P<chosen>.+ of .+)|, found to (?P<found>\d[\d.e-]*))?"
+    r"|rounding(, chosen by (?P<chosen>.+ of .+)|, found to (?P<found>\d[\d.e-]*)|, off by (?P<off>.+))?"
     r"|chaotic, axis (?P<late>-?\d+)"
     r"|error, unit (?P<unit>.+)"
     r"|count"
@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     name: str
     """`exact`, `machine`, `rounding`, `error`, `count`, `chaotic`, `statistical` or `timing`."""
     by: str = ""
-    """What more was said: `jax` (exact), `chosen`, `found` (rounding), `axis` (statistical, chaotic, timing), `error`,
+    """What more was said: `jax` (exact), `chosen`, `found`, `off` (rounding), `axis` (statistical, chaotic, timing), `error`,
     `deviation`, `count` (statistical), `ratio` (timing)."""
     key: str = ""
     """The axis of the runs or repeats, the unit of an error, or the key that stands behind the words."""
@@ -105,7 +105,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 def _words(said: re.Match[str]) -> str:
     return next(
-        (said[group] for group in ("chosen", "found", "unit", "key", "runs", "repeats", "late") if said[group]), ""
+        (said[group] for group in ("chosen", "found", "off", "unit", "key", "runs", "repeats", "late") if said[group]),
+        "",
     )
 
 
@@ -114,6 +115,14 @@ def _kind(words: str, stars: tuple[str, ...]) -> Kind:
     assert said is not None
     fill = itertools.cycle(stars)
     key = re.sub(r"\*", lambda _: next(fill), _words(said))
-    groups = {"jax": "jax", "chosen": "chosen", "found": "found", "runs": "axis", "late": "axis", "ratio": "ratio"}
+    groups = {
+        "jax": "jax",
+        "chosen": "chosen",
+        "found": "found",
+        "off": "off",
+        "runs": "axis",
+        "late": "axis",
+        "ratio": "ratio",
+    }
     by = (said["by"] or "").removesuffix(" of") or next((groups[group] for group in groups if said[group]), "")
     return Kind(words.partition(",")[0], by, key)

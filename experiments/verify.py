@@ -21,7 +21,7 @@ nothing of it moved, over the parts that were declared with it; where none of th
 rounding of a sum over the n examples in another order, √n u |x|. For an entry that is 0, r is absolute, over the
 array; and u |x| is at least a unit of rounding, of float64, of the array's root mean square. So nothing that is
 computed has the tolerance 0. A whole number that is computed, a step at which a threshold is crossed, may move by 1;
-what a search found, by the share that is declared. Chaotic numbers (late losses of a net at a large step size) get a
+what a search found, by the share that is declared; what a study says may be off by a number, by that. Chaotic numbers (late losses of a net at a large step size) get a
 wide tolerance because their echoes scatter; no other does.
 
 **Error**: a number that is itself an error of rounding, in the unit that is declared, is one draw of a random number
@@ -314,6 +314,8 @@ def tolerance(case: Case, name: str) -> np.ndarray:
         allowed = max(4.0, np.sqrt(case.examples)) * unit
     if kind.by == "found":
         allowed = np.maximum(allowed, float(kind.key) * np.abs(value))
+    elif kind.by == "off":
+        allowed = np.maximum(allowed, np.nan_to_num(np.asarray(look_up(case.old.numbers, kind.key), float)))
     whole = saved.dtype.kind in "iu" or kind.name == "count"
     return np.maximum(allowed, 1.0) if whole else allowed
 

@@ -335,6 +335,13 @@ class TestRules:
             new = {"eta": old["eta"] * np.array([by, 1])}
             assert verdicts(tmp_path, {"eta": "rounding, found to 0.003"}, old, new)["eta"][0] == verdict
 
+    def test_what_may_be_off_by_a_number_is_held_to_that_number(self, tmp_path):
+        declared = {"path/*": "rounding, off by jump/*", "jump/*": "rounding"}
+        old = {"path/MAE": np.array([0.5, 0.7]), "jump/MAE": np.array([1e-3, 1e-5])}
+        for away, verdict in (((9e-4, 9e-6), "agrees"), ((9e-4, 1.1e-5), "differs"), ((1.1e-3, 0), "differs")):
+            new = old | {"path/MAE": old["path/MAE"] + np.array(away)}
+            assert verdicts(tmp_path, declared, old, new)["path/MAE"][0] == verdict
+
     def test_late_steps_of_chaotic_runs_are_compared_by_their_size(self, tmp_path):
         """One run stands still but for rounding, one wanders over two decades."""
         draw = np.random.default_rng(0)

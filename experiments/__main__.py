@@ -37,6 +37,7 @@ except ModuleNotFoundError:
 if TYPE_CHECKING:
     from experiments.report import Chapter
     from experiments.results import Result
+    from experiments.verify import Comparison
     from jaxgrad.data import Column
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -102,14 +103,16 @@ of them was judged by what the others show (the table is in results/README.md, R
 exit status: 0 nothing differs, 1 something does, 2 it could not be done, 130 interrupted
 """,
     "spread": """\
-usage: python -m experiments spread [NAME ...] [--quick] [--python INTERPRETER] [--out DIR] [--device cpu|gpu]
+usage: python -m experiments spread [NAME ...] [--quick] [--python INTERPRETER] [--echoes DIR] [--out DIR]
+                                    [--device cpu|gpu]
 
 For whoever changes the study: how far does rounding move each number? Runs the study again in environments that round
 otherwise (other vector instructions in XLA and NumPy, another BLAS kernel, another C library, one thread, nudged data,
 and another Python and JAX where --python names one that has this study installed), and records the size of what moved
 beside the results: verify's tolerances follow from it. Then each environment is left out in turn and judged by the
-others; where anything differs that is said, and the exit status is 1. --quick renews results/quick first, where its
-code is older. It takes as long as the study for each environment.
+others; where anything differs that is said, and the exit status is 1. What older code recorded is first run as it is,
+and must come out the same to the last bit. It takes as long as the study for each environment; with --echoes DIR what
+each environment gave is kept there, and a second start goes on from it.
 """,
     "power": """\
 usage: python -m experiments power [NAME ...] [--quick] [--out DIR] [--device cpu|gpu]
@@ -193,6 +196,9 @@ class Arguments:
 
     python: Annotated[str | None, conf.arg(metavar="INTERPRETER", **QUIET)] = None
     """For spread: another Python that has this study installed."""
+
+    echoes: Annotated[Path | None, conf.arg(metavar="DIR", **QUIET)] = None
+    """For spread: keep here what each environment gave, and use what is here already."""
 
 
 class Plan(NamedTuple):
@@ -305,8 +311,9 @@ def plan(arguments: Arguments) -> Plan:
     for option, name in (("rerun", "rerun"), ("every", "all"), ("note", "note")):
         if getattr(arguments, option):
             raise Unusable(f"--{name} is for verify: python -m experiments verify --{name} ...")
-    if arguments.python:
-        raise Unusable("--python is for spread: python -m experiments spread --python ...")
+    for name in ("python", "echoes"):
+        if getattr(arguments, name):
+            raise Unusable(f"--{name} is for spread: python -m experiments spread --{name} ...")
     given = {
         "seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target,
         "memory": gibibytes(arguments.memory), "options": reading(arguments),
@@ -643,7 +650,7 @@ def record_spread(arguments: Arguments) -> int:
     from experiments import echo, environments, proof, results, spread, verify
 
     device = start_jax(arguments.device)
-    entries = tuple(entry for entry in entries if computes(entry))
+    entries = there(entries, folder, device)
     chosen = {
         label: one
         for label, one in environments.ENVIRONMENTS[device].items()
@@ -651,25 +658,25 @@ def record_spread(arguments: Arguments) -> int:
     }
     as_fast = [label for label, one in chosen.items() if not one.variables and not one.other_python]
     with writing(folder), tempfile.TemporaryDirectory(prefix="jaxgrad-spread-") as temporary:
-        plan = Plan(entries, {}, arguments.quick, folder, device, bare=True)
-        stale = tuple(entry for entry in entries if not is_current(entry, plan, device))
-        if stale and not arguments.quick:
-            names = " ".join(entry.name for entry in stale)
-            raise Unusable(f"these results are not of this code on this machine: run `python -m experiments {names}`")
-        if (status := carry_out(plan._replace(entries=stale), device).status) != OK:
-            return status
+        kept = arguments.echoes or Path(temporary)
+        if moved := moved_since(entries, arguments.quick, folder, device, Path(temporary) / "as it is"):
+            again = f"{' '.join(moved)}{f' --quick --bare --out {folder}' if arguments.quick else ''}"
+            raise Unusable(
+                f"this code on this machine gives other numbers than those in {folder} ({', '.join(moved)}): run "
+                f"`python -m experiments {again}` first"
+            )
         echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
         for label, one in chosen.items():
             say(f"environment: {label}")
-            out = Path(temporary) / label
+            missing = [name for name in echoes if (name, device) not in results.saved(kept / label)]
             change = echo.Change(nudge=one.nudge, untimed=label not in as_fast)
-            options, python = bare(out, device, arguments.quick), arguments.python if one.other_python else None
-            failed = echo.run(change, [*echoes, *options], one.variables, python)
-            if failed:
+            options = bare(kept / label, device, arguments.quick)
+            python = arguments.python if one.other_python else None
+            if missing and (failed := echo.run(change, [*missing, *options], one.variables, python)):
                 say(f"{label} failed: nothing is recorded")
                 return failed
             for name, found in echoes.items():
-                found[label] = results.read(out, name, device)
+                found[label] = results.read(kept / label, name, device)
         counts, wrong = {}, []
         for name, found in echoes.items():
             module, old = importlib.import_module(f"experiments.{name}"), results.read(folder, name, device)
@@ -683,16 +690,29 @@ def record_spread(arguments: Arguments) -> int:
     return FAILED if wrong else OK
 
 
+def moved_since(entries: tuple[Entry, ...], quick: bool, folder: Path, device: str, out: Path) -> list[str]:
+    """Which experiments this code, here, does not give again to the last bit, seconds apart.
+
+    What was recorded by this very code on this machine need not be run for that.
+    """
+    from experiments import verify
+
+    older = tuple(e for e in entries if not is_current(e, Plan(entries, {}, quick, folder, device), device))
+    if not older:
+        return []
+    say(f"recorded by older code, or elsewhere, so first run as it is: {' '.join(entry.name for entry in older)}")
+    failed = carry_out(Plan(older, {}, quick, out, device, bare=True), device).failed
+    names = [entry.name for entry in older]
+    return [name for name in names if name in failed or not verify.unmoved(compared(folder, out, name, device))]
+
+
 def record_power(arguments: Arguments) -> int:
     """Run again with planted mistakes of shrinking size, and record which of them verify sees."""
     folder, entries = committed(arguments, "power")
-    from experiments import proof, results
+    from experiments import proof
 
     device = start_jax(arguments.device)
-    names = [entry.name for entry in entries if computes(entry)]
-    missing = [name for name in names if (name, device) not in results.saved(folder)]
-    if missing:
-        raise Unusable(f"there are no results of {' '.join(missing)} in {folder}")
+    names = [entry.name for entry in there(entries, folder, device)]
     for kind in ("eta", "target"):
         differs = partial(seen, arguments, folder, device, kind)
         with writing(folder):
@@ -702,7 +722,7 @@ def record_power(arguments: Arguments) -> int:
 
 def seen(arguments: Arguments, folder: Path, device: str, kind: str, level: float, names: list[str]) -> dict[str, bool]:
     """Of which experiments verify says that they differ, when they run with a change of this kind and size."""
-    from experiments import echo, verify
+    from experiments import echo
 
     change = echo.Change(untimed=True)._replace(**{kind: level})
     say(f"{kind} changed by {level:g}: {' '.join(names)}")
@@ -711,17 +731,31 @@ def seen(arguments: Arguments, folder: Path, device: str, kind: str, level: floa
             raise Unusable(f"the study with {kind} changed by {level:g} ended with status {status}")
         found = {}
         for name in names:
-            module = importlib.import_module(f"experiments.{name}")
-            comparison = verify.study(
-                folder, temporary, name, device, module.PUBLISHED, timed=False, claims=module.claims
-            )
-            found[name] = comparison.count("differs") > 0
+            found[name] = compared(folder, Path(temporary), name, device).count("differs") > 0
         return found
+
+
+def compared(folder: Path, rerun: Path, name: str, device: str) -> "Comparison":
+    """The verdicts on a re-run of one experiment, whose seconds do not matter."""
+    from experiments import verify
+
+    module = importlib.import_module(f"experiments.{name}")
+    return verify.study(folder, rerun, name, device, module.PUBLISHED, timed=False, claims=module.claims)
 
 
 def bare(out: Path, device: str, quick: bool) -> list[str]:
     """The options of a run that leaves numbers only, elsewhere."""
     return ["--bare", "--device", device, "--out", str(out), *(["--quick"] if quick else [])]
+
+
+def there(entries: tuple[Entry, ...], folder: Path, device: str) -> tuple[Entry, ...]:
+    """Those that publish what rounding can move; all of them must have been run."""
+    from experiments import results
+
+    entries = tuple(entry for entry in entries if computes(entry))
+    if missing := " ".join(entry.name for entry in entries if (entry.name, device) not in results.saved(folder)):
+        raise Unusable(f"there are no results of {missing} in {folder}: run `python -m experiments {missing}`")
+    return entries
 
 
 def computes(entry: Entry) -> bool:
@@ -737,13 +771,14 @@ def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ..
             raise Unusable(f"{command!r} runs what is committed, as it is: --{option} has no meaning for it")
     if command != "verify" and (arguments.rerun or arguments.every or arguments.note):
         raise Unusable("--rerun, --all and --note are for verify")
-    if command != "spread" and arguments.python:
-        raise Unusable("--python is for spread")
+    for option in ("python", "echoes"):
+        if command != "spread" and getattr(arguments, option):
+            raise Unusable(f"--{option} is for spread")
     if arguments.python and shutil.which(arguments.python) is None:
         raise Unusable(f"--python {arguments.python}: there is no such program")
     folder = Path(arguments.out or (RESULTS / "quick" if arguments.quick else RESULTS))
     only_names = dataclasses.replace(
-        arguments, names=arguments.names[1:], out=folder, rerun=None, every=False, note=False, python=None
+        arguments, names=arguments.names[1:], out=folder, rerun=None, every=False, note=False, python=None, echoes=None
     )
     entries = plan(only_names).entries
     from experiments import results

@@ -407,8 +407,9 @@ def compare(family: Family) -> list[dict[str, np.ndarray]]:
     """Every check of a family at every point: columns of a table, one row per point.
 
     `relative` error, error in `units` of rounding, `ratio` to the reference (of the projection on it), the `limit`
-    that `LIMIT` units are for that ratio, and relative error of the `witness`. A result that has the shape of the reference's transpose, as F12 and F13
-    printed for one example have, is transposed first. Where the printed factors do not multiply, one row says so.
+    that `LIMIT` units are for that ratio, and relative error of the `witness`. A result that has the shape of the
+    reference's transpose, as F12 and F13 printed for one example have, is transposed first. Where the printed factors
+    do not multiply, one row says so.
     """
     possible = [check for check in family.checks if multiplies(check, family)]
     one_point = lambda m, f: (

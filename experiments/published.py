@@ -28,8 +28,8 @@ class Kind(NamedTuple):
     name: str
     """`exact`, `machine`, `rounding`, `error`, `count`, `chaotic`, `statistical` or `timing`."""
     by: str = ""
-    """What more was said: `jax` (exact), `chosen`, `found`, `off` (rounding), `axis` (statistical, chaotic, timing), `error`,
-    `deviation`, `count` (statistical), `ratio` (timing)."""
+    """What more was said: `jax` (exact), `chosen`, `found`, `off` (rounding), `axis` (statistical, chaotic, timing),
+    `error`, `deviation`, `count` (statistical), `ratio` (timing)."""
     key: str = ""
     """The axis of the runs or repeats, the unit of an error, or the key that stands behind the words."""
 

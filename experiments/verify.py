@@ -21,8 +21,8 @@ nothing of it moved, over the parts that were declared with it; where none of th
 rounding of a sum over the n examples in another order, √n u |x|. For an entry that is 0, r is absolute, over the
 array; and u |x| is at least a unit of rounding, of float64, of the array's root mean square. So nothing that is
 computed has the tolerance 0. A whole number that is computed, a step at which a threshold is crossed, may move by 1;
-what a search found, by the share that is declared; what a study says may be off by a number, by that. Chaotic numbers (late losses of a net at a large step size) get a
-wide tolerance because their echoes scatter; no other does.
+what a search found, by the share that is declared; what a study says may be off by a number, by that number. Chaotic
+numbers (late losses of a net at a large step size) get a wide tolerance because their echoes scatter; no other does.
 
 **Error**: a number that is itself an error of rounding, in the unit that is declared, is one draw of a random number
 of its own size. So is that of the re-run: it may be off by z(1 − α/2N) √2 times the published one, or the unit where
@@ -152,6 +152,12 @@ def study(
             hint=f"edited number: {', '.join(moved[:5]) or 'none of those that this re-run gives otherwise'}",
         )
     return found
+
+
+def unmoved(found: Comparison) -> bool:
+    """Whether every number of a re-run is the same to the last bit, where it can be compared at all."""
+    numbers = [one for one in found.findings if not one.part.startswith("claim ")]
+    return all(one.verdict in ("identical", "not comparable") for one in numbers)
 
 
 def compare(

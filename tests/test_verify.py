@@ -842,6 +842,42 @@ class TestCommand:
         assert "no spread is recorded" in out
         assert contents(tmp_path / "results") == before
 
+    def test_spread_goes_on_from_the_echoes_that_it_kept(self, package, tmp_path, monkeypatch, capsys):
+        ran(package, tmp_path / "results" / "quick")
+        nudges = {f"nudge {i}": environments.Environment(nudge=i) for i in (1, 2, 3, 4)}
+        monkeypatch.setattr(environments, "ENVIRONMENTS", {"cpu": nudges})
+        asked = []
+
+        def run(change, arguments, variables, python):
+            asked.append(change.nudge)
+            if len(asked) == 4:
+                return 1  # as if it was killed in the last one
+            with monkeypatch.context() as patched:
+                patched.setattr(data, "load", echo.nudged(data.load, change.nudge))
+                ran(package, Path(arguments[arguments.index("--out") + 1]))
+            return 0
+
+        monkeypatch.setattr(echo, "run", run)
+        kept = ["spread", "--quick", "--echoes", str(tmp_path / "kept")]
+        assert (command.main(kept), asked) == (1, [1, 2, 3, 4])
+        assert (command.main(kept), asked) == (0, [1, 2, 3, 4, 4])
+        capsys.readouterr()
+        folder = tmp_path / "results" / "quick"
+        assert spread.read(folder, results.read(folder, "planted", "cpu")).echoes == tuple(nudges)
+        found = json.loads((folder / "proof.json").read_text())["cpu"]["left out"]["planted"]["found"]
+        assert [one["differs"] for one in found.values()] == [0, 0, 0, 0]
+
+    def test_spread_takes_older_code_only_where_it_gives_the_same_bits(self, package, tmp_path, monkeypatch, capsys):
+        ran(package, tmp_path / "results" / "quick")
+        monkeypatch.setattr(environments, "ENVIRONMENTS", {"cpu": {}})
+        for source, status in ((PLANTED + "# a word more", 0), (PLANTED.replace("0.2, 1, 90", "0.201, 1, 90"), 2)):
+            (package / "planted.py").write_text(source)
+            forget("planted")
+            assert command.main(["spread", "--quick"]) == status
+            _, err = capsys.readouterr()
+            assert "recorded by older code, or elsewhere, so first run as it is: planted" in err
+        assert "run `python -m experiments planted --quick --bare --out" in err
+
     def test_what_was_verified_is_noted_until_the_results_change(self, package, tmp_path, capsys):
         folder = tmp_path / "results"
         ran(package, folder)

@@ -746,6 +746,7 @@ class TestProcess:
                 heavy = {"jax", "numpy", "matplotlib", "jaxgrad"} & set(sys.modules)
                 print("imported:", heavy, file=sys.stderr)
         """
+
         def processor_seconds(run):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True, check=True)

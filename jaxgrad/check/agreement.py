@@ -5,6 +5,8 @@ the points). Both are relative, so a factor in front of the loss changes nothing
 gradient of zeros is seen however small the gradient is. ρ = 1e-10 and φ = 1000 ε allow what a right gradient
 computed on another route loses in float64, and no more; code that rounds to float32 inside is recognised by the
 rounding noise it shows when the parameters are moved by 1e-6, and ρ and φ follow that noise.
+Where terms cancel, rounding is larger than that beside what they leave: there the evaluation holds what arithmetic
+of the precision in use may do at that point (`rounding.allowance`), and an error up to that is none.
 """
 
 from collections.abc import Sequence
@@ -28,6 +30,8 @@ class Evaluation(NamedTuple):
     loss: float
     true: tuple[np.ndarray, ...]
     hand: tuple[np.ndarray, ...]
+    rounding: tuple[float, ...] = ()
+    """What rounding may do to each leaf here, in norm; empty where that was not asked."""
 
     @property
     def true_finite(self) -> bool:
@@ -53,7 +57,11 @@ class Tolerance(NamedTuple):
 def evaluate(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wrong:
     """Both gradients at a point; an exception of the person's gradient is passed on."""
     loss, true = truth(store, point.leaves, point.data)
-    mine = hand(problem, point.leaves, point.data)
+    try:
+        mine = hand(problem, point.leaves, point.data)
+    except Exception as error:
+        error.add_note(f"jaxgrad: your gradient raised this at {point.name}.")
+        raise
     return mine if isinstance(mine, Wrong) else Evaluation(point, loss, tuple(true), tuple(mine))
 
 
@@ -84,7 +92,8 @@ def wrong_leaves(evaluation: Evaluation, tol: Tolerance) -> list[int]:
     """The leaves that do not agree at a point."""
     out = []
     for i, (error, true) in enumerate(zip(errors(evaluation), evaluation.true, strict=True)):
-        if not error <= tol.allowed(i, _norm(true)):
+        rounding = evaluation.rounding[i] if evaluation.rounding else 0.0
+        if not error <= max(tol.allowed(i, _norm(true)), rounding):
             out.append(i)
     return out
 
@@ -109,7 +118,7 @@ def smallest_detectable(evaluations: Sequence[Evaluation], tol: Tolerance, dead:
         if dead and dead[i]:
             continue
         best = [
-            tol.allowed(i, _norm(e.true[i])) / _norm(e.true[i])
+            max(tol.allowed(i, _norm(e.true[i])), e.rounding[i] if e.rounding else 0.0) / _norm(e.true[i])
             for e in evaluations
             if e.true_finite and _norm(e.true[i]) > 0
         ]

@@ -90,6 +90,8 @@ def changes(program: Program, todo: Plan, faults: Sequence[Fault], at: Replay) -
     out = np.zeros((len(faults), _width(program, at)))
     with np.errstate(all="ignore"):
         for slot, entries in by_slot.items():
+            if slot not in at.tangents:
+                continue  # a counter: nothing of the gradient goes through it
             tangents = np.asarray(at.tangents[slot], dtype=np.float64)
             flat = tangents.reshape(tangents.shape[0], -1)
             stack = np.stack([np.broadcast_to(d, tangents.shape[1:]).reshape(-1) for _, d in entries])
@@ -118,7 +120,8 @@ def change(program: Program, todo: Plan, fault: Fault, at: Replay) -> tuple[int,
             return slot, np.zeros(())
         sent = at.adjoints[step.outputs[0]] if fault.label == PASSED else at.alternatives[fault.product][fault.label]
         return slot, sent - at.contributions[key]
-    slot = program.steps[fault.members[-1]].outputs[0]
+    outputs = program.steps[fault.members[-1]].outputs
+    slot = next((o for o in outputs if o in program.moving), outputs[0])  # a loop's first output is its counter
     if slot not in at.adjoints:
         return slot, np.zeros(())
     return slot, at.adjoints[slot] * extra_factor(at, slot, fault)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxgrad import checks
-from jaxgrad.check import agreement, diagnosis, examples, numerics, points, words
+from jaxgrad.check import agreement, diagnosis, examples, numerics, points, rounding, words
 from jaxgrad.check.agreement import Evaluation, Tolerance
 from jaxgrad.check.points import Point
 from jaxgrad.check.problem import (
@@ -22,10 +22,12 @@ from jaxgrad.check.problem import (
     hand,
     kernel,
     prepare,
+    returned_precisions,
     traced,
     truth,
 )
 from jaxgrad.check.report import Finding, Report, Tried, text
+from jaxgrad.check.steps import low_precision
 
 
 def check_gradient(
@@ -136,12 +138,21 @@ def _check(problem: Problem, store: Kernel) -> Report:
     sizes = agreement.scales(usable)
     tol = agreement.tolerance(sizes)
     dead: tuple[bool, ...] = ()
+    saturated = [e for e in (_quiet(problem, store, p) for p in tried.saturated) if e is not None]
+    far = [e for e in saturated if e.true_finite and e.hand_finite]
     failing = [e for e in usable if agreement.wrong_leaves(e, tol)]
     if failing:
         tol, dead = _widen(problem, store, usable, sizes, tol)
-        failing = [e for e in usable if agreement.wrong_leaves(e, tol)]
-    saturated = [e for e in (_quiet(problem, store, p) for p in tried.saturated) if e is not None]
-    far = [e for e in saturated if e.true_finite and e.hand_finite]
+    unit = _unit(problem, store, [*usable, *far], tol)
+    allow = {id(e): _with_rounding(store, e, unit, tol, sizes) for e in [*usable, *far]}
+    evaluations = [allow.get(id(e), e) for e in evaluations]
+    usable, saturated, far = (
+        [allow[id(e)] for e in usable],
+        [allow.get(id(e), e) for e in saturated],
+        [allow[id(e)] for e in far],
+    )
+    first = allow.get(id(first), first)
+    failing = [e for e in usable if agreement.wrong_leaves(e, tol)]
 
     # A gradient that is right at drawn parameters may still differ where one of the two has lost its digits.
     noisy: list[tuple[Evaluation, int]] = []
@@ -195,6 +206,11 @@ def _check(problem: Problem, store: Kernel) -> Report:
     for i, size in enumerate(sizes):
         if size == 0 and all(not np.any(e.true[i]) for e in usable):
             notes.append(f"the loss does not depend on {problem.paths[i]}: its gradient is zero everywhere.")
+    if unit > rounding.DOUBLE and tol.noise <= 1e-11:
+        notes.append(
+            f"the loss or the gradient computes in {rounding.NAMES[unit]} somewhere: an error below its rounding "
+            "cannot be told from it."
+        )
     if tol.noise > 1e-11:
         notes.append(
             f"there is rounding of relative size {tol.noise:.0e} in the loss or the gradient (float32 inside?); "
@@ -212,11 +228,37 @@ _SPECIAL = ("the given point", "the given point, other examples", "small paramet
 
 
 def _call(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wrong:
-    try:
-        return agreement.evaluate(problem, store, point)
-    except Exception as error:
-        error.add_note(f"jaxgrad: your gradient raised this at {point.name}.")
-        raise
+    return agreement.evaluate(problem, store, point)
+
+
+def _unit(problem: Problem, store: Kernel, evaluations: Sequence[Evaluation], tol: Tolerance) -> float:
+    """The unit roundoff of the coarser of the two functions; asked only where they differ somewhere."""
+    differing = [e for e in evaluations if e.hand_finite and agreement.wrong_leaves(e, tol)]
+    if not differing:
+        return rounding.DOUBLE
+    unit = max(rounding.DOUBLE, rounding.unit_of(low_precision(traced(store, problem.leaves, problem.data))))
+    if tol.noise > 1e-9 or any(
+        rounding.written_in_single([e.hand[i] for e in evaluations if e.hand_finite])
+        and not rounding.written_in_single([e.true[i] for e in evaluations])
+        for i in range(len(problem.paths))
+    ):
+        unit = max(unit, rounding.SINGLE)
+    for eps in returned_precisions(problem):
+        unit = max(unit, rounding.unit_of(eps))
+    return unit
+
+
+def _with_rounding(store: Kernel, e: Evaluation, unit: float, tol: Tolerance, sizes: Sequence[float]) -> Evaluation:
+    """The evaluation with what rounding may do there, where that could be the whole difference."""
+    wrong = agreement.wrong_leaves(e, tol) if e.hand_finite else []
+    gaps = agreement.errors(e)
+    # In float64 nothing rounds to less than two digits at an ordinary point, and asking costs a compilation.
+    plain = unit == rounding.DOUBLE and e.point.name == "drawn parameters"
+    if unit == rounding.DOUBLE and (
+        not wrong or (plain and any(gaps[i] > 1e-2 * max(sizes[i], float(np.linalg.norm(e.true[i]))) for i in wrong))
+    ):
+        return e
+    return e._replace(rounding=rounding.allowance(store, e.point, unit))
 
 
 def _beyond_rounding(
@@ -357,8 +399,6 @@ def _widen(
 
 def _dtypes(problem: Problem, store: Kernel) -> list[Any]:
     """The floating types that the loss computes in."""
-    from jaxgrad.check.steps import low_precision
-
     eps = low_precision(traced(store, problem.leaves, problem.data))
     return [np.float64 if eps < 1e-12 else np.float32]
 

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.check import steps
-from jaxgrad.check.replay import quick_jit
+from jaxgrad.check.replay import lacks_reverse_mode, quick_jit
 
 
 class Spec(NamedTuple):
@@ -273,11 +274,31 @@ class ImpureError(ValueError):
 def truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[float, list[Any]]:
     """Value and autodiff gradient of the loss in float64."""
     key = ("truth", shape_key(leaves, data))
-    if key not in store.compiled:
-        function = jex.jaxpr_as_fun(traced(store, leaves, data))
-        store.compiled[key] = quick_jit(jax.value_and_grad(lambda ls, ds: function(*ls, *ds)[0]))
-    value, gradients = store.compiled[key](list(leaves), list(data))
-    return float(value), [np.asarray(g, dtype=np.float64) for g in gradients]
+    if key in store.compiled:
+        value, gradients = store.compiled[key](list(leaves), list(data))
+        return float(value), [np.asarray(g, dtype=np.float64) for g in gradients]
+    function = jex.jaxpr_as_fun(traced(store, leaves, data))
+    number = lambda ls, ds: function(*ls, *ds)[0]  # noqa: E731
+    store.compiled[key] = quick_jit(jax.value_and_grad(number))
+    try:
+        return truth(store, leaves, data)
+    except ValueError as error:
+        del store.compiled[key]
+        if not lacks_reverse_mode(error):
+            raise
+    store.compiled[key] = quick_jit(lambda ls, ds: (number(ls, ds), _by_forward_mode(number, ls, ds)))
+    return truth(store, leaves, data)
+
+
+def _by_forward_mode(function: Callable[..., Any], leaves: Sequence[Any], data: Sequence[Any]) -> list[Any]:
+    """The gradient one entry at a time: for a `while_loop`, which JAX cannot run backwards."""
+    flat, unravel = jax.flatten_util.ravel_pytree(leaves)
+
+    def slope(i: Any) -> Any:
+        direction = unravel(jnp.zeros_like(flat).at[i].set(1))
+        return jax.jvp(lambda ls: function(ls, data), (leaves,), (direction,))[1]
+
+    return unravel(jax.lax.map(slope, jnp.arange(flat.size), batch_size=64))
 
 
 def program_at(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> steps.Program:
@@ -295,6 +316,16 @@ def hand(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> list[n
         warnings.simplefilter("ignore")
         result = problem.gradient(params, *arguments, **keywords)
         return match_tree(problem, params, result)
+
+
+def returned_precisions(problem: Problem) -> list[float]:
+    """The machine epsilon of each floating array that the person's gradient returns at the given point."""
+    params, arguments, keywords = assemble(problem.spec, problem.leaves, problem.data, numpy=True)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = problem.gradient(params, *arguments, **keywords)
+    arrays = [x for x in jax.tree_util.tree_leaves(result) if isinstance(x, (np.ndarray, np.generic, jax.Array))]
+    return [float(jnp.finfo(x.dtype).eps) for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def match_tree(problem: Problem, params: Any, result: Any) -> list[np.ndarray] | Wrong:

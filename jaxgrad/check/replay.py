@@ -106,7 +106,14 @@ def analysis(program: Program, todo: Plan) -> Callable[..., Replay]:
         }
 
     compiled = quick_jit(run)
-    return lambda leaves, data, directions: Replay(**jax.device_get(compiled(leaves, data, directions)))
+
+    def widened(array: Any) -> Any:
+        """Low precision as float64: NumPy's linear algebra knows no float16 and no bfloat16."""
+        return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+    return lambda leaves, data, directions: Replay(
+        **jax.tree.map(widened, jax.device_get(compiled(leaves, data, directions)))
+    )
 
 
 def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,14 +264,38 @@ def pull(program: Program, step: Step, values: Mapping[int, Any], adjoints: Mapp
     operands, outs, function, moved = _differentiable(program, step, values)
     if not operands or not any(step.outputs[j] in adjoints for j in outs):
         return {}
-    _, pull = jax.vjp(function, *moved)
     incoming = tuple(
         adjoints[step.outputs[j]].astype(values[step.outputs[j]].dtype)
         if step.outputs[j] in adjoints
         else jnp.zeros_like(values[step.outputs[j]])
         for j in outs
     )
-    return dict(zip(operands, pull(incoming), strict=True))
+    return dict(zip(operands, pulled(function, moved, incoming), strict=True))
+
+
+def pulled(function: Callable[..., Any], moved: Sequence[Any], incoming: Any) -> tuple[Any, ...]:
+    """`jax.vjp(function, *moved)[1](incoming)`, by forward mode where JAX has no reverse mode (`while_loop`)."""
+    try:
+        return jax.vjp(function, *moved)[1](incoming)
+    except ValueError as error:
+        if not lacks_reverse_mode(error):
+            raise
+    sent = []
+    for i, value in enumerate(moved):
+        zeros = [jnp.zeros_like(v) for v in moved]
+
+        def along(direction: Any, i: int = i, zeros: list[Any] = zeros) -> Any:
+            _, out = jax.jvp(function, tuple(moved), (*zeros[:i], direction, *zeros[i + 1 :]))
+            return sum(jnp.sum(a * b) for a, b in zip(incoming, out, strict=True))
+
+        basis = jnp.eye(value.size, dtype=value.dtype).reshape(value.size, *value.shape)
+        sent.append(jax.vmap(along)(basis).reshape(value.shape).astype(value.dtype))
+    return tuple(sent)
+
+
+def lacks_reverse_mode(error: Exception) -> bool:
+    """Whether JAX raised this because a loop of unknown length has no reverse mode."""
+    return "Reverse-mode differentiation does not work" in str(error)
 
 
 def _reverse(program: Program, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
@@ -402,7 +433,8 @@ def pull_product(program: Program, product: Product, values: Mapping[int, Any], 
         full[product.operand] = x
         return step.call(*full)[0]
 
-    return jax.vjp(function, arguments[product.operand])[1](adjoint)[0]
+    out, back = jax.vjp(function, arguments[product.operand])
+    return back(jnp.asarray(adjoint).astype(out.dtype))[0]
 
 
 def _alternatives(program: Program, product: Product, values: Mapping[int, Any], adjoints: Mapping[int, Any]) -> Any:
@@ -424,16 +456,21 @@ def _derivatives(
 
     start = values[piece.start]
     if piece.elementwise:
-        # By the pullback, since a custom_vjp rule has no forward mode; for entry-by-entry functions it is F'.
-        slope = lambda x: jax.vjp(function, x)[1](jnp.ones_like(x))[0]  # noqa: E731
+
+        def slope(x: Any) -> Any:
+            # By the pullback, since a custom_vjp rule has no forward mode; for entry-by-entry functions it is F'.
+            out, back = jax.vjp(function, x)
+            return back(jnp.ones_like(out))[0]
+
         if not piece.others:
             return (slope(start),)
         stack = jnp.stack([jnp.asarray(values[o]).astype(start.dtype) for o in piece.others])
         return (slope(start), jax.vmap(slope)(stack))
     if piece.end not in adjoints:
         return (jnp.zeros_like(start), jnp.zeros_like(start))
-    back = jax.vjp(function, start)[1](adjoints[piece.end].astype(start.dtype))[0]
-    basis = jnp.eye(start.size, dtype=start.dtype).reshape(start.size, *start.shape)
-    jacobian = jax.vmap(lambda t: jax.vjp(function, start)[1](t)[0])(basis)
+    out, pullback = jax.vjp(function, start)
+    back = pullback(adjoints[piece.end].astype(out.dtype))[0]
+    basis = jnp.eye(start.size, dtype=out.dtype).reshape(start.size, *start.shape)
+    jacobian = jax.vmap(lambda t: pullback(t)[0])(basis)
     diagonal = jnp.diagonal(jacobian.reshape(start.size, start.size)).reshape(start.shape)
     return (back, diagonal)

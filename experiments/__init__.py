@@ -40,8 +40,8 @@ anything, and `name[1]` for a column (along the last axis); the first that fits 
 
 A `*` in KEY, SCORES, OPTIONS and UNIT stands for what it stood for in the name.
 
-What a study begins with, grids, draws and starts, comes from `experiments.exact` and is the same to the last bit on
-every machine; so what a re-run gives otherwise is what it computes otherwise.
+What a study begins with, grids, draws and starts, comes from `experiments.support.exact`. It is the same to the last
+bit on every machine. Whatever differs in a re-run was therefore computed differently.
 
 Recording. Committed results name the code that made them, module by module. Code may move on without a new recording
 for as long as `verify` shows that nothing moved; no test fails because code is newer than results. A new recording is
@@ -59,79 +59,9 @@ if sys.argv[:1] == ["-m"]:  # `python -m experiments` begins here: from now on a
 
     commandline.prepare()
 
-import ast
-import pkgutil
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
-
 ORDER = (
     "formulas", "descent_paths", "gd_vs_sgd", "learning_rate", "step_cost", "gradient_noise", "expected_path",
     "speed_of_convergence", "samplings", "escape", "no_guarantee", "conditioning", "stopping", "losses",
     "backprop_cost", "speed", "scaling", "detection",
 )  # fmt: skip
 """The order in which the study is told; experiments that are not named here follow by name."""
-
-
-class Entry(NamedTuple):
-    """What can be known of an experiment without importing it."""
-
-    name: str
-    headline: str
-    """The first line of its docstring."""
-    fields: tuple[str, ...]
-    """The names of its settings, the fields of its `Config`."""
-    timed: bool
-    """Whether it measures seconds: such ones do not run together."""
-
-
-def catalogue() -> dict[str, Entry]:
-    """Every experiment by name, in the order in which they run, read from the source and not imported."""
-    files = [Path(finder.path) / f"{name}.py" for finder, name, _ in pkgutil.iter_modules(__path__)]  # type: ignore[union-attr]
-    found = {entry.name: entry for file in files if file.is_file() and (entry := _entry(file))}
-    names = [name for name in ORDER if name in found] + sorted(set(found) - set(ORDER))
-    return {name: found[name] for name in names}
-
-
-def _entry(file: Path) -> Entry | None:
-    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
-    defined = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    config = defined.get("Config")
-    if not (isinstance(config, ast.ClassDef) and isinstance(defined.get("run"), ast.FunctionDef)):
-        return None
-    fields = (node.target for node in config.body if isinstance(node, ast.AnnAssign))
-    return Entry(
-        file.stem,
-        (ast.get_docstring(tree) or file.stem).splitlines()[0],
-        tuple(field.id for field in fields if isinstance(field, ast.Name)),
-        any(isinstance(node, ast.Assign) and ast.unparse(node) == "TIMED = True" for node in tree.body),
-    )
-
-
-def side_by_side(work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
-    """`[work(job) for job in jobs]`, two at a time: while one compiles, which takes a core, the next one can too.
-
-    Not for what is timed, nor under `jax.enable_x64`, which holds for one thread only.
-    """
-    import jax
-
-    from experiments import results
-
-    if jax.process_count() > 1:
-        # Processes that compute together must do everything in one order.
-        return [work(job) for job in jobs]
-    pool = ThreadPoolExecutor(min(2, results.cores()))
-    try:
-        return list(pool.map(work, jobs))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def random_keys(seed: int | Sequence[int], count: int) -> Any:
-    """`count` independent JAX keys, one for each run. NumPy spreads the seed: JAX would compile a program for it."""
-    import jax
-    import numpy as np
-
-    words: Any = np.random.SeedSequence(seed).generate_state(2 * count)
-    return jax.random.wrap_key_data(words.reshape(count, 2))

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import experiments
-from experiments import Entry, catalogue, work
+from experiments.engine import machine, work
+from experiments.engine.catalogue import Entry, catalogue
 
 INSTALL = 'run: python -m pip install -e ".[study]"'
 
@@ -35,9 +36,9 @@ except ModuleNotFoundError:
     sys.exit(f"error: the study needs more than the library; {INSTALL}")
 
 if TYPE_CHECKING:
-    from experiments.report import Chapter
-    from experiments.results import Result
-    from experiments.verify import Comparison
+    from experiments.engine.report import Chapter
+    from experiments.engine.results import Result
+    from experiments.engine.verify import Comparison
     from jaxgrad.data import Column
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -226,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in HELP and {"-h", "--help"} & {*argv}:
             print(HELP[argv[0]], end="")
             return OK
+        if argv[:1] == ["altered"]:
+            return run_altered(argv[1:])
         arguments = parse(argv)
         if arguments.names[:1] == ("list",):
             status = show_list(arguments)
@@ -406,7 +409,7 @@ def redraw(arguments: Arguments) -> int:
     """Draw every figure and write the report from what is saved in the folder, running nothing."""
     only(arguments, "report", allowed=("out",))
     out = Path(arguments.out or RESULTS)
-    from experiments import report, results
+    from experiments.engine import report, results
 
     if not results.saved(out):
         raise Unusable(f"there are no results in {out}; run `python -m experiments` first")
@@ -447,7 +450,7 @@ def run(plan: Plan) -> int:
         outcome = carry_out(rest, device)
         if outcome.status in (AGAIN, INTERRUPTED) or plan.bare or rank() > 0:
             return outcome.status
-        from experiments import report, results
+        from experiments.engine import report
 
         chapters = load(plan.out)
         if not chapters:
@@ -456,7 +459,9 @@ def run(plan: Plan) -> int:
         report.draw(plan.out, [chapter for chapter in chapters if chapter.name in {entry.name for entry in there}])
         publish(plan.out, chapters)
         if is_the_studys_own(plan.out) and device == "cpu":
-            results.environment(RESULTS)
+            from experiments.engine import provenance
+
+            provenance.environment(RESULTS)
     show_verdicts([chapter for chapter in chapters if chapter.name in outcome.done])
     return outcome.status
 
@@ -469,10 +474,10 @@ def columns_of(plan: Plan) -> tuple["Column", ...]:
     file = plan.overrides.get("data")
     if file is None or not Path(file).expanduser().is_file():
         return ()
-    from experiments import on_disk, report
+    from experiments.engine import report
     from jaxgrad import data
 
-    if on_disk.stays(file, plan.overrides.get("memory")):
+    if machine.stays_on_disk(file, plan.overrides.get("memory")):
         return ()
     try:
         with warnings.catch_warnings():
@@ -563,7 +568,7 @@ def carry_out(plan: Plan, device: str) -> Outcome:
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
     """Be the only one that writes to a folder."""
-    from experiments import results
+    from experiments.engine import results
     from jaxgrad import commandline
 
     commandline.interruptible()
@@ -587,7 +592,7 @@ def writing(out: Path) -> Iterator[None]:
 
 def is_current(entry: Entry, plan: Plan, device: str) -> bool:
     """Whether a run of this entry would give again what is saved: nothing that numbers depend on has changed."""
-    from experiments import results
+    from experiments.engine import provenance, results
 
     if "data" in plan.overrides and Path(plan.overrides["data"]).exists():
         return False  # what is in the file is not recorded
@@ -597,14 +602,14 @@ def is_current(entry: Entry, plan: Plan, device: str) -> bool:
     except (ValueError, OSError):
         return False
     config = results.as_saved(dataclasses.asdict(work.configure(entry, plan.overrides, plan.quick)))
-    now = {"code": results.code(entry.name), **results.surroundings()}
+    now = {"code": provenance.code(entry.name), **provenance.surroundings()}
     return not edited and saved.config == config and all(saved.provenance[key] == now[key] for key in now)
 
 
 def verify_study(arguments: Arguments) -> int:
     """Run again, elsewhere, and say of every published number whether it is the same."""
     folder, entries = committed(arguments, "verify")
-    from experiments import results, verify
+    from experiments.engine import results, verify
 
     device = start_jax(arguments.device)
     with tempfile.TemporaryDirectory(prefix="jaxgrad-verify-") as temporary:
@@ -647,7 +652,7 @@ def verify_study(arguments: Arguments) -> int:
 def record_spread(arguments: Arguments) -> int:
     """Run again in environments that round otherwise, record by how much each number moves, and prove it."""
     folder, entries = committed(arguments, "spread")
-    from experiments import echo, environments, proof, results, spread, verify
+    from experiments.engine import altered, echoes, environments, proof, results, verify
 
     device = start_jax(arguments.device)
     entries = there(entries, folder, device)
@@ -665,22 +670,22 @@ def record_spread(arguments: Arguments) -> int:
                 f"this code on this machine gives other numbers than those in {folder} ({', '.join(moved)}): run "
                 f"`python -m experiments {again}` first"
             )
-        echoes: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
+        heard: dict[str, dict[str, Result]] = {entry.name: {} for entry in entries}
         for label, one in chosen.items():
             say(f"environment: {label}")
-            missing = [name for name in echoes if (name, device) not in results.saved(kept / label)]
-            change = echo.Change(nudge=one.nudge, untimed=label not in as_fast)
+            missing = [name for name in heard if (name, device) not in results.saved(kept / label)]
+            change = altered.Change(nudge=one.nudge, untimed=label not in as_fast)
             options = bare(kept / label, device, arguments.quick)
             python = arguments.python if one.other_python else None
-            if missing and (failed := echo.run(change, [*missing, *options], one.variables, python)):
+            if missing and (failed := altered.run(change, [*missing, *options], one.variables, python)):
                 say(f"{label} failed: nothing is recorded")
                 return failed
-            for name, found in echoes.items():
+            for name, found in heard.items():
                 found[label] = results.read(kept / label, name, device)
         counts, wrong = {}, []
-        for name, found in echoes.items():
+        for name, found in heard.items():
             module, old = importlib.import_module(f"experiments.{name}"), results.read(folder, name, device)
-            say(str(spread.write(folder, old, spread.measure(old, found, module.PUBLISHED, as_fast))))
+            say(str(echoes.write(folder, old, echoes.measure(old, found, module.PUBLISHED, as_fast))))
             verdicts = proof.left_out(old, found, module)
             counts[name] = {label: {v: one.count(v) for v in verify.VERDICTS} for label, one in verdicts.items()}
             wrong += [(f"{name}, {label} left out", one) for label, one in verdicts.items() if one.count("differs")]
@@ -695,7 +700,7 @@ def moved_since(entries: tuple[Entry, ...], quick: bool, folder: Path, device: s
 
     What was recorded by this very code on this machine need not be run for that.
     """
-    from experiments import verify
+    from experiments.engine import verify
 
     older = tuple(e for e in entries if not is_current(e, Plan(entries, {}, quick, folder, device), device))
     if not older:
@@ -709,7 +714,7 @@ def moved_since(entries: tuple[Entry, ...], quick: bool, folder: Path, device: s
 def record_power(arguments: Arguments) -> int:
     """Run again with planted mistakes of shrinking size, and record which of them verify sees."""
     folder, entries = committed(arguments, "power")
-    from experiments import proof
+    from experiments.engine import proof
 
     device = start_jax(arguments.device)
     names = [entry.name for entry in there(entries, folder, device)]
@@ -720,14 +725,31 @@ def record_power(arguments: Arguments) -> int:
     return OK
 
 
+def run_altered(argv: list[str]) -> int:
+    """Run the study with a change in it: `spread` and `power` start this in processes of their own."""
+    import json
+
+    from experiments.engine import altered
+
+    if not argv:
+        raise Unusable("'altered' needs a change, as JSON, and then what to run")
+    try:
+        work.changed = altered.Change(**json.loads(argv[0]))
+    except (ValueError, TypeError):
+        fields = ", ".join(altered.Change._fields)
+        raise Unusable(f"'altered' needs a change as a JSON object of {fields}, got {argv[0]!r}") from None
+    altered.apply(work.changed)
+    return main(argv[1:])
+
+
 def seen(arguments: Arguments, folder: Path, device: str, kind: str, level: float, names: list[str]) -> dict[str, bool]:
     """Of which experiments verify says that they differ, when they run with a change of this kind and size."""
-    from experiments import echo
+    from experiments.engine import altered
 
-    change = echo.Change(untimed=True)._replace(**{kind: level})
+    change = altered.Change(untimed=True)._replace(**{kind: level})
     say(f"{kind} changed by {level:g}: {' '.join(names)}")
     with tempfile.TemporaryDirectory(prefix="jaxgrad-power-") as temporary:
-        if status := echo.run(change, [*names, *bare(Path(temporary), device, arguments.quick)]):
+        if status := altered.run(change, [*names, *bare(Path(temporary), device, arguments.quick)]):
             raise Unusable(f"the study with {kind} changed by {level:g} ended with status {status}")
         found = {}
         for name in names:
@@ -737,7 +759,7 @@ def seen(arguments: Arguments, folder: Path, device: str, kind: str, level: floa
 
 def compared(folder: Path, rerun: Path, name: str, device: str) -> "Comparison":
     """The verdicts on a re-run of one experiment, whose seconds do not matter."""
-    from experiments import verify
+    from experiments.engine import verify
 
     module = importlib.import_module(f"experiments.{name}")
     return verify.study(folder, rerun, name, device, module.PUBLISHED, timed=False, claims=module.claims)
@@ -750,7 +772,7 @@ def bare(out: Path, device: str, quick: bool) -> list[str]:
 
 def there(entries: tuple[Entry, ...], folder: Path, device: str) -> tuple[Entry, ...]:
     """Those that publish what rounding can move; all of them must have been run."""
-    from experiments import results
+    from experiments.engine import results
 
     entries = tuple(entry for entry in entries if computes(entry))
     if missing := " ".join(entry.name for entry in entries if (entry.name, device) not in results.saved(folder)):
@@ -781,7 +803,7 @@ def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ..
         arguments, names=arguments.names[1:], out=folder, rerun=None, every=False, note=False, python=None, echoes=None
     )
     entries = plan(only_names).entries
-    from experiments import results
+    from experiments.engine import results
 
     if command == "verify" and not results.saved(folder):
         raise Unusable(f"there are no results in {folder} to verify")
@@ -801,7 +823,6 @@ def outcomes(
     (`work.alone`). One experiment alone, on a GPU, which a process has to itself, or in one of several processes that
     compute together, runs here. Whatever ends the block, an interrupt too, ends the workers.
     """
-    from experiments import results
 
     bare = plan.bare or rank() > 0
     tasks = [work.Task(entry, plan.overrides, plan.quick, device, bare) for entry in plan.entries]
@@ -818,7 +839,7 @@ def outcomes(
             running.clear()
             yield task.entry.name, outcome
 
-    if several() or device != "cpu" or len(tasks) == 1 or (cores := min(MOST_TOGETHER, results.cores())) == 1:
+    if several() or device != "cpu" or len(tasks) == 1 or (cores := min(MOST_TOGETHER, machine.cores())) == 1:
         yield here()
         return
     new = multiprocessing.get_context("spawn")
@@ -873,7 +894,7 @@ def unfinished(out: Path, name: str) -> Path:
 
 def store(out: Path, name: str, device: str, product: work.Product, columns: tuple["Column", ...] = ()) -> None:
     """Write what an experiment yielded: numbers and figure, each file whole or not at all."""
-    from experiments import plots, report, results
+    from experiments.engine import plots, report, results
 
     results.write(out, name, device, product.config, product.numbers, product.claims, product.times, columns)
     if product.figure:
@@ -916,7 +937,7 @@ def unheard() -> Iterator[None]:
 
 def load(out: Path) -> list["Chapter"]:
     """All results in a folder; one that cannot be read is the person's to mend, and its error says how."""
-    from experiments import report
+    from experiments.engine import report
 
     try:
         return report.load(out)
@@ -927,11 +948,11 @@ def load(out: Path) -> list["Chapter"]:
 
 def publish(out: Path, chapters: list["Chapter"]) -> None:
     """Write the report of a folder, as Markdown and as a page, and, for the study's own, the front page."""
-    from experiments import report
+    from experiments.engine import report
 
     say(f"report: {report.write(out, chapters)}")
     try:
-        from experiments import page
+        from experiments.engine import page
 
         say(f"page: {page.write(out, chapters)}")
     except ModuleNotFoundError as error:
@@ -943,7 +964,7 @@ def publish(out: Path, chapters: list["Chapter"]) -> None:
 
 def show_verdicts(chapters: list["Chapter"]) -> None:
     """The claims of what was run, one line each."""
-    from experiments import report
+    from experiments.engine import report
 
     for name, _, claim in report.claims_of(chapters):
         verdict = "holds" if claim.holds else "DOES NOT HOLD"
@@ -953,7 +974,7 @@ def show_verdicts(chapters: list["Chapter"]) -> None:
 def start_jax(device: str | None, join: bool = False) -> str:
     """Import JAX for a device, `join` the other processes if there are any, and name what it computes on."""
     try:
-        backend = work.start_jax(device, join)
+        backend = machine.start_jax(device, join)
     except (ValueError, ConnectionError) as error:
         if not join:
             raise

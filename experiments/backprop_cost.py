@@ -19,9 +19,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
-from experiments import plots, work
-from experiments.exact import layers
-from experiments.results import Claim
+from experiments.engine import plots, work
+from experiments.engine.results import Claim
+from experiments.support.exact import layers
 from jaxgrad import data, losses, models, timing
 from jaxgrad.theory import cost
 from jaxgrad.types import Batch, Deep

@@ -22,10 +22,10 @@ import optax
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from experiments import plots
-from experiments.exact import decimals, geometric, normal
-from experiments.loading import ROWS_KEY, load, some_rows
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals, geometric, normal
+from experiments.support.loading import ROWS_KEY, load, some_rows
 from jaxgrad import data, losses, models
 from jaxgrad.descent import State, advance, init, log_spaced, trajectory
 from jaxgrad.sampling import full_batch

@@ -21,9 +21,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, FancyBboxPatch
 
-from experiments import plots, random_keys
-from experiments.exact import decimals
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals, random_keys
 from jaxgrad import data, lecture, losses, models, statistics
 from jaxgrad.descent import descend, trajectory
 from jaxgrad.sampling import distinct, full_batch

@@ -26,9 +26,9 @@ import numpy as np
 from jax.test_util import check_grads
 from matplotlib.figure import Figure
 
-from experiments import plots, work
-from experiments.exact import decimals, dyadic, normal, sigmoid
-from experiments.results import Claim
+from experiments.engine import plots, work
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals, dyadic, normal, sigmoid
 from jaxgrad.check import check_gradient
 
 

@@ -25,11 +25,10 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import plots, random_keys
-from experiments.exact import decimals, geometric, two_layer
-from experiments.expected_path import few_features
-from experiments.loading import load
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals, geometric, random_keys, two_layer
+from experiments.support.loading import few_features, load
 from jaxgrad import data, losses, models, noise, statistics
 from jaxgrad.descent import State, advance, init, trajectory
 from jaxgrad.sampling import distinct, full_batch, with_replacement

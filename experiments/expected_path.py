@@ -12,26 +12,24 @@ distribution, is an approximation, and the share of runs inside is reported.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from experiments import plots, random_keys
-from experiments.exact import decimals, geometric
-from experiments.loading import ROWS_KEY, load
-from experiments.results import Claim
-from jaxgrad import data, losses, models, statistics
-from jaxgrad.descent import log_spaced, trajectory
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals, geometric, random_keys
+from experiments.support.loading import few_features, load
+from experiments.support.shared import runs_of
+from jaxgrad import losses, models, statistics
+from jaxgrad.descent import log_spaced
 from jaxgrad.sampling import distinct, full_batch, with_replacement
 from jaxgrad.theory import least_squares as theory
-from jaxgrad.types import Batch, Sampling
+from jaxgrad.types import Sampling
 
 
 @dataclass(frozen=True)
@@ -153,28 +151,6 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     full = runs_of(keys[:2], jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=full_batch())
     numbers["gd/runs"] = theory.excess_loss(problem, np.asarray(full, float).reshape(-1, full.shape[-1])).reshape(2, -1)
     return numbers
-
-
-def few_features(dataset: data.Dataset, features: int, rows: int | None) -> tuple[Batch, tuple[str, ...]]:
-    """The features most correlated with the target, in their order, and their names; of `rows` rows at random."""
-    x, y = (np.asarray(leaf, np.float32) for leaf in data.sample(dataset, rows, ROWS_KEY).batch)
-    deviation = x.std(axis=0)
-    correlation = np.abs((x - x.mean(axis=0)[None, :]).T @ (y - y.mean())) / np.where(deviation > 0, deviation, np.inf)
-    chosen = np.sort(np.argsort(-correlation, kind="stable")[:features])
-    return Batch(jnp.asarray(x[:, chosen]), jnp.asarray(y)), tuple(dataset.names[i] for i in chosen)
-
-
-@partial(jax.jit, static_argnames=("sampling",))
-def runs_of(keys: Any, eta: Any, batch: Batch, record: Any, start: Any, *, sampling: Sampling) -> jax.Array:
-    """Coefficients `[run, checkpoint, p]`: one program per sampling, for any step size and checkpoints."""
-
-    def one(key: Any) -> Any:
-        return trajectory(
-            LOSS, start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=record,
-            observe=lambda params: jnp.append(params.w, params.b),
-        )[1]  # fmt: skip
-
-    return jax.vmap(one)(keys)
 
 
 def compare(

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import plots
-from experiments.exact import decimals, dyadic, geometric, normal, sigmoid
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals, dyadic, geometric, normal, sigmoid
 from jaxgrad import lecture, losses, models
 from jaxgrad.types import Batch, Layer, Linear, TwoLayer
 

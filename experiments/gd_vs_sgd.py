@@ -11,8 +11,8 @@ median final loss), then run again with fresh seeds. All runs of a batch size st
 what varies over seeds is the order of the examples and nothing else.
 
 The gap `L(w_t) − L*` of the convex problems is evaluated in float64 against a certified minimum; the runs are
-float32. Data larger than memory (`--data`, npy) stay on disk: `experiments.on_disk` says what is then different. A
-second on the third axis is a second of one run alone on this machine, steps and sampling, without
+float32. Data larger than memory (`--data`, npy) stay on disk: `experiments.support.on_disk` says what is then
+different. A second on the third axis is a second of one run alone on this machine, steps and sampling, without
 compiling and without evaluating the loss.
 """
 
@@ -27,12 +27,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import on_disk, plots, random_keys, side_by_side, work
-from experiments.exact import decimals, two_layer
-from experiments.loading import load, some_rows
-from experiments.report import brief
-from experiments.results import Claim
-from experiments.tuning import finals, label_of, sampling_of, size_of
+from experiments.engine import machine, plots, work
+from experiments.engine.results import Claim
+from experiments.engine.work import side_by_side
+from experiments.support import on_disk
+from experiments.support.exact import decimals, random_keys, two_layer
+from experiments.support.loading import load, some_rows
+from experiments.support.shared import brief, finals, first_at_most, label_of, sampling_of, size_of
 from jaxgrad import data, losses, models, optimum, parallel, statistics
 from jaxgrad.descent import descend, log_spaced
 from jaxgrad.types import Batch, Loss, Params, Sampling
@@ -108,7 +109,7 @@ class Problem(NamedTuple):
 
 def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     with work.stoppable():
-        if config.data is not None and on_disk.stays(config.data, config.memory):
+        if config.data is not None and machine.stays_on_disk(config.data, config.memory):
             return on_disk.run(config, progress)
         return _run(config, progress)
 
@@ -251,12 +252,6 @@ def _excess(problem: Problem, params: Params) -> np.ndarray:
 def _of(numbers: dict[str, Any], problem: str) -> Callable[[str], Any]:
     """The numbers of one problem, by their names without it."""
     return lambda key: numbers[f"{problem}/{key}"]
-
-
-def first_at_most(excess: np.ndarray, axis: np.ndarray, target: float) -> np.ndarray:
-    """Per run, where on `axis` the excess first is at most `target`; infinite where it never is."""
-    met = excess <= target
-    return np.where(met.any(axis=1), axis[np.argmax(met, axis=1)], np.inf)
 
 
 class Reached(NamedTuple):

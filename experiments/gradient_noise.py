@@ -23,10 +23,10 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import plots, random_keys
-from experiments.exact import decimals, two_layer
-from experiments.loading import load
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals, random_keys, two_layer
+from experiments.support.loading import load
 from jaxgrad import losses, models, noise, statistics
 from jaxgrad.descent import trajectory
 from jaxgrad.sampling import distinct, full_batch, reshuffled, with_replacement

@@ -17,10 +17,10 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import plots, random_keys
-from experiments.exact import geometric
-from experiments.loading import load, some_rows
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import geometric, random_keys
+from experiments.support.loading import load, some_rows
 from jaxgrad import losses, models, statistics
 from jaxgrad.descent import log_spaced, trajectory
 from jaxgrad.sampling import distinct, full_batch

@@ -26,9 +26,9 @@ import optax
 from matplotlib.figure import Figure
 from scipy.optimize import linprog
 
-from experiments import plots
-from experiments.exact import decimals
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals
 from jaxgrad import data, models, optimum
 from jaxgrad.descent import log_spaced, trajectory
 from jaxgrad.losses import absolute, logloss, mean_loss, squared

@@ -24,9 +24,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
-from experiments import plots, random_keys
-from experiments.exact import geometric, two_layer
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import geometric, random_keys, two_layer
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import log_spaced, trajectory
 from jaxgrad.sampling import distinct, full_batch

@@ -19,11 +19,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import plots, random_keys
-from experiments.exact import decimals, geometric
-from experiments.expected_path import few_features, runs_of
-from experiments.loading import load
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals, geometric, random_keys
+from experiments.support.loading import few_features, load
+from experiments.support.shared import runs_of
 from jaxgrad import models, statistics
 from jaxgrad.sampling import distinct, reshuffled, with_replacement
 from jaxgrad.theory import least_squares as theory

@@ -1,9 +1,9 @@
 """What a step costs on many devices and in many processes, and how many hosts are worth having (C2, C4).
 
 Whole steps of the compiled loop, and the same steps taken apart into compute, all-reduce and waiting for the slowest
-(`experiments.taken_apart`), for GD, for SGD whose b rows are those of one machine (*global*: rows travel), and for SGD
-that draws from each device's own rows (*stratified*: only the gradient travels). First on virtual devices of one
-process: they share its cores, and show what splitting costs and that smaller pieces suit the cache, **not
+(`experiments.support.step_parts`), for GD, for SGD whose b rows are those of one machine (*global*: rows travel), and
+for SGD that draws from each device's own rows (*stratified*: only the gradient travels). First on virtual devices of
+one process: they share its cores, and show what splitting costs and that smaller pieces suit the cache, **not
 parallelism** (on one device `descend` blocks its rows for the cache by itself; here all run the same program). Then in
 processes of one thread each that talk over loopback: as many as there are cores run at once, more of them take turns.
 
@@ -42,10 +42,12 @@ from matplotlib.patches import Patch
 from scipy.optimize import nnls
 
 import jaxgrad
-from experiments import plots, random_keys, recorded, results, side_by_side, work
-from experiments.exact import geometric
-from experiments.results import Claim
-from experiments.taken_apart import Case, Job, problem, split
+from experiments.engine import machine, plots, work
+from experiments.engine.results import Claim
+from experiments.engine.work import side_by_side
+from experiments.recorded import tables
+from experiments.support.exact import geometric, random_keys
+from experiments.support.step_parts import Case, Job, problem, split
 from jaxgrad import data, losses, models, noise, parallel, statistics
 from jaxgrad.descent import trajectory
 from jaxgrad.sampling import distinct, full_batch
@@ -298,7 +300,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     loss, start = problem("net", images.x, config.hidden)
     cases = _cases(config)
     numbers: dict[str, Any] = {
-        "cores": results.cores(), "devices": np.array(config.devices), "cases": [case.name for case in cases],
+        "cores": machine.cores(), "devices": np.array(config.devices), "cases": [case.name for case in cases],
         "apart": [case.name for case in cases if case.apart], "rows": config.rows, "hidden": config.hidden,
         "images": config.images, "b": config.b, "large": config.large, "shares": config.shares,
         "path": np.array(config.path),
@@ -342,7 +344,7 @@ def _measure(config: Config, cases: list[Case], folder: Path, progress: Callable
     virtual = {"JAXGRAD_DEVICES": str(max(config.devices))}
     # Of virtual devices only what is shown: each case is compiled for every number of them.
     shown = [case for case in cases if case.apart]
-    why = _worker(["-m", "experiments.taken_apart"], folder, job._replace(cases=shown), virtual, config.patience)
+    why = _worker(["-m", "experiments.support.step_parts"], folder, job._replace(cases=shown), virtual, config.patience)
     if why:
         raise RuntimeError(f"a step on virtual devices could not be timed: {why}")
     found = _table([_read(folder, count) for count in config.devices], cases, "devices")
@@ -350,7 +352,7 @@ def _measure(config: Config, cases: list[Case], folder: Path, progress: Callable
     for P in config.processes:
         progress(f"steps in {P} process{'es' * (P > 1)}")
         command = ["-m", "jaxgrad.launch", "-n", str(P), "--logs", str(folder / f"logs-{P}"),
-                   "-m", "experiments.taken_apart"]  # fmt: skip
+                   "-m", "experiments.support.step_parts"]  # fmt: skip
         for file in folder.glob(f"{P}-*.npz"):
             file.unlink()  # of as many virtual devices
         why = _worker(command, folder, job._replace(devices=[]), {"NPROC": "1"}, config.patience)
@@ -643,7 +645,7 @@ def report(numbers: dict[str, Any]) -> str:
             p = predict(numbers, network, shape)
             cells = (f"{p.P[p.stop]:,.0f}", f"{p.batch[p.stop]:,.0f}", f"{p.times[p.stop]:,.3g}", f"{p.times[-1]:,.3g}")
             out.append(f"| {network} | {shape} | {' | '.join(cells)} |")
-    return "\n".join([*out, "", *recorded.sections()])
+    return "\n".join([*out, "", *tables.sections()])
 
 
 def _scales(numbers: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """The race: how fast this loop is, against what a person would pick instead, and against what the machine can do.
 
 The same descent (plain steps of constant size on the mean loss, float32, the same data, start and number of passes) by
-this package and by its peers, each as its users write it (`experiments.contenders`) and each **in a process of its
-own, in turn**, since in one process the thread pools of one library slow another by several times. A round times
+this package and by its peers, each as its users write it (`experiments.support.contenders`) and each **in a process of
+its own, in turn**, since in one process the thread pools of one library slow another by several times. A round times
 every contender once, forwards and backwards by turns; ratios are taken within rounds. What counts is whole steps:
 drawing the examples, fetching them, gradient, update; the device is waited for. Compiling and evaluating do not count.
 A peer with several usual ways to write it races in the one that is fastest on the case.
@@ -39,8 +39,10 @@ import optax
 from matplotlib.figure import Figure
 
 import jaxgrad
-from experiments import on_disk, plots, side_by_side, work
-from experiments.contenders import (
+from experiments.engine import machine, plots, work
+from experiments.engine.results import Claim
+from experiments.engine.work import side_by_side
+from experiments.support.contenders import (
     CONTENDERS,
     PACKAGES,
     Case,
@@ -51,9 +53,8 @@ from experiments.contenders import (
     takes,
     target_of,
 )
-from experiments.exact import normal
-from experiments.report import brief
-from experiments.results import Claim
+from experiments.support.exact import normal
+from experiments.support.shared import brief
 from jaxgrad import data as datasets
 from jaxgrad import descend, full_batch, losses, models, reshuffled, timing
 from jaxgrad.descent import advance, init
@@ -161,7 +162,7 @@ def _cases(config: Config, folder: Path, progress: Callable[[str], None]) -> lis
     """The cases, and the files of their data; without data beyond cache where the memory cannot hold them."""
     cases, shapes = [], {}
     for problem, name, batch_sizes in config.race:
-        if name == "beyond cache" and (needed := COPIES * config.caches * last_level_cache()) > on_disk.free():
+        if name == "beyond cache" and (needed := COPIES * config.caches * last_level_cache()) > machine.free_memory():
             progress(f"{name}: left out, since all contenders together would need {needed / 2**30:.0f} GiB of memory")
             continue
         if name not in shapes:
@@ -237,7 +238,7 @@ def contender(name: str, device: str, folder: Path, patience: float) -> Iterator
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryFile() as errors:
         handle = subprocess.Popen(
-            [sys.executable, "-m", "experiments.contenders", name, device, str(folder)],
+            [sys.executable, "-m", "experiments.support.contenders", name, device, str(folder)],
             cwd=Path(__file__).parents[1], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             text=True,
         )  # fmt: skip

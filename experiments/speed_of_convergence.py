@@ -27,13 +27,11 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots, random_keys, work
-from experiments.exact import geometric
-from experiments.gd_vs_sgd import first_at_most
-from experiments.loading import load, some_rows
-from experiments.report import brief
-from experiments.results import Claim
-from experiments.tuning import label_of, sampling_of
+from experiments.engine import plots, work
+from experiments.engine.results import Claim
+from experiments.support.exact import geometric, random_keys
+from experiments.support.loading import load, some_rows
+from experiments.support.shared import brief, first_at_most, label_of, sampling_of
 from jaxgrad import losses, models, noise, optimum, statistics
 from jaxgrad.descent import advance, init, trajectory
 from jaxgrad.sampling import full_batch, with_replacement

@@ -22,9 +22,9 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments import plots, work
-from experiments.exact import normal
-from experiments.results import Claim
+from experiments.engine import plots, work
+from experiments.engine.results import Claim
+from experiments.support.exact import normal
 from jaxgrad import losses, models, timing
 from jaxgrad.descent import advance, init
 from jaxgrad.sampling import distinct, full_batch, reshuffled, with_replacement

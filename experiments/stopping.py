@@ -22,9 +22,9 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import plots, random_keys
-from experiments.exact import decimals, geometric
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
+from experiments.support.exact import decimals, geometric, random_keys
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import (
     State,

@@ -11,25 +11,23 @@ from typing import Any
 import jax
 import numpy as np
 
-import experiments
 from experiments import (
     conditioning,
-    contenders,
     detection,
     escape,
-    exact,
     expected_path,
     formulas,
     gd_vs_sgd,
     gradient_noise,
-    heavy,
     losses,
     no_guarantee,
     speed,
     step_cost,
-    taken_apart,
-)  # fmt: skip
-from experiments.loading import load
+)
+from experiments.engine.catalogue import catalogue
+from experiments.recorded import large_file
+from experiments.support import contenders, exact, step_parts
+from experiments.support.loading import few_features, load
 from jaxgrad import data
 from jaxgrad.descent import log_spaced
 from jaxgrad.theory import escape as landscapes
@@ -37,7 +35,7 @@ from jaxgrad.theory import escape as landscapes
 
 def settings() -> Iterator[tuple[str, Any]]:
     """What every study is run with, at both sizes."""
-    for name in experiments.catalogue():
+    for name in catalogue():
         study = importlib.import_module(f"experiments.{name}")
         for size, config in (("full", study.Config()), ("quick", study.QUICK)):
             yield f"{name}/{size}", {key: repr(value) for key, value in dataclasses.asdict(config).items()}
@@ -88,7 +86,7 @@ def inputs() -> Iterator[tuple[str, Any]]:
         noisy = gradient_noise._problem(name, dataclasses.replace(gradient_noise.QUICK, data=name))
         yield f"gradient_noise/{name}", (noisy.start, noisy.batch, noisy.eta)
     yield "step_cost", [step_cost._data(1000, d) for d in (8, 64)]
-    few = expected_path.few_features(load(expected_path.QUICK), 3, 4000)
+    few = few_features(load(expected_path.QUICK), 3, 4000)
     yield "expected_path, samplings, escape", few[0]
     yield "speed_of_convergence", exact.geometric(0.1, 1e6, 4000)
     for land in (landscapes.double_well(), landscapes.frequency()):
@@ -100,11 +98,11 @@ def inputs() -> Iterator[tuple[str, Any]]:
     yield "conditioning/step sizes", [conditioning._etas(method, 48) for method in conditioning.METHODS]
     yield "losses", losses._targets(losses.Config())
     yield "backprop_cost", [exact.layers(depth, (64, *[32] * (depth - 1), 10)) for depth in (1, 2, 8)]
-    yield "scaling", taken_apart.problem("net", np.zeros((1, 784)), 128)[1]
+    yield "scaling", step_parts.problem("net", np.zeros((1, 784)), 128)[1]
     yield "speed/data", speed._data("synthetic", speed.QUICK)
     yield "speed/start", contenders.first_point(contenders.Case("two-layer", "synthetic", 100, 64, 10, 0.1, 10))
     with tempfile.TemporaryDirectory() as folder:
-        heavy._generate(Path(folder) / "rows.npy", 20_000)
+        large_file._generate(Path(folder) / "rows.npy", 20_000)
         yield "heavy", np.load(Path(folder) / "rows.npy")
 
 

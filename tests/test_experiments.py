@@ -27,28 +27,13 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import (
-    environments,
-    gd_vs_sgd,
-    loading,
-    page,
-    plots,
-    proof,
-    published,
-    report,
-    results,
-    verdicts,
-    verify,
-    work,
-)
-from experiments.results import Claim
+from experiments import gd_vs_sgd
+from experiments.engine import environments, lecture_rows, machine, page, plots, provenance, report, results
+from experiments.engine.catalogue import catalogue
+from experiments.engine.results import Claim
+from experiments.support import loading
 
 ROOT = Path(experiments.__file__).parent.parent
-# The command imports them when it needs them, which it could not from the package that is made up below.
-assert proof
-assert published
-assert verify
-
 FAKE = '''
 """A straight line has a slope.
 
@@ -56,8 +41,8 @@ More prose.
 """
 import dataclasses
 import numpy as np
-from experiments import plots
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -260,7 +245,7 @@ class TestFiles:
         before = contents(tmp_path)
         code = f"""
             import os, signal, numpy as np
-            from experiments import results
+            from experiments.engine import results
             os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             results.write({str(tmp_path)!r}, "line", "cpu", {{}}, {{"a": np.zeros(9)}}, [], {{}})
         """
@@ -315,7 +300,7 @@ class TestFiles:
             results.read(tmp_path, "line", "cpu")
 
     def test_the_pins_are_names_and_versions_of_what_the_study_needs(self, tmp_path):
-        lines = results.environment(tmp_path).read_text().splitlines()
+        lines = provenance.environment(tmp_path).read_text().splitlines()
         assert lines == sorted(lines)
         assert all(re.fullmatch(r"[a-z0-9-]+==[\w.+!]+", line) for line in lines)
         names = {line.split("==")[0] for line in lines}
@@ -378,8 +363,8 @@ class TestPlots:
     def test_each_sampling_and_batch_size_keeps_its_colour(self):
         from jaxgrad import sampling
 
-        kinds = (sampling.full_batch(), *(make(8) for make in _samplings()))
-        colours = [plots.sampling_colour(kind.name) for kind in kinds]
+        laws = (sampling.full_batch(), *(make(8) for make in _samplings()))
+        colours = [plots.sampling_colour(kind.name) for kind in laws]
         assert len(set(colours)) == 4
         assert plots.GREY not in colours
         assert len({plots.batch_colour(b) for b in (None, 1, 8, 64, 512)}) == 5
@@ -409,7 +394,7 @@ def _samplings():
 
 class TestCatalogue:
     def test_experiments_are_found_without_importing_them(self, study):
-        found = experiments.catalogue()
+        found = catalogue()
         assert list(found) == ["bare", "line"]
         assert found["line"].headline == "A straight line has a slope."
         assert found["line"].fields == ("n", "seeds", "data", "target")
@@ -418,7 +403,7 @@ class TestCatalogue:
     def test_the_order_is_that_of_the_study_then_by_name(self, study):
         for name in ("step_cost", "formulas", "aaa"):
             shutil.copy(study / "package" / "line.py", study / "package" / f"{name}.py")
-        assert list(experiments.catalogue()) == ["formulas", "step_cost", "aaa", "bare", "line"]
+        assert list(catalogue()) == ["formulas", "step_cost", "aaa", "bare", "line"]
 
 
 class TestCommand:
@@ -608,7 +593,7 @@ class TestCommand:
         listeners, now = [], [0.0]
         monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
         monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-        clock = work._new_clock()
+        clock = machine._new_clock()
         for end, seconds, event in [
             (3.0, 1.0, "/jax/core/compile/backend_compile_duration"),
             (5.0, 4.0, "/jax/core/compile/jaxpr_trace_duration"),
@@ -622,7 +607,7 @@ class TestCommand:
     def test_the_compile_clock_hears_jax(self):
         import jax
 
-        clock = work._new_clock()
+        clock = machine._new_clock()
         before = time.perf_counter()
         jax.jit(lambda x: x * 3.0 + 1.0).lower(2.0).compile()
         assert 0 < clock() <= time.perf_counter() - before
@@ -726,10 +711,10 @@ def copy_of_the_study(folder, **extra):
     """The package of experiments without its experiments, plus some, in a folder of its own."""
     package = folder / "experiments"
     package.mkdir()
-    for name in ("__init__", *results.MACHINERY):
-        shutil.copy(ROOT / "experiments" / f"{name}.py", package)
-    for name in ("page.html", "page.css", "page.js", "explorer.js"):
+    for name in ("__init__.py", "__main__.py"):
         shutil.copy(ROOT / "experiments" / name, package)
+    for name in ("engine", "support", "recorded"):
+        shutil.copytree(ROOT / "experiments" / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name, source in extra.items():
         (package / f"{name}.py").write_text(source)
     return [sys.executable, "-m", "experiments"]
@@ -837,7 +822,7 @@ class TestProcess:
             f"""
     import time
     from pathlib import Path
-    from experiments.work import alone
+    from experiments.engine.work import alone
     while not Path({str(ticks)!r}).exists():
         time.sleep(0.01)
     with alone():
@@ -963,11 +948,11 @@ def test_the_quick_study_runs_every_experiment(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     chapters = {chapter.name: chapter for chapter in report.load(tmp_path)}
-    assert list(chapters) == list(experiments.catalogue())
+    assert list(chapters) == list(catalogue())
     assert done.stdout.count("\n") == sum(len(chapter.results[0].claims) for chapter in chapters.values())
     for name, chapter in chapters.items():
         assert chapter.results[0].claims, name
-        assert experiments.catalogue()[name].headline.endswith("."), name
+        assert catalogue()[name].headline.endswith("."), name
         assert sum(path.stat().st_size for path in (tmp_path / name).iterdir()) < 3e6, name
     figures = {path: path.read_bytes() for path in tmp_path.glob("*/figure.*")}
     assert len(figures) == 2 * len(chapters)
@@ -988,8 +973,8 @@ class TestCommitted:
     def copy(self, tmp_path):
         shutil.copytree(ROOT / "results", tmp_path / "results")
         shutil.copy(ROOT / "README.md", tmp_path)
-        for name in ("tests", "experiments"):
-            (tmp_path / name).mkdir()  # the report links them where they are
+        for name in ("tests", "experiments/engine/page"):
+            (tmp_path / name).mkdir(parents=True)  # the report links them where they are
         return tmp_path
 
     def test_the_report_and_the_front_page_are_those_of_the_data(self, copy):
@@ -1010,15 +995,15 @@ class TestCommitted:
 
     def test_every_row_of_the_lecture_is_settled(self):
         claims = report.claims_of(report.load(ROOT / "results"))
-        assert [row.id for row in verdicts.ROWS] == [f"F{i}" for i in range(1, 17)] + [f"C{i}" for i in range(1, 9)]
-        timed = {entry.name for entry in experiments.catalogue().values() if entry.timed}
-        for row in verdicts.ROWS:
-            said = verdicts.settled(row, claims)[0]
+        assert [row.id for row in lecture_rows.ROWS] == [f"F{i}" for i in range(1, 17)] + [f"C{i}" for i in range(1, 9)]
+        timed = {entry.name for entry in catalogue().values() if entry.timed}
+        for row in lecture_rows.ROWS:
+            said = lecture_rows.settled(row, claims)[0]
             # What was measured in seconds is published as it came out: once, and not again until it passes.
             failed = {name for name, _, claim in claims if claim.id == row.id and not claim.holds}
             assert failed <= timed, row.id
             assert said == row.verdict if not failed else all(name in said for name in failed), row.id
-            assert verdicts.evidence(row, claims), row.id
+            assert lecture_rows.evidence(row, claims), row.id
             assert (ROOT / row.test).is_file()
 
     def test_the_results_are_small_and_tell_no_path(self):

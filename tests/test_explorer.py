@@ -16,14 +16,14 @@ import optax
 import pytest
 
 import experiments
-from experiments import page
+from experiments.engine import page
 from jaxgrad import distinct, full_batch, reshuffled, with_replacement
 from jaxgrad.descent import trajectory
 from jaxgrad.noise import gamma
 from jaxgrad.theory import least_squares as theory
 from jaxgrad.types import Batch
 
-SCRIPT = Path(experiments.__file__).parent / "explorer.js"
+SCRIPT = Path(experiments.__file__).parent / "engine" / "page" / "explorer.js"
 KINDS = {"with replacement": with_replacement, "distinct": distinct, "reshuffled": reshuffled}
 SAMPLINGS = [full_batch(), *(make(b) for make in KINDS.values() for b in (1, 8, 442)), distinct(64), reshuffled(100)]
 NAMES = [f"{s.name} {s.batch_size or ''}" for s in SAMPLINGS]

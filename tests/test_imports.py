@@ -4,23 +4,28 @@ Each rule is a function of sources, so that it can be shown to catch a source th
 """
 
 import ast
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import experiments
 import jaxgrad
+from experiments.engine.catalogue import catalogue
 
 LIBRARY = Path(jaxgrad.__file__).parent
+HOUSE = Path(experiments.__file__).parent
 COMMAND_LINE_ONLY = {"matplotlib", "tyro", "tqdm"}
 
 
-def sources():
-    """Every module of the library by its dotted name, with its source; a package bears its own name."""
+def sources(package):
+    """Every module in the folder of a package by its dotted name, with its source; a package bears its own name."""
     found = {}
-    for file in sorted(LIBRARY.rglob("*.py")):
-        parts = ("jaxgrad", *file.relative_to(LIBRARY).with_suffix("").parts)
+    for file in sorted(package.rglob("*.py")):
+        parts = (package.name, *file.relative_to(package).with_suffix("").parts)
         found[".".join(parts).removesuffix(".__init__")] = file.read_text(encoding="utf-8")
     return found
 
@@ -99,7 +104,73 @@ def autodiff_by_hand(source):
     return used
 
 
-MODULES = sources()
+MODULES = sources(LIBRARY)
+ROOMS = sources(HOUSE)
+STUDIES = {name for name in ROOMS if name.count(".") == 1 and f"{name}.__init__" not in ROOMS} - {
+    "experiments.__main__", "experiments.engine", "experiments.support", "experiments.recorded",
+}  # fmt: skip
+OPEN_TO_STUDIES = {f"experiments.engine.{room}" for room in ("kinds", "machine", "plots", "results", "work")} | {
+    "experiments.recorded.tables"
+}
+
+
+def room(name):
+    """`engine`, `support` or `recorded`; `study` for a study, and `door` for what stands at the top of the package."""
+    if name in STUDIES:
+        return "study"
+    return name.split(".")[1] if name.count(".") > 1 else "door"
+
+
+def may_import(name, other):
+    """Whether a module of the study may import another one of the study."""
+    if room(name) == "study":
+        return room(other) == "support" or other in OPEN_TO_STUDIES
+    if room(name) == "engine":
+        return room(other) == "engine" or other == "experiments"
+    if room(name) == "support":
+        return room(other) == "support" or other in OPEN_TO_STUDIES
+    if room(name) == "recorded":
+        return room(other) in ("recorded", "support", "engine")
+    return room(other) != "study" if name == "experiments.__main__" else False
+
+
+def trespasses(modules):
+    """`(module, import)` where one room of the study enters another that is closed to it."""
+    return [
+        (name, other)
+        for name, others in graph(modules).items()
+        for other in sorted(others)
+        if not may_import(name, other)
+    ]
+
+
+def behind_a_face(modules):
+    """`(module, import)` where somebody outside the library reaches behind one of its packages.
+
+    `jaxgrad.theory` has no face of its own: its modules are what a study names.
+    """
+    packages = {name for name in MODULES if any(other.startswith(f"{name}.") for other in MODULES)}
+    closed = tuple(f"{name}." for name in packages - {"jaxgrad", "jaxgrad.theory"})
+    return [
+        (name, other)
+        for name, source in modules.items()
+        for other in sorted(imports(name, source, modules | MODULES))
+        if other.startswith(closed)
+    ]
+
+
+def blocks_of_code(markdown):
+    """The Python blocks of a Markdown text, as modules by their number."""
+    found = re.findall(r"^```python\n(.*?)^```", markdown, flags=re.DOTALL | re.MULTILINE)
+    return {f"block {i}": textwrap.dedent(block) for i, block in enumerate(found)}
+
+
+def heavy_after(statement, heavy):
+    """Which of the modules `heavy` are there after a statement in a fresh process."""
+    code = f"import sys; {statement}; print(sorted({heavy!r} & set(sys.modules)))"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HOUSE.parent
+    ).stdout
 
 
 def test_the_library_has_no_import_cycle():
@@ -124,9 +195,53 @@ def test_the_derivations_by_hand_know_neither_the_models_nor_autodiff():
 def test_importing_the_library_imports_nothing_that_only_data_and_figures_need():
     """`import jaxgrad` costs little more than `import jax`."""
     heavy = {"matplotlib", "tyro", "tqdm", "sklearn", "pandas", "mlxtend", "plotnine", "river", "experiments"}
-    code = f"import sys, jaxgrad; print(sorted({heavy!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert heavy_after("import jaxgrad", heavy) == "[]\n"
+
+
+def test_every_file_beside_the_engine_is_a_study():
+    assert {f"experiments.{name}" for name in catalogue()} == STUDIES
+    assert {path.name for path in HOUSE.iterdir() if path.is_dir()} - {"__pycache__"} == {
+        "derivations", "engine", "recorded", "support",
+    }  # fmt: skip
+
+
+def test_the_study_has_no_import_cycle():
+    assert cycle(graph(ROOMS)) is None
+
+
+def test_no_room_of_the_study_enters_one_that_is_closed_to_it():
+    assert trespasses(ROOMS) == []
+
+
+def test_the_engine_names_no_study():
+    """Of the engine only the table of the lecture's rows does, whose rows say where their evidence is."""
+    names = {name.removeprefix("experiments.") for name in STUDIES}
+    assert [found for found in named(names, ROOMS) if found[0] != "experiments.engine.lecture_rows"] == []
+
+
+def named(names, modules):
+    """`(module, name)` where a module of the engine has the name of a study as a string of its own."""
+    return [
+        (module, node.value)
+        for module, source in modules.items()
+        if room(module) == "engine"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+
+
+def test_the_study_and_the_readme_use_the_faces_of_the_library():
+    assert behind_a_face(ROOMS) == []
+    assert behind_a_face(blocks_of_code((HOUSE.parent / "README.md").read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("statement", ["import experiments.engine.catalogue"])
+def test_what_reads_a_command_line_imports_neither_jax_nor_numpy(statement):
+    assert heavy_after(statement, {"jax", "numpy", "matplotlib", "scipy"}) == "[]\n"
+
+
+def test_a_contender_of_the_race_imports_no_jax_before_it_must():
+    assert heavy_after("import experiments.support.contenders", {"jax", "torch", "sklearn"}) == "[]\n"
 
 
 @pytest.mark.parametrize(
@@ -177,3 +292,45 @@ def test_relative_imports_are_read_from_where_they_stand():
     assert imports("jaxgrad.check", "from .. import types", modules) == {"jaxgrad.types"}
     assert imports("jaxgrad.check.replay", "from ..types import Batch", modules) == {"jaxgrad.types"}
     assert imports("jaxgrad.check.replay", "from . import steps", modules) == {"jaxgrad.check"}
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "other"),
+    [
+        ("experiments.losses", "from experiments import escape", "experiments.escape"),
+        ("experiments.losses", "def run():\n    from experiments.escape import Config", "experiments.escape"),
+        ("experiments.losses", "from experiments.engine import verify", "experiments.engine.verify"),
+        ("experiments.losses", "import experiments.engine.report", "experiments.engine.report"),
+        ("experiments.losses", "from experiments.recorded import failures", "experiments.recorded.failures"),
+        ("experiments.engine.plots", "from experiments import losses", "experiments.losses"),
+        ("experiments.engine.plots", "def draw():\n    from experiments import losses", "experiments.losses"),
+        ("experiments.engine.plots", "from experiments.support import exact", "experiments.support.exact"),
+        ("experiments.engine.plots", "from ..recorded import tables", "experiments.recorded.tables"),
+        ("experiments.support.exact", "from experiments import losses", "experiments.losses"),
+        ("experiments.support.exact", "from experiments.engine import report", "experiments.engine.report"),
+        ("experiments.recorded.tables", "from experiments import scaling", "experiments.scaling"),
+        ("experiments", "from experiments.engine import results", "experiments.engine.results"),
+    ],
+)
+def test_a_planted_trespass_is_found(name, source, other):
+    assert trespasses(ROOMS | {name: source}) == [(name, other)]
+
+
+def test_a_planted_name_of_a_study_is_found():
+    assert named({"losses"}, {"experiments.engine.plots": "ORDER = ('losses',)"}) == [
+        ("experiments.engine.plots", "losses")
+    ]
+
+
+def test_a_planted_cycle_in_the_study_is_found():
+    planted = {"experiments.engine.results": "def write():\n    from experiments.engine import report"}
+    found = cycle(graph(ROOMS | planted))
+    assert found is not None
+    assert {"experiments.engine.results", "experiments.engine.report"} <= set(found)
+
+
+def test_a_planted_look_behind_a_face_is_found():
+    planted = {"experiments.losses": "def run():\n    from jaxgrad.data.dataset import split"}
+    assert behind_a_face(ROOMS | planted) == [("experiments.losses", "jaxgrad.data.dataset")]
+    block = "Text.\n```python\nimport jaxgrad.check.gradient\n```\n"
+    assert behind_a_face(blocks_of_code(block)) == [("block 0", "jaxgrad.check.gradient")]

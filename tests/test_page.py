@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import experiments
-from experiments import page, plots, report, results, verify
-from experiments.inline import inline, small_path
-from experiments.report import Chapter
-from experiments.results import Claim
+from experiments.engine import page, plots, report, results, verify
+from experiments.engine.page.inline import inline, small_path
+from experiments.engine.report import Chapter
+from experiments.engine.results import Claim
 from jaxgrad.theory import least_squares as theory
 from jaxgrad.types import Batch
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from parallel_worker import LOSS, problem, resumable, runs, saved, start
 
-from experiments import results
+from experiments.engine import results
 from jaxgrad import launch, noise, parallel
 from jaxgrad.sampling import distinct
 from jaxgrad.types import Batch, Sampling

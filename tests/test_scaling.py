@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments import engines, recorded, scaling
+from experiments import scaling
+from experiments.recorded import launchers, tables
 from experiments.scaling import Point
-from experiments.taken_apart import sent, split
+from experiments.support.step_parts import sent, split
 
 CORES = 2
 PLANTED = scaling.Model("ring", {"linear": 2e-6, "net": 4e-5}, 3e-6, 2e-4, 1e-9)
@@ -121,7 +122,7 @@ def test_what_a_program_sends_is_read_from_its_text():
 
 
 def test_what_is_recorded_meets_its_bars_and_names_no_place():
-    failures, under = recorded.read("failures"), recorded.read("engines")
+    failures, under = tables.read("failures"), tables.read("engines")
     assert failures is not None
     assert under is not None
     for case in failures["cases"]:
@@ -132,15 +133,15 @@ def test_what_is_recorded_meets_its_bars_and_names_no_place():
     assert len(failures["cases"]) == 12
     assert len(under["engines"]) == 2
     for engine in under["engines"].values():
-        assert engines.agrees(engine["agreement_with_one_process"])
-    text = json.dumps([failures, under]) + "".join(recorded.sections())
+        assert launchers.agrees(engine["agreement_with_one_process"])
+    text = json.dumps([failures, under]) + "".join(tables.sections())
     assert "/tmp" not in text
     assert "/root" not in text
 
 
 def test_engines_that_disagree_are_seen():
     one = {"problems": ["p"], "p/labels": ["b = 8"], "p/start": 2.0, "p/b = 8/eta": 0.1, "p/b = 8/excess": np.ones(5)}
-    assert engines.agrees(engines.compare(one, one))
-    assert not engines.agrees(engines.compare(one, one | {"p/b = 8/eta": 0.2}))
-    assert not engines.agrees(engines.compare(one, one | {"p/b = 8/excess": np.ones(5) + 1e-4}))
-    assert not engines.agrees(engines.compare(one, one | {"p/b = 8/excess": np.ones(4)}))
+    assert launchers.agrees(launchers.compare(one, one))
+    assert not launchers.agrees(launchers.compare(one, one | {"p/b = 8/eta": 0.2}))
+    assert not launchers.agrees(launchers.compare(one, one | {"p/b = 8/excess": np.ones(5) + 1e-4}))
+    assert not launchers.agrees(launchers.compare(one, one | {"p/b = 8/excess": np.ones(4)}))

@@ -113,9 +113,7 @@ def draw(numbers):
 def test_a_study_that_is_interrupted_twice_says_so_in_one_line(tmp_path, names, signals, gap):
     """In this process, and in workers of its own, which get a Ctrl-C from the terminal too."""
     package = tmp_path / "experiments"
-    package.mkdir()
-    for file in (ROOT / "experiments").glob("*.*"):
-        shutil.copy(file, package)
+    shutil.copytree(ROOT / "experiments", package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in names:
         (package / f"{name}.py").write_text(STUDY)
     begun = [package / f"{name}.begun" for name in names]

@@ -5,8 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import contenders, plots, results, speed
-from experiments.contenders import CONTENDERS, Case
+from experiments import speed
+from experiments.engine import plots, results
+from experiments.support import contenders
+from experiments.support.contenders import CONTENDERS, Case
 
 ROWS = 400
 
@@ -170,7 +172,7 @@ class TestProcesses:
         monkeypatch.setattr(speed, "last_level_cache", lambda: 2**14)
         for free, expected in ((2**30, ["beyond cache", "synthetic"]), (2**20, ["synthetic"])):
             said = []
-            monkeypatch.setattr(speed.on_disk, "free", lambda free=free: free)
+            monkeypatch.setattr(speed.machine, "free_memory", lambda free=free: free)
             assert [case.data for case in speed._cases(config, tmp_path, said.append)] == expected
             assert len(said) == 2 - len(expected)
 

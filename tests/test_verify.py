@@ -21,16 +21,11 @@ import pytest
 
 import experiments
 from experiments import __main__ as command
-from experiments import echo, environments, plots, proof, published, report, results, spread, verify
+from experiments.engine import altered, echoes, environments, kinds, machine, proof, results, verify
+from experiments.engine.catalogue import catalogue
 from jaxgrad import data
 
 ROOT = Path(experiments.__file__).parent.parent
-# The command imports these when it needs them, which it could not from the packages that are made up below.
-assert environments
-assert plots
-assert proof
-assert report
-
 PLANTED = '''
 """GD and SGD on a hundred rows of diabetes."""
 import dataclasses
@@ -40,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.results import Claim
+from experiments.engine.results import Claim
 from jaxgrad import data, models
 from jaxgrad.descent import trajectory
 from jaxgrad.sampling import distinct, full_batch, with_replacement
@@ -138,12 +133,12 @@ def ran(package, out, source=PLANTED, **changes):
 def committed(package, folder, monkeypatch):
     """The committed result of PLANTED with the spread of four echoes."""
     module, old = ran(package, folder)
-    load, echoes = data.load, {}
+    load, heard = data.load, {}
     for seed in (1, 2, 3, 4):
-        monkeypatch.setattr(data, "load", echo.nudged(load, seed))
-        echoes[str(seed)] = ran(package, folder.parent / f"echo{seed}")[1]
+        monkeypatch.setattr(data, "load", altered.nudged(load, seed))
+        heard[str(seed)] = ran(package, folder.parent / f"echo{seed}")[1]
     monkeypatch.setattr(data, "load", load)
-    spread.write(folder, old, spread.measure(old, echoes, module.PUBLISHED))
+    echoes.write(folder, old, echoes.measure(old, heard, module.PUBLISHED))
     return module, old
 
 
@@ -177,7 +172,7 @@ class TestPlanted:
             if expected:
                 assert re.search(r"differs: \S+: .* there, .* here", said), (fault, said)
         # A nudge that was not recorded is a sound re-run on another machine, and agrees.
-        monkeypatch.setattr(data, "load", echo.nudged(data.load, 7))
+        monkeypatch.setattr(data, "load", altered.nudged(data.load, 7))
         status, said = verified()
         assert (status, "hint" in said) == (0, False), said
         assert contents(folder) == before
@@ -247,14 +242,14 @@ def result(tmp_path, numbers, claims=()):
     return results.read(tmp_path, "made_up", "cpu")
 
 
-def verdicts(tmp_path, declared, old, new, echoes=(), **options):
+def verdicts(tmp_path, declared, old, new, numbers_heard=(), **options):
     """The verdict and note on each part of made-up numbers."""
     before, after = (result(tmp_path / str(i), numbers) for i, numbers in enumerate((old, new)))
     known = None
-    if echoes:
-        heard = {str(i): result(tmp_path / f"echo{i}", numbers) for i, numbers in enumerate(echoes)}
-        spread.write(tmp_path / "0", before, spread.measure(before, heard, declared, [*heard]))
-        known = spread.read(tmp_path / "0", before)
+    if numbers_heard:
+        heard = {str(i): result(tmp_path / f"echo{i}", numbers) for i, numbers in enumerate(numbers_heard)}
+        echoes.write(tmp_path / "0", before, echoes.measure(before, heard, declared, [*heard]))
+        known = echoes.read(tmp_path / "0", before)
     found = verify.compare(before, after, declared, known, **options)
     return {finding.part: (finding.verdict, finding.note) for finding in found.findings}
 
@@ -264,12 +259,12 @@ class TestRules:
         """A curve whose end is chaotic: the echoes scatter there, and only there is much allowed."""
         curve = np.geomspace(1, 1e-6, 25)
         loud = np.where(np.arange(25) < 20, 1e-7, 0.2)
-        echoes = [{"curve": curve * (1 + sign * loud)} for sign in (1, -1, 1)]
+        heard = [{"curve": curve * (1 + sign * loud)} for sign in (1, -1, 1)]
         declared = {"curve": "rounding"}
-        small = verdicts(tmp_path, declared, {"curve": curve}, {"curve": curve * (1 + 0.5 * loud)}, echoes)
+        small = verdicts(tmp_path, declared, {"curve": curve}, {"curve": curve * (1 + 0.5 * loud)}, heard)
         assert small["curve"][0] == "agrees"
         early = np.where(np.arange(25) == 3, 1.01, 1)
-        verdict, note = verdicts(tmp_path, declared, {"curve": curve}, {"curve": curve * early}, echoes)["curve"]
+        verdict, note = verdicts(tmp_path, declared, {"curve": curve}, {"curve": curve * early}, heard)["curve"]
         assert verdict == "differs"
         assert "first at [3] (1 of 25 entries): 0.177827941 there, 0.17960622 here, tolerance" in note
 
@@ -284,10 +279,10 @@ class TestRules:
         from scipy import stats
 
         def bound(deviations, runs, level):
-            return verify.bound(spread._moments(np.asarray(deviations)), runs, level)
+            return verify.bound(echoes._moments(np.asarray(deviations)), runs, level)
 
         def of_echoes(*sizes):
-            one, *more = (spread._moments(np.array([size])) for size in sizes)
+            one, *more = (echoes._moments(np.array([size])) for size in sizes)
             for other in more:
                 one = one.plus(other)
             return verify.bound(one, 1, 0.01)
@@ -305,11 +300,11 @@ class TestRules:
         """An entry that no echo moved, a 0 too, has the tolerance of its array; an array that none moved, its kin's."""
         curve = np.r_[zero, np.linspace(1, 2, 20)]
         moved = curve * (1 + 1e-15 * (np.arange(21) > 10))
-        old, echoes = {"curve": curve, "kin": 0.1}, [{"curve": moved, "kin": 0.1}] * 3
+        old, heard = {"curve": curve, "kin": 0.1}, [{"curve": moved, "kin": 0.1}] * 3
         new = {"curve": curve + 4e-16 * (np.arange(21) < 5), "kin": 0.1 * (1 + 1e-15)}
-        found = verdicts(tmp_path, {"*": "rounding"}, old, new, echoes)
+        found = verdicts(tmp_path, {"*": "rounding"}, old, new, heard)
         assert [found[part][0] for part in ("curve", "kin")] == 2 * ["agrees"], found
-        found = verdicts(tmp_path, {"*": "rounding"}, old, {"curve": curve + 1e-6, "kin": 0.1001}, echoes)
+        found = verdicts(tmp_path, {"*": "rounding"}, old, {"curve": curve + 1e-6, "kin": 0.1001}, heard)
         assert [found[part][0] for part in ("curve", "kin")] == 2 * ["differs"]
 
     def test_a_step_that_is_computed_may_move_by_one(self, tmp_path):
@@ -357,19 +352,19 @@ class TestRules:
     def test_what_moved_as_float32_moves_has_its_unit(self, tmp_path):
         """An excess: a float32 loss less a float64 minimum, so it hops by units of the loss, or not at all."""
         curve = np.full(50, 0.123604951)
-        echoes = [{"a": curve * (1 + 1e-8 * (np.arange(50) == i))} for i in range(4)]
+        heard = [{"a": curve * (1 + 1e-8 * (np.arange(50) == i))} for i in range(4)]
         new = {"a": curve * (1 + 2.4e-7 * (np.arange(50) == 7))}
-        assert verdicts(tmp_path, {"a": "rounding"}, {"a": curve}, new, echoes)["a"][0] == "agrees"
+        assert verdicts(tmp_path, {"a": "rounding"}, {"a": curve}, new, heard)["a"][0] == "agrees"
 
     def test_counts_at_a_threshold_are_held_to_all_counts_of_the_experiment(self, tmp_path):
         declared = {"alarms": "count", "caught": "count"}
         old = {"alarms": np.array([178, 0, 252]), "caught": 312}
         for new, verdict in ((177, "agrees"), (170, "differs")):
             assert verdicts(tmp_path, declared, old, old | {"alarms": np.array([new, 0, 252])})["alarms"][0] == verdict
-        echoes = [old | {"alarms": np.array([178 + by, 0, 252])} for by in (-3, 2, 4, -2)]
-        found = verdicts(tmp_path, declared, old, {"alarms": np.array([174, 0, 252]), "caught": 310}, echoes)
+        heard = [old | {"alarms": np.array([178 + by, 0, 252])} for by in (-3, 2, 4, -2)]
+        found = verdicts(tmp_path, declared, old, {"alarms": np.array([174, 0, 252]), "caught": 310}, heard)
         assert [found[part][0] for part in declared] == 2 * ["agrees"]
-        found = verdicts(tmp_path, declared, old, old | {"alarms": np.array([78, 0, 252])}, echoes)
+        found = verdicts(tmp_path, declared, old, old | {"alarms": np.array([78, 0, 252])}, heard)
         assert found["alarms"][0] == "differs"
 
     def test_sound_reruns_with_other_seeds_agree_and_shifted_ones_do_not(self, tmp_path):
@@ -426,14 +421,14 @@ class TestRules:
             scatter = {key: value * by * np.exp(0.1 * draw.normal(size=np.shape(value))) for key, value in old.items()}
             return scatter | {"r": 3.0 * np.exp(0.1 * draw.normal())} | more
 
-        echoes = [slower(by) for by in (1.0, 2.0, 1.5)]
-        found = verdicts(tmp_path, declared, old, slower(3.0), echoes)
+        heard = [slower(by) for by in (1.0, 2.0, 1.5)]
+        found = verdicts(tmp_path, declared, old, slower(3.0), heard)
         assert {verdict for verdict, _ in found.values()} == {"agrees"}
-        found = verdicts(tmp_path, declared, old, slower(3.0, b=3.0 * 2e-3 * 30), echoes)
+        found = verdicts(tmp_path, declared, old, slower(3.0, b=3.0 * 2e-3 * 30), heard)
         assert found["b"][0] == "differs"
         assert "×2" in found["b"][1] or "×3" in found["b"][1]
         assert [found[key][0] for key in ("a", "c", "runs", "r")] == 4 * ["agrees"]
-        found = verdicts(tmp_path, declared, old, slower(3.0), echoes, timed=False)
+        found = verdicts(tmp_path, declared, old, slower(3.0), heard, timed=False)
         assert {verdict for verdict, _ in found.values()} == {"not comparable"}
 
     def test_what_a_compiler_counts_is_compared_on_one_version_only(self, tmp_path):
@@ -486,9 +481,9 @@ class TestRules:
     def test_a_spread_of_other_numbers_is_not_used(self, tmp_path):
         declared = {"a": "rounding"}
         old = result(tmp_path, {"a": 1.0})
-        spread.write(tmp_path, old, spread.measure(old, {"one": result(tmp_path / "echo", {"a": 1.1})}, declared))
-        assert spread.read(tmp_path, old).parts["a"]["relative"].squares == pytest.approx(0.01, rel=1e-3)
-        assert spread.read(tmp_path, result(tmp_path, {"a": 2.0})) is None
+        echoes.write(tmp_path, old, echoes.measure(old, {"one": result(tmp_path / "echo", {"a": 1.1})}, declared))
+        assert echoes.read(tmp_path, old).parts["a"]["relative"].squares == pytest.approx(0.01, rel=1e-3)
+        assert echoes.read(tmp_path, result(tmp_path, {"a": 2.0})) is None
 
 
 class TestProof:
@@ -496,18 +491,18 @@ class TestProof:
 
     def test_each_environment_is_judged_by_the_others(self, package, tmp_path, monkeypatch):
         module, old = ran(package, tmp_path / "committed")
-        load, echoes = data.load, {}
+        load, heard = data.load, {}
         for seed in range(5):
-            monkeypatch.setattr(data, "load", echo.nudged(load, seed))
-            echoes[f"nudge {seed}"] = ran(package, tmp_path / f"echo{seed}")[1]
+            monkeypatch.setattr(data, "load", altered.nudged(load, seed))
+            heard[f"nudge {seed}"] = ran(package, tmp_path / f"echo{seed}")[1]
         monkeypatch.setattr(data, "load", load)
-        found = proof.left_out(old, echoes, module)
-        assert list(found) == list(echoes)
+        found = proof.left_out(old, heard, module)
+        assert list(found) == list(heard)
         assert sum(one.count("agrees") for one in found.values()) > 10
         assert [one.count("differs") for one in found.values()] == 5 * [0]
         # One that is no rounding stands out where it is left out; where it is kept it may widen the tolerance.
-        echoes["eta off by 1 %"] = ran(package, tmp_path / "wrong", PLANTED.replace("B = 0.2", "B = 0.202"))[1]
-        assert proof.left_out(old, echoes, module)["eta off by 1 %"].count("differs") > 0
+        heard["eta off by 1 %"] = ran(package, tmp_path / "wrong", PLANTED.replace("B = 0.2", "B = 0.202"))[1]
+        assert proof.left_out(old, heard, module)["eta off by 1 %"].count("differs") > 0
 
     def test_the_power_is_the_smallest_change_that_is_seen(self):
         sees = {"sharp": 1e-5, "dull": 1e-2, "blind": np.inf, "all": 0.0}
@@ -552,7 +547,7 @@ class TestProof:
             ).loss[-1]  # fmt: skip
 
         expected = last(0.1 * 1.01)
-        monkeypatch.setattr(optax, "apply_updates", echo.scaled(optax.apply_updates, 1.01))
+        monkeypatch.setattr(optax, "apply_updates", altered.scaled(optax.apply_updates, 1.01))
         jax.clear_caches()
         assert last(0.1) == pytest.approx(float(expected), rel=1e-5)
         jax.clear_caches()
@@ -561,7 +556,7 @@ class TestProof:
     def test_one_target_is_changed_and_no_more(self, name):
         before = np.asarray(data.load(name).batch.y)
         for by in (1e-2, 1e-4):
-            after = np.asarray(echo.one_target_changed(data.load, by)(name).batch.y)
+            after = np.asarray(altered.one_target_changed(data.load, by)(name).batch.y)
             changed = np.flatnonzero(before != after)
             assert len(changed) == (0 if name == "breast_cancer" and by < 1e-2 else 1)
             if name == "diabetes":
@@ -576,14 +571,14 @@ class TestProof:
 
     def test_a_result_names_processor_and_instructions(self, monkeypatch):
         monkeypatch.delenv("XLA_FLAGS", raising=False)
-        assert results.processor()
-        assert results.instructions() in ("unknown", *(name for name, _ in results.LEVELS))
+        assert machine.processor()
+        assert machine.instructions() in ("unknown", *(name for name, _ in machine.LEVELS))
         monkeypatch.setenv("XLA_FLAGS", "--xla_something=1 --xla_cpu_max_isa=SSE4_2 --xla_more=2")
-        assert results.instructions() == "SSE4.2 by XLA_FLAGS"
+        assert machine.instructions() == "SSE4.2 by XLA_FLAGS"
 
 
 class TestDeclarations:
-    @pytest.mark.parametrize("name", experiments.catalogue())
+    @pytest.mark.parametrize("name", catalogue())
     def test_every_number_is_declared_and_nothing_else(self, name):
         module = importlib.import_module(f"experiments.{name}")
         used = set()
@@ -591,11 +586,11 @@ class TestDeclarations:
             for saved, device in results.saved(folder):
                 if saved == name:
                     numbers = results.read(folder, name, device).numbers
-                    found = published.parts(name, numbers, module.PUBLISHED)
+                    found = kinds.parts(name, numbers, module.PUBLISHED)
                     used |= {part.pattern for part in found.values()}
                     for part in found.values():
                         if part.kind.by in ("error", "deviation", "count"):
-                            published.look_up(numbers, part.kind.key)
+                            kinds.look_up(numbers, part.kind.key)
         assert set(module.PUBLISHED) == used
 
     def test_a_number_without_a_declaration_says_what_to_write(self, package, tmp_path, capsys):
@@ -612,7 +607,7 @@ class TestDeclarations:
     @pytest.mark.parametrize("words", ["exactly", "rounding to 1e-3", "statistical, axis", "timing, axis x", ""])
     def test_words_that_are_no_kind_are_refused(self, words):
         with pytest.raises(TypeError, match="which is no kind of number"):
-            published.parts("made_up", {"a": 1.0}, {"a": words})
+            kinds.parts("made_up", {"a": 1.0}, {"a": words})
 
     def test_stars_stand_for_what_they_stood_for(self):
         numbers = {"x 1/mean": 0.0, "x 1/error": 1.0, "table": np.zeros((3, 2)), "scatter[0]": 1.0}
@@ -620,11 +615,11 @@ class TestDeclarations:
             "* */mean": "statistical, error * */error", "*/error": "rounding",
             "table[1]": "statistical, deviation table[0]", "table[*]": "rounding", "scatter[0]": "exact",
         }  # fmt: skip
-        found = published.parts("made_up", numbers, declared)
+        found = kinds.parts("made_up", numbers, declared)
         assert found["x 1/mean"].kind == ("statistical", "error", "x 1/error")
         assert found["table[1]"].kind == ("statistical", "deviation", "table[0]")
         assert found["table[0]"].kind.name == "rounding"
-        assert published.look_up(numbers, "table[1]").shape == (3,)
+        assert kinds.look_up(numbers, "table[1]").shape == (3,)
 
 
 # --- interrupted and concurrent runs -----------------------------------------------------------------------------
@@ -634,8 +629,8 @@ COUNTING = '''
 import dataclasses
 import time
 import numpy as np
-from experiments import plots
-from experiments.results import Claim
+from experiments.engine import plots
+from experiments.engine.results import Claim
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -662,11 +657,10 @@ def draw(numbers):
 def study_of(folder, count):
     package = folder / "experiments"
     package.mkdir(parents=True)
-    for source in (ROOT / "experiments").glob("*.py"):
-        if source.stem in ("__init__", "__main__", *results.MACHINERY):
-            shutil.copy(source, package)
-    for name in ("page.html", "page.css", "page.js", "explorer.js"):
+    for name in ("__init__.py", "__main__.py"):
         shutil.copy(ROOT / "experiments" / name, package)
+    for name in ("engine", "support", "recorded"):
+        shutil.copytree(ROOT / "experiments" / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     for k in range(count):
         (package / f"part{k}.py").write_text(COUNTING.format(k=k))
     return [sys.executable, "-m", "experiments"]
@@ -774,7 +768,7 @@ class TestResume:
     def test_a_lock_dies_with_its_holder(self, tmp_path):
         code = f"""if True:
             import os, signal
-            from experiments import results
+            from experiments.engine import results
             with results.lock({str(tmp_path)!r}):
                 os.kill(os.getpid(), signal.SIGKILL)
         """
@@ -853,17 +847,17 @@ class TestCommand:
             if len(asked) == 4:
                 return 1  # as if it was killed in the last one
             with monkeypatch.context() as patched:
-                patched.setattr(data, "load", echo.nudged(data.load, change.nudge))
+                patched.setattr(data, "load", altered.nudged(data.load, change.nudge))
                 ran(package, Path(arguments[arguments.index("--out") + 1]))
             return 0
 
-        monkeypatch.setattr(echo, "run", run)
+        monkeypatch.setattr(altered, "run", run)
         kept = ["spread", "--quick", "--echoes", str(tmp_path / "kept")]
         assert (command.main(kept), asked) == (1, [1, 2, 3, 4])
         assert (command.main(kept), asked) == (0, [1, 2, 3, 4, 4])
         capsys.readouterr()
         folder = tmp_path / "results" / "quick"
-        assert spread.read(folder, results.read(folder, "planted", "cpu")).echoes == tuple(nudges)
+        assert echoes.read(folder, results.read(folder, "planted", "cpu")).echoes == tuple(nudges)
         found = json.loads((folder / "proof.json").read_text())["cpu"]["left out"]["planted"]["found"]
         assert [one["differs"] for one in found.values()] == [0, 0, 0, 0]
 

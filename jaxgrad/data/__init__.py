@@ -28,7 +28,7 @@ from typing import Annotated
 
 from jaxgrad.checks import checked, path_or_name, shown, whole
 from jaxgrad.data.checks import TASKS, check_batch, check_task
-from jaxgrad.data.dataset import Column, Dataset, Doubtful, sample, split, to_dataset
+from jaxgrad.data.dataset import Column, Dataset, Doubtful, are_classes, sample, split, to_dataset
 from jaxgrad.data.files import SUFFIXES, read_file
 from jaxgrad.data.problems import linear_problem, logistic_problem
 from jaxgrad.data.sets import OFFLINE, SETS
@@ -44,6 +44,7 @@ __all__ = [
     "Column",
     "Dataset",
     "Doubtful",
+    "are_classes",
     "check_batch",
     "linear_problem",
     "load",

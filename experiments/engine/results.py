@@ -15,36 +15,22 @@ The JSON also holds what a later reader needs to trust it: the hash of every sou
 `read` refuses an edited one. This is for accidents: a person can compute a hash, too.
 """
 
-import ast
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import importlib.util
 import io
 import json
 import os
-import platform
-import re
 import zipfile
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.engine import provenance
 from jaxgrad import atomic, files
 from jaxgrad.data import Column
-
-PACKAGES = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
-"""Packages whose versions every result records, beside Python's."""
-
-MACHINERY = (
-    "__main__", "echo", "environments", "inline", "page", "plots", "proof", "published", "recorded", "report",
-    "results", "spread", "verdicts", "verify", "work",
-)  # fmt: skip
-"""Modules of `experiments` that show, store or compare numbers and make none: no part of the `code` of a result."""
 
 DEVICES = ("cpu", "gpu", "tpu")
 """What JAX calls the kinds of device that a result can be of."""
@@ -106,8 +92,8 @@ def write(
         "claims": _plain_claims(claims),
         "seeds": settings.get("seeds"),
         "times": times,
-        "code": code(name),
-        **surroundings(),
+        "code": provenance.code(name),
+        **provenance.surroundings(),
     }
     if columns:
         document["columns"] = [column._asdict() for column in columns]
@@ -207,53 +193,10 @@ def _changed(path: Path, document: dict[str, Any]) -> list[str]:
     return changed if changed or same else ["results"]
 
 
-def code(name: str) -> dict[str, str]:
-    """The first 16 digits of the sha256 of every source file that makes the numbers of an experiment, by its name.
-
-    The experiment, and what it imports of `jaxgrad` and of other experiments, and so on. Not what only shows or
-    stores numbers (`MACHINERY`). Empty where there is no such experiment.
-    """
-    found: dict[str, str] = {}
-    todo = [f"experiments.{name}"]
-    while todo:
-        module = todo.pop()
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None or module in found:
-            continue
-        content = Path(spec.origin).read_bytes()
-        found[module] = hashlib.sha256(content).hexdigest()[:16]
-        todo += _imported(content, module if spec.submodule_search_locations else module.rpartition(".")[0])
-    return found
-
-
 def code_digest(result: Result) -> str:
     """One number for all of `code` at the time of a run, 16 digits: two runs that share it ran the same source."""
     lines = (f"{digest} {module}\n" for module, digest in sorted(result.provenance["code"].items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _imported(content: bytes, package: str) -> tuple[str, ...]:
-    """The modules of `jaxgrad` and `experiments` that a source imports, anywhere in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(content)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            for alias in node.names:
-                inner = f"{base}.{alias.name}"
-                ours = base.split(".")[0] in ("jaxgrad", "experiments")
-                names.add(inner if ours and _is_module(inner) else base)
-    shown = {f"experiments.{module}" for module in MACHINERY} | {"experiments"}
-    return tuple(sorted(n for n in names - shown if n.split(".")[0] in ("jaxgrad", "experiments")))
-
-
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent is a module, not a package
-        return False
 
 
 @contextlib.contextmanager
@@ -289,95 +232,6 @@ def saved(folder: str | Path) -> list[tuple[str, str]]:
     paths = Path(folder).glob("*/*.json")
     # What verify keeps lies there, too: of an experiment, `cpu.spread.json`; of the quick results, in their folder.
     return sorted((path.parent.name, path.stem) for path in paths if path.stem in DEVICES)
-
-
-def surroundings() -> dict[str, Any]:
-    """What numbers may depend on beside the code: versions, kind of machine, precision; no names or paths."""
-    import jax
-
-    kinds = sorted({device.device_kind for device in jax.local_devices()})
-    packages = {name: metadata.version(name) for name in PACKAGES}
-    return {
-        "versions": {"python": platform.python_version(), **packages},
-        "machine": {
-            "device_kind": kinds,
-            "devices": jax.local_device_count(),
-            "system": platform.system(),
-            "architecture": platform.machine(),
-            "cores": cores(),
-            "processor": processor(),
-            "instructions": instructions(),
-        },
-        "precision": {
-            "default_matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
-            "x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
-        },
-    }
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processor() -> str:
-    """The processor's name as its maker has it, where the system tells; else its architecture."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
-    return platform.processor() or platform.machine()
-
-
-LEVELS = (
-    ("AVX-512", "avx512f"), ("AVX2", "avx2"), ("AVX", "avx"), ("SSE4.2", "sse4_2"), ("SVE", "sve"), ("NEON", "asimd"),
-)  # fmt: skip
-
-
-def instructions() -> str:
-    """The widest vector instructions that XLA may use: the processor's, or less where `XLA_FLAGS` says so."""
-    if said := re.search(r"--xla_cpu_max_isa=(\S+)", os.environ.get("XLA_FLAGS", "")):
-        return f"{said[1].replace('_', '.').upper()} by XLA_FLAGS"
-    with contextlib.suppress(OSError):
-        content = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        words = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", content, re.MULTILINE)[:1]).split())
-        return next((name for name, flag in LEVELS if flag in words), "unknown")
-    return "NEON" if platform.machine() in ("arm64", "aarch64") else "unknown"
-
-
-def environment(folder: str | Path) -> Path:
-    """Write `folder/environment.txt`: `name==version` of every package that `jaxgrad[study]` needs here.
-
-    Only names and versions, sorted, so that `pip install -c results/environment.txt` gives the same set.
-    """
-    path = Path(folder) / "environment.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, "".join(f"{line}\n" for line in pins("jaxgrad", "study")).encode())
-    return path
-
-
-def pins(package: str, extra: str) -> list[str]:
-    """`name==version` of all that `package[extra]` depends on, as installed, without `package` itself."""
-    from packaging.requirements import Requirement
-
-    seen: dict[tuple[str, str], str] = {}
-    todo = [(_normal(package), extra), (_normal(package), "")]
-    while todo:
-        name, wanted = todo.pop()
-        if (name, wanted) in seen:
-            continue
-        distribution = metadata.distribution(name)
-        seen[name, wanted] = distribution.version
-        for line in distribution.requires or ():
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": wanted}):
-                todo += [(_normal(requirement.name), asked) for asked in ("", *requirement.extras)]
-    return sorted({f"{name}=={version}" for (name, _), version in seen.items() if name != _normal(package)})
-
-
-def _normal(name: str) -> str:
-    """A package's name as PEP 503 normalises it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _belongs(json_path: Path, npz_path: Path) -> bool:

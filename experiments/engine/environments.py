@@ -6,8 +6,8 @@ machine stands in for many. What cannot be set is played by *nudged* data: every
 down by one unit in the last place of float32. A sum or a product in floating point, in whatever order it is taken, is
 the exact one of data nudged by about that much (backward error).
 
-From them follow verify's tolerances (`experiments/spread.py`), and the proof that these hold for a machine that they
-were not made from (`left_out` there).
+From them follow verify's tolerances (`echoes.py`), and the proof that these hold for a machine that they were not made
+from (`proof.left_out`).
 """
 
 from collections.abc import Mapping

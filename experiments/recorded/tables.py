@@ -1,8 +1,8 @@
 """What was recorded once, by commands of its own: `results/scaling/recorded/*.json`, and its tables.
 
-    rows       `python -m experiments.heavy rows`
-    failures   `python -m experiments.failures`
-    engines    `python -m experiments.engines`
+    rows       `python -m experiments.recorded.large_file rows`
+    failures   `python -m experiments.recorded.failures`
+    engines    `python -m experiments.recorded.launchers`
 
 Too heavy for the study, or in need of programs that few machines have. The tables are made of the files alone.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxgrad import atomic
 
-FOLDER = Path(__file__).resolve().parent.parent / "results" / "scaling" / "recorded"
+FOLDER = Path(__file__).resolve().parents[2] / "results" / "scaling" / "recorded"
 
 
 def write(name: str, record: dict[str, Any]) -> str:
@@ -40,9 +40,10 @@ def failures(record: dict[str, Any]) -> str:
     """The table of what happens when a process fails."""
     slowest = max(case["seconds_until_all_are_gone"] for case in record["cases"])
     out = [
-        f"**When a process fails** (`{record['command']}`): seconds until all are gone, {slowest:.1f} at most (the "
-        f"bar is {record['bar_seconds']}), the exit status of each rank (negative: the signal that ended it; –: never "
-        "started), and what the launcher says, or, where one never joins, the others themselves.\n",
+        f"**When a process fails** (`python -m experiments.recorded.failures`): seconds until all are gone, "
+        f"{slowest:.1f} at most (the bar is {record['bar_seconds']}), the exit status of each rank (negative: the "
+        "signal that ended it; –: never started), and what the launcher says, or, where one never joins, the others "
+        "themselves.\n",
         "| what happens | to rank | of | seconds | exit statuses | what is said |",
         "|---|---|---|---|---|---|",
     ]
@@ -59,8 +60,8 @@ def failures(record: dict[str, Any]) -> str:
 def engines(record: dict[str, Any]) -> str:
     """How far runs under other launchers are from one process."""
     out = [
-        f"**Under schedulers** (`python -m experiments.engines`), against `{record['against']}`: largest difference of "
-        "a curve, over its start.\n",
+        f"**Under schedulers** (`python -m experiments.recorded.launchers`), against `{record['against']}`: "
+        "largest difference of a curve, over its start.\n",
         "| engine | command | largest difference | same step sizes |",
         "|---|---|---|---|",
     ]
@@ -76,8 +77,9 @@ def rows(record: dict[str, Any]) -> str:
     """SGD and a full gradient on a file larger than memory should be."""
     disk, memory = record["disk"], record["memory"]
     return (
-        f"**{record['rows']:,} rows on disk** ({record['gigabytes']:.1f} GB, `{record['command']}`): SGD (b = "
-        f"{record['b']}) takes {disk['steps_per_second']:,.0f} steps a second in {disk['peak_rss_gib']:.2f} GiB, "
+        f"**{record['rows']:,} rows on disk** ({record['gigabytes']:.1f} GB, "
+        f"`python -m experiments.recorded.large_file rows`): SGD (b = {record['b']}) takes "
+        f"{disk['steps_per_second']:,.0f} steps a second in {disk['peak_rss_gib']:.2f} GiB, "
         f"{record['steps_per_second_disk_over_memory']:.2f} of the {memory['steps_per_second']:,.0f} in memory "
         f"({memory['peak_rss_gib']:.2f} GiB); a full gradient reads "
         f"{record['gradient']['gigabytes_per_second']:.2f} GB/s, {record['gradient_over_reading']:.2f} of reading it.\n"

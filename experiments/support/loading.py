@@ -4,7 +4,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from jaxgrad import data
+from jaxgrad.types import Batch
 
 ROWS_KEY = 2021
 """Draws the rows of a smaller size, the same ones each time."""
@@ -26,6 +30,15 @@ def some_rows(dataset: data.Dataset, rows: int | None, progress: Callable[[str],
     if some is not dataset:
         progress(f"{dataset.name}: {some.notes[-1]}")
     return some
+
+
+def few_features(dataset: data.Dataset, features: int, rows: int | None) -> tuple[Batch, tuple[str, ...]]:
+    """The features most correlated with the target, in their order, and their names; of `rows` rows at random."""
+    x, y = (np.asarray(leaf, np.float32) for leaf in data.sample(dataset, rows, ROWS_KEY).batch)
+    deviation = x.std(axis=0)
+    correlation = np.abs((x - x.mean(axis=0)[None, :]).T @ (y - y.mean())) / np.where(deviation > 0, deviation, np.inf)
+    chosen = np.sort(np.argsort(-correlation, kind="stable")[:features])
+    return Batch(jnp.asarray(x[:, chosen]), jnp.asarray(y)), tuple(dataset.names[i] for i in chosen)
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Runs too heavy for the study, recorded once: `python -m experiments.heavy rows`.
+"""Runs too heavy for the study, recorded once: `python -m experiments.recorded.large_file rows`.
 
     rows    SGD (b = 256) and one full gradient over 10^8 rows x 8 float32 (3.2 GB) in a file, beside the same in
             memory and beside reading the file
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.exact import normal
+from experiments.support.exact import normal
 from jaxgrad import atomic
 
 COLUMNS, B, CHUNK = 8, 256, 2**20
@@ -29,7 +29,7 @@ ROUNDS, PASSES = 2, 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.heavy", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m experiments.recorded.large_file", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("what", choices=["rows"])
     parser.add_argument("--rows", type=int, default=10**8, help="how many rows (default: 10^8)")
@@ -46,19 +46,20 @@ def main(argv: list[str] | None = None) -> int:
             _generate(file, arguments.rows)
         _read_all(file)
         rounds = [{name: _in_a_process(name, file, arguments.steps) for name in CONTENDERS} for _ in range(ROUNDS)]
-    from experiments import recorded, results
+    from experiments.engine import provenance
+    from experiments.recorded import tables
 
     found = {name: max((turn[name] for turn in rounds), key=_speed) for name in CONTENDERS}
     disk, memory, gradient, reading = (found[name] for name in ("disk", "memory", "gradient", "reading"))
     record = {
-        "command": "python -m experiments.heavy rows", "rows": arguments.rows, "columns": COLUMNS, "b": B,
+        "command": "python -m experiments.recorded.large_file rows", "rows": arguments.rows, "columns": COLUMNS, "b": B,
         "steps": arguments.steps, "gigabytes": arguments.rows * COLUMNS * 4 / 1e9, **found, "page_cache": "warm",
         "speeds_in_turns": {name: [_speed(turn[name]) for turn in rounds] for name in CONTENDERS},
         "steps_per_second_disk_over_memory": disk["steps_per_second"] / memory["steps_per_second"],
         "gradient_over_reading": gradient["gigabytes_per_second"] / reading["gigabytes_per_second"],
-        "same_parameters": disk["w"] == memory["w"], **results.surroundings(),
+        "same_parameters": disk["w"] == memory["w"], **provenance.surroundings(),
     }  # fmt: skip
-    print(recorded.write("rows", record))
+    print(tables.write("rows", record))
     return 0
 
 
@@ -84,7 +85,7 @@ def _read_all(file: Path) -> float:
 
 
 def _in_a_process(name: str, file: Path, steps: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "experiments.heavy", "rows", "--contender", name]
+    command = [sys.executable, "-m", "experiments.recorded.large_file", "rows", "--contender", name]
     print(f"\n{name}", file=sys.stderr)
     done = subprocess.run(
         [*command, "--file", str(file), "--steps", str(steps)], stdout=subprocess.PIPE, text=True, check=True

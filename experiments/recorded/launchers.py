@@ -1,4 +1,4 @@
-"""`gd_vs_sgd` under schedulers, against one process, recorded: `python -m experiments.engines`.
+"""`gd_vs_sgd` under schedulers, against one process, recorded: `python -m experiments.recorded.launchers`.
 
 `python -m experiments gd_vs_sgd --quick` alone, under `mpirun -n 2` and under `srun -n 2` (Slurm with slurmctld and
 slurmd running), whichever is installed. Compared are all curves: the largest difference of the excess loss, over
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import recorded, results
+from experiments.engine import provenance, results
+from experiments.recorded import tables
 
 STUDY = ["python", "-m", "experiments", "gd_vs_sgd", "--quick", "--out"]
 ENGINES = {
@@ -28,7 +29,7 @@ BOUND = 1e-5
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.engines", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m experiments.recorded.launchers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.parse_args(argv)
     engines = {name: prefix for name, prefix in ENGINES.items() if shutil.which(name)}
@@ -44,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             found[_version(name)] = {
                 "command": " ".join([*prefix, *STUDY, "two"]), "agreement_with_one_process": runs,
             }  # fmt: skip
-    record = {"against": " ".join([*STUDY, "one"]), "engines": found, **results.surroundings()}
-    print(recorded.write("engines", record))
+    record = {"against": " ".join([*STUDY, "one"]), "engines": found, **provenance.surroundings()}
+    print(tables.write("engines", record))
     return int(not all(agrees(engine["agreement_with_one_process"]) for engine in found.values()))
 
 

@@ -1,4 +1,4 @@
-"""What happens to the others when a process fails, recorded: `python -m experiments.failures`.
+"""What happens to the others when a process fails, recorded: `python -m experiments.recorded.failures`.
 
 One rank of a running job is killed (SIGKILL), raises an exception, is frozen (SIGSTOP), or never joins. The job is SGD
 on synthetic rows in 2 processes, and in 4, with the settings that a person gets who sets none. Measured is from that
@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import recorded, results
-from experiments.exact import normal
+from experiments.engine import provenance
+from experiments.recorded import tables
+from experiments.support.exact import normal
 from jaxgrad import launch
 
 BAR = 30
@@ -39,7 +40,7 @@ STEP = 50
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.failures", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m experiments.recorded.failures", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--job", nargs=3, metavar=("HOW", "RANK", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -50,8 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     for number, (how, rank, processes) in enumerate(CASES):
         print(f"{number + 1} of {len(CASES)}: rank {rank} of {processes} {how}", file=sys.stderr, flush=True)
         cases.append(_absent(rank, processes) if how == "never joins" else _launched(how, rank, processes))
-    record = {"command": "python -m experiments.failures", "bar_seconds": BAR, "cases": cases, **results.surroundings()}
-    print(recorded.write("failures", record))
+    record = {
+        "command": "python -m experiments.recorded.failures",
+        "bar_seconds": BAR,
+        "cases": cases,
+        **provenance.surroundings(),
+    }
+    print(tables.write("failures", record))
     slow = [case for case in cases if case["seconds_until_all_are_gone"] > BAR]
     return int(bool(slow))
 
@@ -89,8 +95,8 @@ def _launched(how: str, rank: int, processes: int) -> dict[str, Any]:
         overdue.start()
         try:
             with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
-                ended = launch.run(["-n", str(processes), "--logs", f"{folder}/logs", "-m", "experiments.failures",
-                                    "--job", how, str(rank), str(moment)])  # fmt: skip
+                job = ["-m", "experiments.recorded.failures", "--job", how, str(rank), str(moment)]
+                ended = launch.run(["-n", str(processes), "--logs", f"{folder}/logs", *job])
         finally:
             overdue.cancel()
         if not moment.exists():

@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments import results, spread, verify
-from experiments.results import Result
+from experiments.engine import echoes, results, verify
+from experiments.engine.results import Result
 from jaxgrad import atomic
 
 LEVELS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Relative changes that are tried, until one passes."""
 
 
-def left_out(old: Result, echoes: dict[str, Result], module: Any) -> dict[str, verify.Comparison]:
-    """The verdicts on each echo by what the others show."""
+def left_out(old: Result, heard: dict[str, Result], module: Any) -> dict[str, verify.Comparison]:
+    """The verdicts on each echo, by tolerances from the others."""
     found = {}
-    for label, echo in echoes.items():
-        others = {name: other for name, other in echoes.items() if name != label}
-        known = spread.measure(old, others, module.PUBLISHED)
+    for label, echo in heard.items():
+        others = {name: other for name, other in heard.items() if name != label}
+        known = echoes.measure(old, others, module.PUBLISHED)
         found[label] = verify.compare(old, echo, module.PUBLISHED, known, timed=False, claims=module.claims)
     return found
 

@@ -1,6 +1,6 @@
 """Who races in `speed`: the same descent written the way each library's users write it, a process for each.
 
-    python -m experiments.contenders NAME DEVICE FOLDER
+    python -m experiments.support.contenders NAME DEVICE FOLDER
 
 is such a process. It reads one JSON request a line and answers each with one line: `{"prepare": case}` compiles what a
 case needs, `{"choose": true, "min_seconds": t}` finds the fastest way, `{"round": k}` times it once, and it ends with
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.exact import normal
+from experiments.support.exact import normal
 
 HIDDEN = 128
 """Hidden units of the two-layer net."""

@@ -1,7 +1,7 @@
 """A step on many devices, whole and taken apart: what `scaling` runs in processes of their own.
 
-    python -m jaxgrad.launch -n 2 -m experiments.taken_apart FOLDER       two processes
-    JAXGRAD_DEVICES=4 python -m experiments.taken_apart FOLDER            four virtual devices
+    python -m jaxgrad.launch -n 2 -m experiments.support.step_parts FOLDER       two processes
+    JAXGRAD_DEVICES=4 python -m experiments.support.step_parts FOLDER            four virtual devices
 
 `FOLDER/job.json` is a `Job`; the rows lie beside it as `<problem>.x.npy` and `.y.npy`. Every process writes
 `FOLDER/<devices>-<rank>.npz`: seconds, by case and part.
@@ -33,8 +33,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import work
-from experiments.exact import two_layer
+from experiments.engine import machine
+from experiments.support.exact import two_layer
 from jaxgrad import losses, models, parallel
 from jaxgrad.descent import advance, init
 from jaxgrad.sampling import distinct, full_batch
@@ -84,7 +84,7 @@ def problem(name: str, x: Any, hidden: int) -> tuple[Loss, Params]:
 def main() -> int:
     folder = Path(sys.argv[1])
     job = Job(**json.loads((folder / "job.json").read_text()))
-    work.keep_compiled()
+    machine.keep_compiled()
     parallel.start()
     cases = [Case(*case) for case in job.cases]
     rows = {name: _rows(folder, name) for name in dict.fromkeys(case.problem for case in cases)}

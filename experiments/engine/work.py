@@ -18,13 +18,15 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import experiments
-from experiments import Entry
+from experiments.engine import machine, provenance
+from experiments.engine.catalogue import Entry
 
 if TYPE_CHECKING:
     from jaxgrad.checkpoint import Checkpoint
@@ -85,7 +87,7 @@ def perform(task: Task, status: Callable[[str], None]) -> Product | Failure:
 def _product(task: Task, status: Callable[[str], None]) -> Product:
     import jax
 
-    from experiments import plots, published, report, results
+    from experiments.engine import kinds, plots, provenance, report, results
     from jaxgrad.data import Doubtful
 
     name = task.entry.name
@@ -93,10 +95,10 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
     module = importlib.import_module(f"experiments.{name}")
     declared = getattr(module, "PUBLISHED", None)
     if declared is None:
-        raise TypeError(published.undeclared(name))
+        raise TypeError(kinds.undeclared(name))
     config = configure(task.entry, task.overrides, task.quick)
     _go_on(task, config)
-    clock = compile_clock()
+    clock = machine.compile_clock()
     if task.entry.timed:
         # It pays for its own compilation, whichever ran before, and what they compile does not pile up.
         jax.clear_caches()
@@ -111,14 +113,14 @@ def _product(task: Task, status: Callable[[str], None]) -> Product:
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else float("nan"),
     }
     numbers = results.as_saved(numbers)
-    published.parts(name, numbers, declared)
+    kinds.parts(name, numbers, declared)
     if "data" in task.overrides and Path(str(getattr(config, "data", ""))).exists():
         # Published settings name the file, not where somebody keeps it.
         config = dataclasses.replace(config, data=Path(config.data).name)
     claims = module.claims(numbers)
     if task.bare:
         return Product(config, numbers, claims, {}, times)
-    margin = report.origin(name, task.device, results.surroundings() | {"sha256": results.digest(numbers)})
+    margin = report.origin(name, task.device, provenance.surroundings() | {"sha256": results.digest(numbers)})
     return Product(config, numbers, claims, plots.render(module.draw(numbers), margin=margin), times)
 
 
@@ -139,7 +141,6 @@ _making = threading.Lock()
 def _go_on(task: Task, config: Any) -> None:
     """Let the experiment keep what it finds in its folder, if it has one; what lies there of another run is dropped."""
     global _unfinished, _whose
-    from experiments import results
     from jaxgrad import parallel
 
     _unfinished = place = task.unfinished
@@ -148,7 +149,7 @@ def _go_on(task: Task, config: Any) -> None:
     data = Path(task.overrides.get("data", ""))
     files = sorted(data.iterdir()) if data.is_dir() else [data] if data.is_file() else []
     own = {
-        "config": dataclasses.asdict(config), "code": results.code(task.entry.name),
+        "config": dataclasses.asdict(config), "code": provenance.code(task.entry.name),
         "data": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
     }  # fmt: skip
     _whose = json.dumps(own, default=str).encode()
@@ -221,13 +222,13 @@ _workers: Any = None
 """The process ids of all workers, 0 where there is none yet; its lock is held by who speaks."""
 _alone = False
 changed: Any = None
-"""For an echo of the study: its `echo.Change`, which every process makes."""
+"""For an echo of the study: its `altered.Change`, which every process makes."""
 
 
 def start(folders: Sequence[str], device: str, messages: Any, workers: Any, changed: Any) -> None:
     """Make a new process ready for `perform_here`: where experiments are, what to compute on, who hears of it."""
     global _speak, _workers
-    from experiments import echo, plots, published, report, spread  # noqa: F401  while `experiments` is where it is
+    from experiments.engine import altered
 
     def speak(text: str) -> None:
         with workers.get_lock():
@@ -241,9 +242,9 @@ def start(folders: Sequence[str], device: str, messages: Any, workers: Any, chan
     threading.Thread(target=_end_with_parent, daemon=True).start()
     experiments.__path__[:] = folders  # type: ignore[index]
     _speak, _workers = speak, workers
-    start_jax(device)
+    machine.start_jax(device)
     if changed is not None:
-        echo.change(changed)
+        altered.apply(changed)
     # Tracing makes many objects that stay. Looking through all of them as often as Python does took 9 % of the study.
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
@@ -295,85 +296,31 @@ def race(contenders: dict[str, Callable[[], Any]], **options: Any) -> dict[str, 
     """`timing.race` of contenders that are compiled side by side before, and then have the machine to themselves."""
     from jaxgrad import timing
 
-    experiments.side_by_side(lambda contender: contender(), contenders.values())
+    side_by_side(lambda contender: contender(), contenders.values())
     with alone():
         return timing.race(contenders, **options)
+
+
+def side_by_side(work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
+    """`[work(job) for job in jobs]`, two at a time: while one compiles, which takes a core, the next one can too.
+
+    Not for what is timed, nor under `jax.enable_x64`, which holds for one thread only.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        # Processes that compute together must do everything in one order.
+        return [work(job) for job in jobs]
+    pool = ThreadPoolExecutor(min(2, machine.cores()))
+    try:
+        return list(pool.map(work, jobs))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def perform_here(task: Task) -> Product | Failure:
     """`perform`, in a process that is ready."""
     return perform(task, _speak)
-
-
-def start_jax(device: str | None, join: bool = False) -> str:
-    """Import JAX for a device and name what it computes on; matrix products are exact to float32.
-
-    With `join`, as one of several processes where this was started as one (`jaxgrad.parallel.start`).
-    """
-    import jax
-
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    keep_compiled()
-    # A GPU would otherwise round the factors of a product to fewer bits than the CPU does.
-    jax.config.update("jax_default_matmul_precision", "highest")
-    if join:
-        from jaxgrad import parallel
-
-        parallel.start()
-    return jax.default_backend()
-
-
-def keep_compiled() -> None:
-    """Let JAX keep what it compiles in the person's cache folder, so that the next start need not compile it again.
-
-    Each entry is sealed, for JAX runs a damaged one without a word (`jaxgrad.compiled`). A setting of this process,
-    not of its environment: what times a cold start in a process of its own has none. Where
-    `JAX_COMPILATION_CACHE_DIR` is set, that folder is used; empty, it turns this off.
-    """
-    import jax
-
-    from jaxgrad import compiled
-
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(base) / "jaxgrad" / "compiled")
-    if folder and "://" not in str(folder) and compiled.keep(folder) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # As JAX comes, it keeps only what took more than a second.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def compile_clock() -> Callable[[], float]:
-    """The clock that runs while JAX traces, lowers or compiles: seconds of every core at work on it, in this process.
-
-    JAX tells of each such span when it ends. One that was spent within another (an operation on constants is
-    compiled while a function is traced) counts once.
-    """
-    global _clock
-    if _clock is None:
-        _clock = _new_clock()
-    return _clock
-
-
-_clock: Callable[[], float] | None = None
-
-
-def _new_clock() -> Callable[[], float]:
-    import jax
-
-    spans: dict[int, list[tuple[float, float]]] = {}
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            mine = spans.setdefault(threading.get_ident(), [])
-            end = time.perf_counter()
-            start = end - duration_secs
-            while mine and mine[-1][0] >= start:
-                mine.pop()
-            mine.append((start, end))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return lambda: sum(end - start for own in list(spans.values()) for start, end in own)
 
 
 def is_the_persons(error: Exception, task: Task) -> bool:

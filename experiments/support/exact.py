@@ -99,3 +99,12 @@ def two_layer(seed: int, d: int, h: int, k: int, count: int | None = None) -> "T
 
     (W1, b1), (W2, b2) = layers(seed, (d, h, k), count)
     return TwoLayer(W1, W2, b1, b2)
+
+
+def random_keys(seed: int | Sequence[int], count: int) -> Any:
+    """`count` independent JAX keys, one for each run. NumPy spreads the seed: JAX would compile a program for it."""
+    import jax
+    import numpy as np
+
+    words: Any = np.random.SeedSequence(seed).generate_state(2 * count)
+    return jax.random.wrap_key_data(words.reshape(count, 2))

@@ -1,7 +1,9 @@
 """The study with a change in it: an echo in another environment, or a fault that is planted to be found.
 
-python -m experiments.echo CHANGE ARGUMENTS     `python -m experiments ARGUMENTS`, so changed, in this process and
-                                                its workers; CHANGE is JSON, e.g. {"nudge": 1} or {"eta": 0.01}
+    python -m experiments altered CHANGE ARGUMENTS
+
+runs `python -m experiments ARGUMENTS` with that change, in this process and its workers. CHANGE is JSON, e.g.
+{"nudge": 1} or {"eta": 0.01}.
 """
 
 import json
@@ -30,7 +32,7 @@ class Change(NamedTuple):
     """Whether seconds do not matter: experiments that measure them then run beside others."""
 
 
-def change(what: Change) -> None:
+def apply(what: Change) -> None:
     """Let every experiment of this process run so changed."""
     import optax
 
@@ -101,17 +103,7 @@ def run(
     variables = dict(variables or {})
     flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), variables.get("XLA_FLAGS"))))
     done = subprocess.run(
-        [python or sys.executable, "-m", "experiments.echo", json.dumps(what._asdict()), *arguments],
+        [python or sys.executable, "-m", "experiments", "altered", json.dumps(what._asdict()), *arguments],
         check=False, cwd=Path(experiments.__path__[0]).parent, env={**os.environ, **variables, "XLA_FLAGS": flags},
     )  # fmt: skip
     return done.returncode
-
-
-if __name__ == "__main__":
-    from experiments import work
-    from experiments.__main__ import main
-    from jaxgrad import commandline
-
-    work.changed = Change(**json.loads(sys.argv[1]))
-    change(work.changed)
-    commandline.leave(commandline.outcome(lambda: main(sys.argv[2:])))

@@ -7,7 +7,7 @@ held in the saved results and the row's own experiment is among them. Otherwise 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.results import Claim
+from experiments.engine.results import Claim
 
 LECTURE = "tests/test_lecture.py"
 

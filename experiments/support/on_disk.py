@@ -14,38 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import work
-from experiments.exact import decimals
-from experiments.loading import plain
-from experiments.tuning import finals, label_of, sampling_of
+from experiments.engine import work
+from experiments.support.exact import decimals
+from experiments.support.loading import plain
+from experiments.support.shared import finals, label_of, sampling_of
 from jaxgrad import losses, models, stream
-from jaxgrad.data.dataset import are_classes
+from jaxgrad.data import are_classes
 from jaxgrad.descent import descend, log_spaced
 from jaxgrad.types import Linear
 
 TUNING_ROWS = 100_000
 """Step sizes are tuned on so many rows."""
-IN_MEMORY = 6
-"""A file that is loaded takes so many times its size: it is read, widened to float64, and standardised."""
-
-
-def stays(data: str, memory: float | None) -> bool:
-    """Whether `--data` is read as it is needed: any folder, and an npy file that loading would not fit."""
-    path = Path(data).expanduser()
-    if path.is_dir():
-        return True
-    if path.suffix != ".npy" or not path.is_file():
-        return False
-    return IN_MEMORY * path.stat().st_size > (free() if memory is None else memory * 2**30)
-
-
-def free() -> float:
-    """Bytes of memory that are free for the asking; without end where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
 
 
 def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:

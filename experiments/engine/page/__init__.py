@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from markdown_it import MarkdownIt
 
-from experiments import report, results
-from experiments.inline import inline
-from experiments.report import Chapter
-from experiments.results import Claim, Result
-from experiments.verdicts import ROWS, Row, evidence, settled
+from experiments.engine import report, results
+from experiments.engine.lecture_rows import ROWS, Row, evidence, settled
+from experiments.engine.page.inline import inline
+from experiments.engine.report import Chapter
+from experiments.engine.results import Claim, Result
 from jaxgrad import atomic, data
 
 HERE = Path(__file__).parent
@@ -64,7 +64,7 @@ def document(folder: Path, chapters: Sequence[Chapter]) -> str:
         "first": escape(shown["names"][0]),
         "second": escape(shown["names"][1]),
         "correlation": f"{np.corrcoef(np.reshape(shown['x'], (-1, 2)).T)[0, 1]:.2f}",
-        "explorer_code": _code(folder, "experiments/explorer.js"),
+        "explorer_code": _code(folder, "experiments/engine/page/explorer.js"),
         "rows_table": _rows_table(folder, rows, claims, chapters),
         "contents": "".join(f"<li>{_link(f'#{c.name}', c.name)}: {inline_markdown(c.headline)}</li>" for c in chapters),
         "sections": "\n".join(_section(folder, chapter, figures.figures.get(chapter.name)) for chapter in chapters),
@@ -192,7 +192,7 @@ def _files(folder: Path, chapter: Chapter, result: Result) -> str:
 
 def _origin(folder: Path, chapters: Sequence[Chapter]) -> str:
     """Machines and versions, each with the experiments that ran on it; digests of arrays and code; what verify says."""
-    from experiments import proof, verify  # they load SciPy's distributions, which nothing else here needs
+    from experiments.engine import proof, verify  # they load SciPy's distributions, which nothing else here needs
 
     groups: dict[str, list[str]] = {}
     for chapter in chapters:

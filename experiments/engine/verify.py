@@ -6,7 +6,7 @@ was recorded; nobody types it in.
 **Exact**: not at all.
 
 **Rounding**: by as much as rounding moves numbers like this one, which no data type tells (a sum loses an ulp; a step
-of GD beyond the edge doubles what was lost before), and which is measured on the echoes of the study (`spread.py`).
+of GD beyond the edge doubles what was lost before), and which is measured on the echoes of the study (`echoes.py`).
 With r the root mean square of the deviations of entries of like size (within a factor of 16 or so) in the same array,
 those that moved at all, a re-run agrees within
 
@@ -57,11 +57,21 @@ import ml_dtypes
 import numpy as np
 from scipy import stats
 
-from experiments import published, results
-from experiments import spread as spreads
-from experiments.published import Kind, Part, look_up, parts
-from experiments.results import Claim, Result
-from experiments.spread import RELATIVE, SCALE, ZERO, Moments, Pools, Spread, comparable, log_ratio, pools_of, scale_of
+from experiments.engine import echoes, kinds, results
+from experiments.engine.echoes import (
+    RELATIVE,
+    SCALE,
+    ZERO,
+    Moments,
+    Pools,
+    Spread,
+    comparable,
+    log_ratio,
+    pools_of,
+    scale_of,
+)
+from experiments.engine.kinds import Kind, Part, look_up, parts
+from experiments.engine.results import Claim, Result
 from jaxgrad import atomic
 
 LEVEL = 1e-3
@@ -140,7 +150,7 @@ def study(
     except ValueError as error:
         hint = "edited: the committed files are damaged, or were changed after the run that wrote them"
         return Comparison(name, (Finding("all", "differs", str(error)),), hint=hint)
-    spread = spreads.read(folder, old)
+    spread = echoes.read(folder, old)
     found = compare(old, results.read(rerun, name, device), declared, spread, timed, claims)
     if spread is None and any(words.startswith(("rounding", "statistical")) for words in declared.values()):
         found = found._replace(remarks=(*found.remarks, NO_SPREAD))
@@ -183,7 +193,7 @@ def compare(
     }
     case = Case(
         old, new, before, after, spread, LEVEL / max(1, judged), max(sizes, default=1.0),
-        spreads.median_pace(before, logs), timed,
+        echoes.median_pace(before, logs), timed,
     )  # fmt: skip
     same_draws = _same_draws(case)
     findings = [_verdict(case, name, same_draws) for name in before]
@@ -372,7 +382,7 @@ def bound(known: Moments, runs: int, level: float) -> float:
 def _error(case: Case, name: str) -> Finding:
     """The verdict on a number that is itself an error of rounding: it may be another one of the same size."""
     (a, b), key = _values(case, name), case.before[name].kind.key
-    unit = float(key) if published.NUMBER.fullmatch(key) else np.asarray(look_up(case.old.numbers, key), float)
+    unit = float(key) if kinds.NUMBER.fullmatch(key) else np.asarray(look_up(case.old.numbers, key), float)
     allowed = stats.norm.isf(case.level / 2) * np.sqrt(2) * np.maximum(np.abs(a), unit)
     if _beyond(a, b, allowed).any():
         return Finding(name, "differs", f"{_first(case, name, allowed)}, for an error of this size")

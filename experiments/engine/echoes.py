@@ -3,7 +3,7 @@
 An echo is the whole study again, with the same programs and random numbers, in one of the `ENVIRONMENTS`. Of what an
 echo moves, only the size is kept: the *moments* of the deviations, pooled over entries that share a scale.
 
-    results/<experiment>/<device>.spread.json   `moments`: by part (`published.parts`) and pool, how many deviations
+    results/<experiment>/<device>.spread.json   `moments`: by part (`kinds.parts`) and pool, how many deviations
                                                 are not 0, and sums of their powers (`Moments`). `seal`: the hash of
                                                 the result that they belong to. `echoes`: the environments.
 
@@ -11,7 +11,7 @@ Pools: a number `d`, the entries of a size from 4^d to 4^(d+1), whose deviations
 that are saved as 0, in the root mean square of the part; `relative`, all others, in units of themselves; `scale`,
 all, in the root mean square of the part.
 
-That the tolerances hold where they were not made, `verify.left_out` proves.
+That the tolerances hold where they were not made, `proof.left_out` proves.
 """
 
 import json
@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import results
-from experiments.published import Part, parts
-from experiments.results import Result
+from experiments.engine import results
+from experiments.engine.kinds import Part, parts
+from experiments.engine.results import Result
 from jaxgrad import atomic
 
 ZERO, RELATIVE, SCALE = "zero", "relative", "scale"

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import catalogue, plots, results
-from experiments.results import Claim, Result
-from experiments.verdicts import ROWS, evidence, settled
+from experiments.engine import plots, results
+from experiments.engine.catalogue import catalogue
+from experiments.engine.lecture_rows import ROWS, evidence, settled
+from experiments.engine.results import Claim, Result
 from jaxgrad import atomic
 from jaxgrad.data import Column, Dataset
 
@@ -105,7 +105,7 @@ def write(folder: str | Path, chapters: list[Chapter]) -> Path:
 
 def _verified(folder: str | Path) -> str:
     """What re-runs found, and what their verdicts are worth."""
-    from experiments import proof, verify
+    from experiments.engine import proof, verify
 
     parts = ("## Re-runs", verify.noted_table(folder), proof.tables(folder))
     return "\n\n".join(part for part in parts if part)
@@ -119,7 +119,7 @@ def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) ->
     `experiments` (what each measures, with its figure and its time) and `verified` (what re-runs found, and where).
     Links in them are relative to the README.
     """
-    from experiments import verify  # it loads SciPy's distributions, which a worker that draws has no need of
+    from experiments.engine import verify  # it loads SciPy's distributions, which a worker that draws has no need of
 
     readme = Path(path)
     prefix = f"{Path(folder).name}/"
@@ -251,14 +251,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def brief(seconds: float, never: str) -> str:
-    """Seconds of any size in one number, for tables of measurements: 473 µs, 15.4 ms, 2 s; `never` for infinity."""
-    if not np.isfinite(seconds):
-        return never
-    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
-    return f"{seconds * scale:.3g} {unit}"
 
 
 def _current(folder: str | Path, result: Result, module: ModuleType) -> Result:

@@ -90,7 +90,7 @@ def bare_calls(source: str) -> list[tuple[str, str]]:
             function = node.name
         if isinstance(node, ast.Attribute) and not (function == "draw" or function.startswith("_draw_")):
             of = ast.unparse(node.value)
-            drawn = node.attr in DRAWS and of.split(".")[-1] not in ("noise", "optimum", "statistics", "stats")
+            drawn = node.attr in DRAWS and of.split(".")[-1] not in ("exact", "noise", "optimum", "statistics", "stats")
             if drawn or node.attr in GRIDS | STARTS or (node.attr == "linspace" and of in ("jnp", "jax.numpy")):
                 out.append((function, node.attr))
         for child in ast.iter_child_nodes(node):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import exact
+from experiments.support import exact
 
 
 class Cause(NamedTuple):

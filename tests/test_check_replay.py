@@ -58,7 +58,9 @@ def test_the_tangents_are_the_jacobian():
 def test_every_single_fault_is_what_a_full_faulty_replay_gives():
     p, batch = point()
     problem, s = sample(p, batch)
-    case = diagnosis.Case(problem, (s,), s.faults, faults.terms(s.program), 0.0, {}, (0, 1, 2), (False, False, False))
+    case = diagnosis.Case(
+        problem, (s,), s.faults, faults.terms(s.program), 0.0, {}, (0, 1, 2), (False, False, False), {}
+    )
     rng = np.random.default_rng(1)
     usable = [
         m
@@ -106,15 +108,17 @@ def test_steps_know_their_lines_and_jit_is_opened():
     assert all(step.frames[0].file.endswith("test_check_replay.py") for step in s.program.steps if step.frames)
 
 
-def test_scan_counts_as_one_step_and_is_differentiated_right():
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_scan_is_written_out_or_one_step_and_is_differentiated_right(opened):
     def rnn(W, x):
         step = lambda h, xt: (jnp.tanh(W @ h + xt), None)  # noqa: E731
         return jnp.sum(jax.lax.scan(step, jnp.zeros(3), x)[0] ** 2)
 
     rng = np.random.default_rng(0)
     W, x = rng.normal(size=(3, 3)), rng.normal(size=(5, 3))
-    program = steps.trace(lambda ls, ds: rnn(ls[0], ds[0]), [W], [x])
-    assert [s.name for s in program.steps].count("scan") == 1
+    program = steps.flatten(steps.jaxpr_of(lambda ls, ds: rnn(ls[0], ds[0]), [W], [x]), 1, opened)
+    assert [s.name for s in program.steps].count("scan") == (0 if opened else 1)
+    assert [s.moment for s in program.steps if s.name == "tanh"] == ([(t,) for t in range(5)] if opened else [])
     values = replay.forward(program, [jnp.asarray(W)], [jnp.asarray(x)])
     (ours,) = replay.faulty_gradient(program, values, {}, {})
     np.testing.assert_allclose(ours, jax.grad(rnn)(W, x), rtol=1e-12)

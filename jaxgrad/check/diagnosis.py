@@ -8,6 +8,7 @@ out, for the same fault at every similar step, and for two faults at once.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,19 @@ from jaxgrad.check import words
 from jaxgrad.check.agreement import Evaluation
 from jaxgrad.check.factors import name_factor
 from jaxgrad.check.faults import Fault, Term
+from jaxgrad.check.faults.mistake import At, Mistake
 from jaxgrad.check.problem import Kernel, Problem, program_at, shape_key
-from jaxgrad.check.replay import Plan, Replay, analysis, faulty_gradient, forward, plan, pull_product, quick_jit
+from jaxgrad.check.replay import (
+    Plan,
+    Replay,
+    analysis,
+    faulty_gradient,
+    forward,
+    plan,
+    pull_product,
+    quick_jit,
+    varied,
+)
 from jaxgrad.check.report import Finding
 from jaxgrad.check.steps import Program
 
@@ -39,6 +51,7 @@ class Sample(NamedTuple):
     hand: np.ndarray
     changes: np.ndarray
     shares: np.ndarray
+    at: At
 
 
 class Case(NamedTuple):
@@ -53,6 +66,8 @@ class Case(NamedTuple):
     wrong: tuple[int, ...]
     """The leaves that are wrong somewhere."""
     dead: tuple[bool, ...]
+    memory: dict[Any, Any]
+    """What was computed for this case, to be computed once."""
 
 
 class Explanation(NamedTuple):
@@ -94,7 +109,8 @@ def sample(problem: Problem, store: Kernel, evaluation: Evaluation, rng: np.rand
     changes = catalogue_of.changes(program, todo, faults, replay)
     shares = catalogue_of.shares(program, replay)
     true, mine = _along(directions, evaluation.true), _along(directions, evaluation.hand)
-    return Sample(evaluation, program, todo, replay, faults, directions, owner, true, mine, changes, shares)
+    at = At(program, todo, replay, point.leaves, point.data)
+    return Sample(evaluation, program, todo, replay, faults, directions, owner, true, mine, changes, shares, at)
 
 
 def _along(directions: Sequence[Any], gradient: Sequence[Any]) -> np.ndarray:
@@ -155,6 +171,7 @@ def _case(
         _dims(problem),
         tuple(wrong),
         tuple(dead) or (False,) * len(problem.leaves),
+        {},
     )
 
 
@@ -253,15 +270,18 @@ def _search(case: Case, leaves: tuple[int, ...], pairs: bool = True) -> Explanat
             best += attempt(case, leaves)
     if best:
         return min(best, key=lambda e: e.cost)
-    for attempt in (_one_fault, _one_term, _added, _entries):
+    for attempt in (_one_fault, _one_term, _added, _same_factor, _of_leaf, _in_some_entries, _entries):
         best += attempt(case, leaves)
+    # An explanation that needs no restriction to some leaves is better than one that does.
+    if not best or min(e.cost for e in best) >= 18:
+        best += _rarer(case, leaves)
     if best:
         return min(best, key=lambda e: e.cost)
     for attempt in (_fault_and_factor, _each_leaf, _term_and_factor):
         best += attempt(case, leaves)
     if best:
         return min(best, key=lambda e: e.cost)
-    for attempt in (_slices, _similar_faults):
+    for attempt in (_slices, _repeated, _similar_faults):
         best += attempt(case, leaves)
         if best:
             return min(best, key=lambda e: e.cost)
@@ -416,6 +436,148 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     return out
 
 
+def _same_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """One factor on several leaves, each used at a place of its own."""
+    if not 1 < len(leaves) < len(case.problem.leaves):
+        return []
+    c, misfit = _fit(case, leaves, lambda s: s.true[None, :])
+    factor = _named(case, c[0]) if misfit[0] <= 1 else None
+    if factor is None or factor == "0" or not _exact(factor):
+        return []
+    return [Explanation(13.2, leaves, (words.same_factor(case.problem, case.samples[0], factor, leaves),))]
+
+
+_OF_LEAF: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+    "theta": (lambda p: p, "extra-derivative", "times {0} itself: that is the derivative by log({0})"),
+    "1/theta": (lambda p: 1 / p, "missing-factor", "over {0}: the factor {0} of the chain rule is missing"),
+    "exp": (np.exp, "extra-derivative", "times exp({0}): a derivative of exp too many"),
+    "exp(-)": (lambda p: np.exp(-p), "missing-derivative", "over exp({0}): the derivative exp({0}) is missing"),
+    "square": (lambda p: p**2, "extra-derivative", "times {0}^2"),
+    "1/square": (lambda p: 1 / p**2, "missing-factor", "over {0}^2: that factor of the chain rule is missing"),
+    "softplus": (
+        lambda p: 1 + np.exp(-p),
+        "missing-derivative",
+        "over sigmoid({0}): the derivative of softplus({0}) is missing",
+    ),
+    "sigmoid": (
+        lambda p: (1 + np.exp(-p)) ** 2 / np.exp(-p),
+        "missing-derivative",
+        "over sigmoid({0}) (1 - sigmoid({0})): the derivative of sigmoid({0}) is missing",
+    ),
+}
+"""What a leaf's gradient may be multiplied with, entry by entry: the kind, and the words."""
+
+
+def _of_leaf(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """The gradient of a leaf, entry by entry, times a function of the leaf: the derivative by log(θ), say."""
+    evaluations = [s.evaluation for s in case.samples]
+    if any(e.point.leaves[i].size == 0 for e in evaluations for i in leaves):
+        return []
+    for function, kind, how in _OF_LEAF.values():
+        with np.errstate(all="ignore"):
+            fits = all(
+                _equal(case, e.hand[i], e.true[i] * function(e.point.leaves[i]), e) for e in evaluations for i in leaves
+            )
+        if fits:
+            found = [words.of_leaf(case.problem, case.samples[0], i, kind, how) for i in leaves]
+            return [Explanation(13.0, leaves, tuple(found))]
+    return []
+
+
+def _in_some_entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """A contribution left out, negated or scaled in some entries of one leaf only: a penalty on the bias, say."""
+    if len(leaves) != 1:
+        return []
+    leaf = leaves[0]
+    s = case.samples[0]
+    mask = s.owner == leaf
+    if mask.sum() != case.problem.leaves[leaf].size or mask.sum() < 2:
+        return []
+    hits = []
+    gaps = [(t.hand - t.true)[t.owner == leaf] for t in case.samples]
+    limits = [
+        max(1e-7 * float(np.max(np.abs(g))), 10 * _allowed(case, t, leaf))
+        for g, t in zip(gaps, case.samples, strict=True)
+    ]
+    wrong = np.any([np.abs(g) > limit for g, limit in zip(gaps, limits, strict=True)], axis=0)
+    if wrong.all():
+        return []
+    for m in range(len(case.terms)):
+        alphas, rest = [], 0.0
+        for t, gap in zip(case.samples, gaps, strict=True):
+            share = t.shares[m][t.owner == leaf]
+            size = float(share[wrong] @ share[wrong])
+            if not size > 0:
+                break
+            alpha = float(gap[wrong] @ share[wrong]) / size
+            if np.max(np.abs(gap[wrong] - alpha * share[wrong])) > 1e-6 * np.max(np.abs(gap)):
+                break
+            alphas.append(alpha)
+            rest = max(rest, float(np.max(np.abs(share[~wrong]))))
+        if len(alphas) < len(case.samples) or rest == 0:
+            continue
+        alpha = np.array(alphas)
+        factor = "0" if np.all(np.abs(1 + alpha) <= 1e-5) else _named(case, 1 + alpha, 1e-5)
+        if _exact(factor):
+            assert factor is not None
+            hits.append((_term_cost(case, m, factor, True), m, factor))
+    where = np.argwhere(wrong.reshape(case.problem.leaves[leaf].shape))
+    if hits:
+        cost, m, factor = min(hits)
+        found = words.term(case.problem, s, case.terms[m], factor, leaves, restricted=True)
+        spots = words.spots(case.problem, leaf, where)
+        sentence = found.sentence.rstrip(".") + f", and that in {spots} only: everything else is right."
+        return [Explanation(13.4 + 0.1 * cost, leaves, (found._replace(sentence=sentence),))]
+    return _added_in_entries(case, leaf, wrong.reshape(case.problem.leaves[leaf].shape), where)
+
+
+def _added_in_entries(case: Case, leaf: int, wrong: np.ndarray, where: np.ndarray) -> list[Explanation]:
+    """A multiple of the parameters added in some entries only: a penalty that the loss leaves out there."""
+    cs = []
+    for s in case.samples:
+        e = s.evaluation
+        gap, values = (e.hand[leaf] - e.true[leaf])[wrong], e.point.leaves[leaf][wrong]
+        size = float(values @ values)
+        if size == 0:
+            return []
+        c = float(gap @ values) / size
+        if np.max(np.abs(gap - c * values)) > 1e-6 * np.max(np.abs(gap)):
+            return []
+        cs.append(c)
+    factor = _named(case._replace(dims={}), np.array(cs), 1e-5)
+    if factor is None or factor == "0":
+        return []
+    found = words.added(case.problem, case.samples[0], {leaf: factor}, "params")[0]
+    spots = words.spots(case.problem, leaf, where)
+    sentence = (
+        f"Your gradient of {case.problem.paths[leaf]} has {factor} times {case.problem.paths[leaf]} added in {spots}"
+    )
+    sentence += (
+        ": the penalty of this loss does not reach there."
+        if _has_penalty(case, leaf, factor)
+        else ", which is not in this loss."
+    )
+    return [Explanation(13.6, (leaf,), (found._replace(sentence=sentence),))]
+
+
+def _has_penalty(case: Case, leaf: int, factor: str) -> bool:
+    """Whether the loss itself contributes this multiple of the leaf to some other entry."""
+    s = case.samples[0]
+    theta = s.evaluation.point.leaves[leaf].reshape(-1)
+    mask = s.owner == leaf
+    if mask.sum() != theta.size:
+        return False
+    value = float(factor) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", factor) else None
+    for share in s.shares:
+        part = share[mask]
+        on = np.abs(part) > 1e-12
+        if on.any() and not on.all():
+            ratio = part[on] / theta[on]
+            if np.ptp(ratio) <= 1e-9 * abs(ratio[0]) and (value is None or abs(ratio[0] - value) <= 1e-5 * abs(value)):
+                return True
+    return False
+
+
 def _cost(case: Case, m: int) -> float:
     s = case.samples[0]
     return case.faults[m].cost + catalogue_of.implausibility(case.faults[m], s.todo, s.replay)
@@ -464,6 +626,130 @@ def _one_fault(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     return []
 
 
+def _rarer(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """One of the mistakes that are classes of their own, alone or with a factor in front of everything.
+
+    Each is computed at the first point, and at the others only if it fits there.
+    """
+    s = case.samples[0]
+    everything = leaves == case.wrong
+    out: list[Explanation] = []
+    if "rarer" not in case.memory:
+        case.memory["rarer"] = catalogue_of.rarer(s.at)
+    for m in case.memory["rarer"]:
+        if out and m.cost > min(e.cost for e in out) - 11:
+            break
+        first = _row(case, m, s)
+        if first is None or not np.any(first) or not _near(case, s, first, m.free, leaves):
+            continue
+        rows = [first, *(_row(case, m, t) for t in case.samples[1:])]
+        if any(row is None for row in rows):
+            continue
+        for fit in (_as_it_is, _with_factor):
+            found = fit(case, m, rows, leaves)
+            if found is None:
+                continue
+            inner, outer, clean = found
+            restricted = not (everything and clean)
+            findings = [words.mistake(case.problem, s, m, inner, leaves, restricted)]
+            cost = 11 + m.cost + (8 if restricted else 0)
+            if outer is not None:
+                whole = everything and len(leaves) == len(case.problem.leaves)
+                leaf = None if whole or len(leaves) > 1 else leaves[0]
+                findings.append(words.scale(case.problem, s, outer, leaf, leaves))
+                cost += 12 + _complexity(outer)
+            out.append(Explanation(cost, leaves, tuple(findings)))
+            break
+    return out
+
+
+def _row(case: Case, m: Mistake, s: Sample) -> np.ndarray | None:
+    """What a mistake adds to the gradient along the directions of a sample."""
+    key = (m, id(s))
+    if key not in case.memory:
+        with np.errstate(all="ignore"):
+            change = m.change(s.at)
+            row = None
+            if change is not None:
+                row = np.sum(
+                    [
+                        catalogue_of.project(s.replay, slot, np.broadcast_to(d, s.at.shape(slot)))
+                        for slot, d in change.items()
+                    ],
+                    axis=0,
+                )
+                row = row if np.all(np.isfinite(row)) else None
+        case.memory[key] = row
+    return case.memory[key]
+
+
+def _near(case: Case, s: Sample, row: np.ndarray, free: bool, leaves: Sequence[int]) -> bool:
+    """Whether the person's numbers on `leaves` lie in the span of the truth and the change, at one point."""
+    mask = np.isin(s.owner, leaves)
+    scale = np.ones(len(s.owner))
+    for leaf in leaves:
+        scale[s.owner == leaf] = max(float(np.linalg.norm(s.hand[s.owner == leaf])), 1e-300)
+    basis = np.stack([s.true, row] if free else [s.true + row], axis=1)[mask] / scale[mask, None]
+    target = s.hand[mask] / scale[mask]
+    x, *_ = np.linalg.lstsq(basis, target, rcond=None)
+    allowed = 1e-5 + 1e4 * case.noise
+    return bool(np.linalg.norm(basis @ x - target) <= allowed * np.linalg.norm(target))
+
+
+def _as_it_is(
+    case: Case, m: Mistake, rows: Sequence[Any], leaves: Sequence[int]
+) -> tuple[str | None, str | None, bool] | None:
+    """The mistake alone: (the unknown number in it, None, whether all leaves come out)."""
+    coefficients = [1.0] * len(rows)
+    if m.free:
+        fitted = []
+        for s, row in zip(case.samples, rows, strict=True):
+            mask = np.isin(s.owner, leaves)
+            size = float(row[mask] @ row[mask])
+            fitted.append(float((s.hand - s.true)[mask] @ row[mask]) / size if size > 0 else float("nan"))
+        known = np.array([c for c in fitted if not np.isnan(c)])
+        if len(known) == 0:
+            return None
+        coefficients = [float(known.mean()) if np.isnan(c) else c for c in fitted]
+    misfit = np.max(
+        [
+            _misfit(case, s, (s.true + c * row)[None, :])[0]
+            for s, row, c in zip(case.samples, rows, coefficients, strict=True)
+        ],
+        axis=0,
+    )
+    if misfit[list(leaves)].max() > 1:
+        return None
+    factor = None
+    if m.free:
+        shown = np.array(coefficients) + (1.0 if _relative(m) else 0.0)
+        factor = name_factor([(None, float(c)) for c in shown], {}, 1e-5 if case.noise < 1e-11 else 3e-2)
+        if factor is None:
+            return None
+    return factor, None, bool(misfit.max() <= 1)
+
+
+def _relative(m: Mistake) -> bool:
+    """Whether the unknown number is a part of what is there, so that 1 + c is the factor."""
+    return m.kind == "wrong-derivative"
+
+
+def _with_factor(
+    case: Case, m: Mistake, rows: Sequence[Any], leaves: Sequence[int]
+) -> tuple[str | None, str | None, bool] | None:
+    """The mistake and one factor in front of everything."""
+    if m.free:
+        return None
+    table = {id(s): row for s, row in zip(case.samples, rows, strict=True)}
+    c, misfit = _fit(case, leaves, lambda s: (s.true + table[id(s)])[None, :])
+    if misfit[0] > 1:
+        return None
+    factor = _named(case, c[0])
+    if factor in ("0", "1") or not _exact(factor):
+        return None
+    return None, factor, True
+
+
 def _one_term(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     """One operand's contribution left out, negated or scaled."""
     hits: list[tuple[float, int, str, bool]] = []
@@ -474,12 +760,14 @@ def _one_term(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             mask = np.isin(s.owner, leaves)
             share = s.shares[m][mask]
             size = float(share @ share)
-            if not (np.isfinite(size) and size > 0):
+            if not np.isfinite(size):
                 break
-            alphas.append(float(r[mask] @ share) / size)
-        if len(alphas) < len(case.samples):
+            alphas.append(float(r[mask] @ share) / size if size > 0 else float("nan"))
+        known = ~np.isnan(alphas)
+        if len(alphas) < len(case.samples) or not known.any():
             continue
-        alpha = np.array(alphas)
+        # Where the step contributes nothing (no example takes that branch) the numbers must agree as they are.
+        alpha = np.where(known, alphas, float(np.mean(np.array(alphas)[known])) if known.any() else 0.0)
         misfit = np.max(
             [
                 _misfit(case, s, (s.true + a * s.shares[m])[None, :])[0]
@@ -649,7 +937,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             if not used & set(case.faults[m].members):
                 chosen.append(m)
                 used |= set(case.faults[m].members)
-        if len(chosen) < 2 or len(chosen) > 12 or tuple(chosen) in tried:
+        if len(chosen) < 2 or len(chosen) > 64 or tuple(chosen) in tried:
             continue
         tried.add(tuple(chosen))
         linear = max(
@@ -658,7 +946,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         )
         if linear > 1:
             replays += 1
-            if replays > 10 or not _replayed(case, chosen, leaves):
+            if replays > 60 or not _replayed(case, chosen, leaves):
                 continue
         hits.append((case.faults[chosen[0]].cost - 0.1 * len(chosen), chosen))
         break
@@ -667,6 +955,44 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     _, chosen = min(hits)
     findings = tuple(words.fault(case.problem, s, case.faults[m], leaves, restricted=False) for m in chosen)
     return [Explanation(21.0, leaves, _in_line_order(findings))]
+
+
+def _repeated(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """A contribution left out or negated wherever the step comes: in every time step, in every call of a helper."""
+    s = case.samples[0]
+    groups: dict[Any, list[int]] = {}
+    for m, term in enumerate(case.terms):
+        step = s.program.steps[term.step]
+        if step.frames:
+            groups.setdefault((step.frames, step.primitive, term.operand), []).append(m)
+    hits = []
+    for members in groups.values():
+        if len(members) < 2:
+            continue
+        # The operands of a step in a loop that do not depend on the parameters at first send nothing.
+        for factor, weight in (("0", 0.0), ("-1", -1.0), ("2", 2.0), ("1/2", 0.5)):
+            if _weighted(case, members, weight, leaves):
+                hits.append((_term_cost(case, members[-1], factor, True), members, factor))
+                break
+    if not hits:
+        return []
+    cost, members, factor = min(hits)
+    found = words.repeated(case.problem, s, [case.terms[m] for m in members], factor, leaves)
+    return [Explanation(14.0 + cost, leaves, (found,))]
+
+
+def _weighted(case: Case, members: Sequence[int], weight: float, leaves: Sequence[int]) -> bool:
+    """Whether the person's numbers come out when all these contributions are multiplied by a weight."""
+    for s in case.samples:
+        edges = {}
+        for m in members:
+            step, operand = case.terms[m]
+            slot = s.program.steps[step].inputs[operand]
+            edges.update({(step, i): weight for i, x in enumerate(s.program.steps[step].inputs) if x == slot})
+        guess = _along(s.directions, _varied(case, s, edges, {}, {}))
+        if _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
+            return False
+    return True
 
 
 def _in_line_order(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
@@ -688,12 +1014,41 @@ def _is_named(case: Case, m: int) -> bool:
 
 def _replayed(case: Case, chosen: Sequence[int], leaves: Sequence[int]) -> bool:
     """Whether a full reverse pass with all these faults gives the person's numbers."""
+    faults = [case.faults[m] for m in chosen]
     for s in case.samples:
-        gradient = replayed(case, s, chosen)
-        guess = _along(s.directions, gradient)
+        ratios = {f.piece: catalogue_of.local_change(s.todo, s.replay, f) for f in faults if f.piece >= 0}
+        partners = {
+            f.product: catalogue_of.stand_in(s.todo.products[f.product], f.label, s.at.values, s.program)
+            for f in faults
+            if f.product >= 0
+        }
+        if any(s.todo.products[f.product].labels[f.label][0] == "adjoint" for f in faults if f.product >= 0):
+            return False
+        guess = _along(s.directions, _varied(case, s, {}, ratios, partners))
         if _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
             return False
     return True
+
+
+def _varied(
+    case: Case, s: Sample, weights: Mapping[tuple[int, int], float], ratios: Mapping[int, Any], partners: Any
+) -> list[Any]:
+    """The gradient with these weights, derivatives and factors in the place of the right ones (`replay.varied`)."""
+    key = ("varied", id(s.program))
+    if key not in case.memory:
+        pieces = [i for i, p in enumerate(s.todo.pieces) if p.elementwise]
+        products = list(range(len(s.todo.products)))
+        case.memory[key] = (pieces, products, varied(s.program, s.todo, pieces, products))
+    pieces, products, run = case.memory[key]
+    values = {slot: value for slot, value in s.at.values.items()}
+    held = np.ones((len(s.program.steps), max((len(k.inputs) for k in s.program.steps), default=1)))
+    for edge, weight in weights.items():
+        held[edge] = weight
+    with np.errstate(all="ignore"):
+        all_ratios = {i: ratios.get(i, np.zeros(s.at.shape(s.todo.pieces[i].start))) for i in pieces}
+    slots = {i: s.program.steps[s.todo.products[i].step].inputs[s.todo.products[i].partner] for i in products}
+    all_partners = {i: partners.get(i, values[slots[i]]) for i in products}
+    return [np.asarray(g) for g in run(values, held, all_ratios, all_partners)]
 
 
 def replayed(case: Case, s: Sample, chosen: Sequence[int]) -> list[Any]:
@@ -856,10 +1211,10 @@ def _slice_weights(
         blocks, targets = [], []
         for s in group:
             slot = s.program.steps[term.step].inputs[term.operand]
-            delta = s.replay.contributions.get((term.step, term.operand))
+            delta = catalogue_of.sent(s.program, s.replay, term)
             if delta is None or delta.ndim <= axis:
                 return None
-            product = s.replay.tangents[slot] * delta[None]
+            product = np.real(s.replay.tangents[slot] * delta[None])
             rest = tuple(i for i in range(1, product.ndim) if i != axis + 1)
             parts = product.sum(axis=rest)
             mask = np.isin(s.owner, leaves)

@@ -177,6 +177,45 @@ def faulty_gradient(
     return [adjoints.get(s, jnp.zeros_like(values[s])) for s in program.leaves]
 
 
+def varied(
+    program: Program, todo: Plan, pieces: Sequence[int], products: Sequence[int]
+) -> Callable[[Any, Any, Any, Any], list[Any]]:
+    """A compiled function `(values, weights, ratios, partners)` to the gradient of a derivation with many faults.
+
+    `weights[k]` multiplies what step k sends to each operand; `ratios[piece]` is the change D' - D of an
+    elementwise piece's derivative; `partners[product]` is what stands in the place of a product's other factor.
+    Compiled once, it replays any choice of faults, on one path too.
+    """
+    ends: dict[int, list[int]] = {}
+    for number in pieces:
+        ends.setdefault(todo.pieces[number].end, []).append(number)
+    at_step: dict[int, list[int]] = {}
+    for number in products:
+        at_step.setdefault(todo.products[number].step, []).append(number)
+
+    def run(values: Any, weights: Any, ratios: Any, partners: Any) -> list[Any]:
+        adjoints: dict[int, Any] = {program.output: jnp.ones_like(values[program.output])}
+        for k in range(len(program.steps) - 1, -1, -1):
+            step = program.steps[k]
+            for out in step.outputs:
+                for number in ends.get(out, ()) if out in adjoints else ():
+                    start = todo.pieces[number].start
+                    extra = adjoints[out] * ratios[number]
+                    adjoints[start] = adjoints[start] + extra if start in adjoints else extra
+            sent = pull(program, step, values, adjoints)
+            for number in at_step.get(k, ()) if sent else ():
+                product = todo.products[number]
+                adjoint = adjoints[step.outputs[0]]
+                sent[product.operand] = pull_product(program, product, values, partners[number], adjoint)
+            for i, extra in sent.items():
+                slot = step.inputs[i]
+                extra = extra * weights[k, i].astype(extra.dtype)
+                adjoints[slot] = adjoints[slot] + extra if slot in adjoints else extra
+        return [adjoints.get(s, jnp.zeros_like(values[s])) for s in program.leaves]
+
+    return quick_jit(run)
+
+
 def run_piece(program: Program, piece: Piece, values: Mapping[int, Any], start: Any) -> Any:
     """F(start) of a piece."""
     local = dict(values)
@@ -314,7 +353,7 @@ def _pieces(program: Program, by_shape: Mapping[tuple[int, ...], list[int]], mos
     """Every single-input piece: elementwise chains, and short regions that mix entries but keep the shape."""
     found: list[Piece] = []
     makers = {o: k for k, step in enumerate(program.steps) for o in step.outputs}
-    starts = [s for s in range(len(program.avals)) if s in program.moving]
+    starts = [s for s in range(len(program.avals)) if s in program.moving and _float(program, s)]
     for start in starts:
         shape = tuple(program.avals[start].shape)
         inside: dict[int, tuple[int, ...]] = {start: ()}

@@ -1,8 +1,10 @@
 """A loss as a list of elementary steps, each knowing its line of source.
 
-JAX traces the loss to a jaxpr. Here that jaxpr is flattened: calls of `jit` are opened, so that every step
-is one primitive (a `custom_jvp` or `custom_vjp` call such as `relu` counts as one, and so do `scan`, `while`
-and `cond`), and every value is a numbered slot. All use of JAX's private source information is in this file.
+JAX traces the loss to a jaxpr. Here that jaxpr is flattened: calls of `jit` are opened, a short `scan` is written
+out time step by time step, both branches of a `cond` are computed and one is selected. So every step is one
+primitive (a `custom_jvp` or `custom_vjp` call such as `relu` counts as one, and so does `while`), and every value
+is a numbered slot. A call of a library function that has a derivative of its own (`NAMED`: `softmax`, `inv`, ...)
+is one step too. All use of JAX's private source information is in this file.
 """
 
 import os
@@ -48,7 +50,21 @@ class Step(NamedTuple):
     params: dict[str, Any]
     primitive: str
     inner: tuple[str, ...]
-    """The names of the primitives inside a custom rule (its own name for any other step)."""
+    """The names of the primitives inside a custom rule or a library call (its own name for any other step)."""
+    moment: tuple[int, ...] = ()
+    """The time step, for a step inside a `scan` or a `fori_loop`; the outermost loop first."""
+
+
+_NAMED = """
+softmax log_softmax logsumexp gelu silu swish elu celu selu leaky_relu softplus log_sigmoid hard_tanh relu6
+hard_sigmoid hard_silu hard_swish mish squareplus soft_sign huber_loss inv solve cho_solve solve_triangular
+cholesky det slogdet repeat roll
+"""
+NAMED = frozenset(_NAMED.split())
+"""Library functions that count as one step, because a derivation has one formula for their derivative."""
+
+_MOST_UNROLLED = 400
+"""A scan of more steps than this, all time steps together, stays one step."""
 
 
 class Program(NamedTuple):
@@ -77,8 +93,8 @@ def jaxpr_of(function: Callable[..., Any], leaves: Sequence[Any], data: Sequence
     return jax.make_jaxpr(lambda leaves, data: function(leaves, data))(list(leaves), list(data))
 
 
-def flatten(closed: Any, n_leaves: int) -> Program:
-    """The jaxpr as numbered slots with every `jit` opened."""
+def flatten(closed: Any, n_leaves: int, opened: bool = True) -> Program:
+    """The jaxpr as numbered slots with every `jit` opened, and with `opened` every short `scan` and `cond` too."""
     avals: list[Any] = []
     constants: dict[int, Any] = {}
     steps: list[Step] = []
@@ -92,7 +108,58 @@ def flatten(closed: Any, n_leaves: int) -> Program:
         constants[number] = value
         return number
 
-    def run(jaxpr: Any, consts: Sequence[int], inputs: Sequence[int], outer: tuple[Place, ...]) -> list[int]:
+    def emit(
+        name: str, call: Callable[..., list[Any]], inputs: Sequence[int], shapes: Sequence[Any], of: Step
+    ) -> list[int]:
+        """Append a step that no equation stands for; it stands where the step `of` stands."""
+        outputs = [slot(aval) for aval in shapes]
+        steps.append(
+            of._replace(
+                name=name, call=call, inputs=tuple(inputs), outputs=tuple(outputs), primitive=name, inner=(name,)
+            )
+        )
+        return outputs
+
+    def unrolled(eqn: Any, arguments: Sequence[int], of: Step) -> list[int]:
+        """A scan written out."""
+        body, length = eqn.params["jaxpr"], eqn.params["length"]
+        held, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry, rows = arguments[:held], list(arguments[held : held + carried]), arguments[held + carried :]
+        inner_consts = [constant(c, v.aval) for c, v in zip(body.consts, body.jaxpr.constvars, strict=True)]
+        found: dict[int, list[int]] = {}
+        for t in reversed(range(length)) if eqn.params["reverse"] else range(length):
+            here = of._replace(moment=(*of.moment, t))
+            now = []
+            for row in rows:
+                aval = jax.ShapeDtypeStruct(avals[row].shape[1:], avals[row].dtype)
+                now += emit("index", lambda x, t=t: [x[t]], [row], [aval], here)
+            out = run(body.jaxpr, inner_consts, [*consts, *carry, *now], of.frames, here.moment)
+            carry, found[t] = out[:carried], out[carried:]
+        stacked = []
+        for i, v in enumerate(eqn.outvars[carried:]):
+            parts = [found[t][i] for t in range(length)]
+            stacked += emit("stack", lambda *xs: [jnp.stack(xs)], parts, [v.aval], of)
+        return [*carry, *stacked]
+
+    def selected(eqn: Any, arguments: Sequence[int], of: Step) -> list[int]:
+        """Every branch of a cond, and the choice between them."""
+        outs = []
+        for branch in eqn.params["branches"]:
+            consts = [constant(c, v.aval) for c, v in zip(branch.consts, branch.jaxpr.constvars, strict=True)]
+            outs.append(run(branch.jaxpr, consts, arguments[1:], of.frames, of.moment))
+        found = []
+        for i, v in enumerate(eqn.outvars):
+            choose = lambda which, *xs: [jax.lax.select_n(jnp.clip(which, 0, len(xs) - 1).astype(jnp.int32), *xs)]  # noqa: E731
+            found += emit("select_n", choose, [arguments[0], *(out[i] for out in outs)], [v.aval], of)
+        return found
+
+    def run(
+        jaxpr: Any,
+        consts: Sequence[int],
+        inputs: Sequence[int],
+        outer: tuple[Place, ...],
+        moment: tuple[int, ...] = (),
+    ) -> list[int]:
         names: dict[Any, int] = {}
         names.update(zip(jaxpr.constvars, consts, strict=True))
         names.update(zip(jaxpr.invars, inputs, strict=True))
@@ -100,35 +167,57 @@ def flatten(closed: Any, n_leaves: int) -> Program:
         def read(atom: Any) -> int:
             return constant(atom.val, atom.aval) if isinstance(atom, jex.Literal) else names[atom]
 
-        for eqn in jaxpr.eqns:
+        for part in _calls(jaxpr):
+            if isinstance(part, _Call):
+                of = Step(part.name, part.call, (), (), _frames(part.eqns[0], outer), {}, part.name, part.inner, moment)
+                outputs = [slot(v.aval) for v in part.outvars]
+                names.update(zip(part.outvars, outputs, strict=True))
+                steps.append(of._replace(inputs=tuple(read(a) for a in part.invars), outputs=tuple(outputs)))
+                continue
+            eqn = part
             arguments = [read(atom) for atom in eqn.invars]
             frames = _frames(eqn, outer)
-            if eqn.primitive.name in ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"):
+            name = _library_name(eqn)
+            if name is None and eqn.primitive.name in (
+                "jit",
+                "pjit",
+                "closed_call",
+                "core_call",
+                "remat",
+                "checkpoint",
+            ):
                 inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
                 if hasattr(inner, "consts"):
                     held = [constant(c, v.aval) for c, v in zip(inner.consts, inner.jaxpr.constvars, strict=True)]
                     inner = inner.jaxpr
                 else:
                     held = []
-                outputs = run(inner, held, arguments, frames)
+                outputs = run(inner, held, arguments, frames, moment)
                 names.update(zip(eqn.outvars, outputs, strict=True))
+                continue
+            primitive = name or eqn.primitive.name
+            closed_in = eqn.params.get("call_jaxpr") if primitive.startswith("custom_") else None
+            closed_in = eqn.params["jaxpr"] if name is not None else closed_in
+            step = Step(
+                name=name or _name(eqn),
+                call=_call(eqn),
+                inputs=tuple(arguments),
+                outputs=(),
+                frames=frames,
+                params=eqn.params,
+                primitive=primitive,
+                inner=tuple(_primitives(closed_in)) if closed_in is not None else (primitive,),
+                moment=moment,
+            )
+            if opened and primitive == "scan" and eqn.params["length"] * _count(eqn.params["jaxpr"]) <= _MOST_UNROLLED:
+                names.update(zip(eqn.outvars, unrolled(eqn, arguments, step), strict=True))
+                continue
+            if opened and primitive == "cond":
+                names.update(zip(eqn.outvars, selected(eqn, arguments, step), strict=True))
                 continue
             outputs = [slot(v.aval) for v in eqn.outvars]
             names.update(zip(eqn.outvars, outputs, strict=True))
-            primitive = eqn.primitive.name
-            opened = eqn.params.get("call_jaxpr") if primitive.startswith("custom_") else None
-            steps.append(
-                Step(
-                    name=_name(eqn),
-                    call=_call(eqn),
-                    inputs=tuple(arguments),
-                    outputs=tuple(outputs),
-                    frames=frames,
-                    params=eqn.params,
-                    primitive=primitive,
-                    inner=tuple(_primitives(opened)) if opened is not None else (primitive,),
-                )
-            )
+            steps.append(step._replace(outputs=tuple(outputs)))
         return [read(atom) for atom in jaxpr.outvars]
 
     consts = [constant(c, v.aval) for c, v in zip(closed.consts, closed.jaxpr.constvars, strict=True)]
@@ -140,7 +229,7 @@ def flatten(closed: Any, n_leaves: int) -> Program:
         if varying & set(step.inputs):
             varying |= set(step.outputs)
         if moving & set(step.inputs):
-            moving |= {o for o in step.outputs if _is_float(avals[o])}
+            moving |= {o for o in step.outputs if _is_inexact(avals[o])}
     return Program(tuple(steps), tuple(avals), leaves, data, constants, output, frozenset(moving), frozenset(varying))
 
 
@@ -194,17 +283,107 @@ def _is_float(aval: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, np.floating)
 
 
+def _is_inexact(aval: Any) -> bool:
+    """A real or complex number: what a derivative flows through."""
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, np.inexact)
+
+
+class _Call(NamedTuple):
+    """The equations of one library call that JAX has written in line."""
+
+    name: str
+    eqns: list[Any]
+    invars: list[Any]
+    outvars: list[Any]
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        return tuple(n for eqn in self.eqns for n in _names_inside(eqn))
+
+    def call(self, *arguments: Any) -> list[Any]:
+        held = dict(zip(self.invars, arguments, strict=True))
+        for eqn in self.eqns:
+            ins = [a.val if isinstance(a, jex.Literal) else held[a] for a in eqn.invars]
+            held.update(zip(eqn.outvars, _call(eqn)(*ins), strict=True))
+        return [held[v] for v in self.outvars]
+
+
+def _calls(jaxpr: Any) -> list[Any]:
+    """The equations of a jaxpr in order, those of one call of a `NAMED` function put together."""
+    runs: list[tuple[Any, list[Any]]] = []
+    for eqn in jaxpr.eqns:
+        key = None if _library_name(eqn) else _written_in_line(eqn)
+        if key is not None and runs and runs[-1][0] == key:
+            runs[-1][1].append(eqn)
+        else:
+            runs.append((key, [eqn]))
+    parts: list[Any] = []
+    for number, (key, eqns) in enumerate(runs):
+        if key is None or len(eqns) == 1:
+            parts += eqns
+            continue
+        made = {v for eqn in eqns for v in eqn.outvars}
+        later = [a for _, rest in runs[number + 1 :] for eqn in rest for a in eqn.invars]
+        used = {a for a in (*later, *jaxpr.outvars) if not isinstance(a, jex.Literal)}
+        invars = [a for eqn in eqns for a in eqn.invars if not isinstance(a, jex.Literal) and a not in made]
+        outvars = [v for eqn in eqns for v in eqn.outvars if v in used]
+        parts.append(_Call(key[0], eqns, list(dict.fromkeys(invars)), outvars))
+    return parts
+
+
+def _library_name(eqn: Any) -> str | None:
+    """The name of a library function that is one `jit` equation."""
+    if eqn.primitive.name not in ("jit", "pjit"):
+        return None
+    name = str(eqn.params.get("name", "")).lstrip("_")
+    if name not in NAMED or source_info_util is None:
+        return None
+    # A function of the person's own may bear that name.
+    own = [f for e in eqn.params["jaxpr"].jaxpr.eqns for f in source_info_util.user_frames(e.source_info.traceback)]
+    return None if any(f.function_name.rsplit(".", 1)[-1] == eqn.params["name"] for f in own) else name
+
+
+def _written_in_line(eqn: Any) -> tuple[Any, ...] | None:
+    """The `NAMED` function that an equation belongs to, and the place of the call."""
+    traceback = getattr(eqn.source_info, "traceback", None)
+    if source_info_util is None or traceback is None:
+        return None
+    user = next(iter(source_info_util.user_frames(traceback)), None)
+    if user is None:
+        return None
+    for frame in traceback.frames:
+        if (
+            frame.file_name == user.file_name
+            and frame.function_name.rsplit(".", 1)[-1] == user.function_name.rsplit(".", 1)[-1]
+        ):
+            return None
+        if frame.function_name in NAMED:
+            return (frame.function_name, user.file_name, user.start_line, user.start_column)
+    return None
+
+
+def _names_inside(eqn: Any) -> list[str]:
+    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return _primitives(inner) if inner is not None else [eqn.primitive.name]
+
+
+def _count(jaxpr: Any) -> int:
+    """How many primitives a jaxpr runs."""
+    total = 0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        total += eqn.params.get("length", 1) * _count(inner) if inner is not None else 1
+    return total
+
+
 def _name(eqn: Any) -> str:
     name = eqn.params.get("name") if eqn.primitive.name.startswith("custom_") else None
     return name or eqn.primitive.name
 
 
 def _primitives(jaxpr: Any) -> list[str]:
-    names: list[str] = []
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-        names += _primitives(inner) if inner is not None else [eqn.primitive.name]
-    return names
+    return [name for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns for name in _names_inside(eqn)]
 
 
 def _call(eqn: Any) -> Callable[..., list[Any]]:

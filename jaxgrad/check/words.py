@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxgrad.check import faults as catalogue_of
 from jaxgrad.check.faults import Fault, Term
+from jaxgrad.check.faults.mistake import Mistake
 from jaxgrad.check.problem import Problem
 from jaxgrad.check.report import Finding
 from jaxgrad.check.source import Where, locate
@@ -217,6 +218,35 @@ def fault(problem: Problem, s: Any, f: Fault, leaves: Sequence[int], restricted:
     return Finding(kind, _one_leaf(problem, leaves, restricted), None, place.where, place.expression, sentence + ".")
 
 
+class _Say:
+    """How the steps and values of a sample are called."""
+
+    def __init__(self, problem: Problem, s: Any):
+        self._problem, self._sample = problem, s
+
+    def name(self, slot: int) -> str:
+        return spelled(self._problem, self._sample, slot)
+
+    def at(self, step: int) -> str:
+        place = locate(self._sample.program, [step])
+        return f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+
+    def operand(self, step: int, number: int) -> str:
+        made = self._sample.program.steps[step]
+        texts = operands(locate(self._sample.program, [step]).expression)
+        return texts[number] if len(texts) == len(made.inputs) == 2 else self.name(made.inputs[number])
+
+
+def mistake(
+    problem: Problem, s: Any, m: Mistake, factor: str | None, leaves: Sequence[int], restricted: bool
+) -> Finding:
+    """A mistake that is a class of its own."""
+    place = locate(s.program, m.steps, len(m.steps) > 1)
+    sentence = m.sentence(_Say(problem, s), factor) + _only(problem, leaves, restricted)
+    shown = factor if m.free else None
+    return Finding(m.kind, _one_leaf(problem, leaves, restricted), shown, place.where, place.expression, sentence + ".")
+
+
 def short(s: Any, f: Fault) -> str:
     """A fault in a few words, for the list of equivalents."""
     place = place_of(s, f)
@@ -381,6 +411,8 @@ def term(problem: Problem, s: Any, t: Term, factor: str, leaves: Sequence[int], 
     place = locate(program, [t.step])
     texts = operands(place.expression)
     name = texts[t.operand] if len(texts) == 2 else spelled(problem, s, slot)
+    if step.inputs.count(slot) > 1:
+        name = place.expression or name
     if step.primitive in ("add", "sub", "add_any", "concatenate"):
         # A term of a sum is written where it is made, not where it is added.
         maker = next((k for k, m in enumerate(program.steps) if slot in m.outputs), None)
@@ -401,6 +433,47 @@ def term(problem: Problem, s: Any, t: Term, factor: str, leaves: Sequence[int], 
         return Finding("negated-term", leaf, "-1", place.where, place.expression, sentence)
     sentence = f"The contribution of `{name}` in {whole} is {_times(factor)} what it should be{only}.{tail}"
     return Finding("scaled-term", leaf, factor, place.where, place.expression, sentence)
+
+
+def repeated(problem: Problem, s: Any, terms: Sequence[Term], factor: str, leaves: Sequence[int]) -> Finding:
+    """A contribution that is wrong wherever its step comes."""
+    found = term(problem, s, terms[-1], factor, leaves, restricted=False)
+    looped = any(s.program.steps[t.step].moment for t in terms)
+    where = "at every time step" if looped else f"each of the {len(terms)} times that this line runs"
+    sentence = re.sub(r"(is left out|has the wrong sign|what it should be)", rf"\1 {where}", found.sentence, count=1)
+    return found._replace(sentence=sentence)
+
+
+def spots(problem: Problem, leaf: int, where: np.ndarray) -> str:
+    """Entries of a leaf in words: a row, a column, or their indices."""
+    shape = problem.leaves[leaf].shape
+    if len(shape) == 2:
+        for axis, word in ((0, "row"), (1, "column")):
+            hit = sorted({int(i[axis]) for i in where})
+            if len(where) == len(hit) * shape[1 - axis] and len(hit) < shape[axis]:
+                return f"{word}{'s' if len(hit) > 1 else ''} {', '.join(map(str, hit[:6]))}"
+    shown = ", ".join("[" + ", ".join(str(int(i)) for i in index) + "]" for index in where[:4])
+    more = f" and {len(where) - 4} more" if len(where) > 4 else ""
+    return f"{'entry' if len(where) == 1 else 'entries'} {shown}{more}"
+
+
+def same_factor(problem: Problem, s: Any, factor: str, leaves: Sequence[int]) -> Finding:
+    """One factor on several leaves."""
+    found = scale(problem, s, factor, leaves[0], leaves)
+    names = ", ".join(problem.paths[i] for i in leaves)
+    sentence = found.sentence.replace(f"Your gradient of {problem.paths[leaves[0]]} ", f"Your gradients of {names} ", 1)
+    sentence = sentence.replace(" is ", " are ", 1).replace("the true one.", "the true ones.", 1)
+    others = [w for w in (_use_of(s, i) for i in leaves[1:]) if w.where]
+    if others:
+        sentence += " The others: " + ", ".join(f"`{w.expression}` ({w.where})" for w in others[:3]) + "."
+    return found._replace(leaf=None, sentence=sentence)
+
+
+def of_leaf(problem: Problem, s: Any, leaf: int, kind: str, how: str) -> Finding:
+    """The gradient of a leaf times a function of the leaf."""
+    place, path = _use_of(s, leaf), problem.paths[leaf]
+    sentence = f"Your gradient of {path} is the true one {how.format(path)}."
+    return Finding(kind, path, None, place.where, place.expression, sentence)
 
 
 def added(problem: Problem, s: Any, factors: Mapping[int, str], name: str) -> tuple[Finding, ...]:

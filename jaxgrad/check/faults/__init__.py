@@ -10,8 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgrad.check.faults import algebra, chains, jacobians, partners, selections
+from jaxgrad.check.faults.mistake import At, Mistake
 from jaxgrad.check.replay import Piece, Plan, Product, Replay, partner
 from jaxgrad.check.steps import Program
+
+
+def rarer(at: At) -> tuple[Mistake, ...]:
+    """The mistakes that are classes of their own, the least far-fetched first."""
+    every = (m for module in (selections, partners, jacobians, algebra, chains) for m in module.found(at))
+    return tuple(sorted(every, key=lambda m: m.cost))
 
 
 class Fault(NamedTuple):
@@ -92,10 +100,10 @@ def changes(program: Program, todo: Plan, faults: Sequence[Fault], at: Replay) -
         for slot, entries in by_slot.items():
             if slot not in at.tangents:
                 continue  # a counter: nothing of the gradient goes through it
-            tangents = np.asarray(at.tangents[slot], dtype=np.float64)
+            tangents = _wide(at.tangents[slot])
             flat = tangents.reshape(tangents.shape[0], -1)
             stack = np.stack([np.broadcast_to(d, tangents.shape[1:]).reshape(-1) for _, d in entries])
-            out[[m for m, _ in entries]] = stack.astype(np.float64) @ flat.T
+            out[[m for m, _ in entries]] = np.real(_wide(stack) @ flat.T)
     return out
 
 
@@ -128,26 +136,44 @@ def change(program: Program, todo: Plan, fault: Fault, at: Replay) -> tuple[int,
 
 
 def terms(program: Program) -> tuple[Term, ...]:
-    """Every (step, operand) through which the gradient flows."""
+    """Every (step, value) through which the gradient flows; a value that a step takes twice counts once."""
     return tuple(
-        Term(k, i) for k, step in enumerate(program.steps) for i, s in enumerate(step.inputs) if s in program.moving
+        Term(k, i)
+        for k, step in enumerate(program.steps)
+        for i, s in enumerate(step.inputs)
+        if s in program.moving and s not in step.inputs[:i]
     )
 
 
+def sent(program: Program, at: Replay, term: Term) -> Any:
+    """What a step contributes to the adjoint of a value; None if nothing flows there."""
+    step = program.steps[term.step]
+    slot = step.inputs[term.operand]
+    parts = [at.contributions.get((term.step, i)) for i, s in enumerate(step.inputs) if s == slot]
+    parts = [p for p in parts if p is not None]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
 def shares(program: Program, at: Replay) -> np.ndarray:
-    """[term, direction]: what each step's contribution to each operand adds to the gradient."""
+    """[term, direction]: what each step's contribution to each value adds to the gradient."""
     rows = []
     for term in terms(program):
         slot = program.steps[term.step].inputs[term.operand]
-        delta = at.contributions.get((term.step, term.operand))
+        delta = sent(program, at, term)
         rows.append(project(at, slot, np.zeros(program.avals[slot].shape) if delta is None else delta))
     return np.stack(rows) if rows else np.zeros((0, _width(program, at)))
 
 
 def project(at: Replay, slot: int, delta: Any) -> np.ndarray:
-    """J_vᵀ Δ along the directions."""
-    tangents = np.asarray(at.tangents[slot], dtype=np.float64)
-    return tangents.reshape(tangents.shape[0], -1) @ np.asarray(delta, dtype=np.float64).reshape(-1)
+    """J_vᵀ Δ along the directions (of a complex value, the real part of it: the loss is real)."""
+    tangents = _wide(at.tangents[slot])
+    return np.real(tangents.reshape(tangents.shape[0], -1) @ _wide(delta).reshape(-1))
+
+
+def _wide(x: Any) -> np.ndarray:
+    """An array in double precision, real or complex."""
+    x = np.asarray(x)
+    return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
 
 
 def _width(program: Program, at: Replay) -> int:
@@ -326,7 +352,8 @@ def _extra(program: Program) -> list[Fault]:
         near.setdefault(tuple(program.avals[slot].shape), []).append(slot)
     found: list[Fault] = []
     for slot in sorted(program.moving):
-        if slot not in makers or program.avals[slot].ndim == 0:
+        real = np.dtype(program.avals[slot].dtype).kind != "c"
+        if slot not in makers or program.avals[slot].ndim == 0 or not real:
             continue
         shape = tuple(program.avals[slot].shape)
         rows: list[tuple[str, float, tuple[Any, ...]]] = []

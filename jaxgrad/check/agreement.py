@@ -158,7 +158,7 @@ def noise_of(problem: Problem, store: Kernel, points: Sequence[Point]) -> tuple[
     return max(float(np.median(mine)), *_live(usual, norms)), worst
 
 
-def local_noise(problem: Problem, store: Kernel, point: Point) -> tuple[list[float], list[float]]:
+def local_noise(problem: Problem, store: Kernel, point: Point, trials: int = 2) -> tuple[list[float], list[float]]:
     """Rounding of each leaf at one point, of the true gradient and of the person's: ‖error‖, not relative.
 
     Seventh differences along θ + k δ with |δ| = 1e-3 |θ|: steps large enough to move the last digit of 1 − p
@@ -166,9 +166,9 @@ def local_noise(problem: Problem, store: Kernel, point: Point) -> tuple[list[flo
     """
     rng = np.random.default_rng(8)
     weights = np.array([1.0, -7.0, 21.0, -35.0, 35.0, -21.0, 7.0, -1.0])
-    true = np.zeros((2, len(problem.paths)))
-    mine = np.zeros((2, len(problem.paths)))
-    for trial in range(2):
+    true = np.zeros((trials, len(problem.paths)))
+    mine = np.zeros((trials, len(problem.paths)))
+    for trial in range(trials):
         delta = [1e-3 * np.abs(leaf) * rng.standard_normal(leaf.shape) for leaf in point.leaves]
         total_true = [np.zeros_like(p) for p in point.leaves]
         total_mine = [np.zeros_like(p) for p in point.leaves]

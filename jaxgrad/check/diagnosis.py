@@ -283,12 +283,12 @@ def _search(case: Case, leaves: tuple[int, ...], pairs: bool = True) -> Explanat
         return min(best, key=lambda e: e.cost)
     for attempt in (_slices, _repeated, _similar_faults):
         best += attempt(case, leaves)
-        if best:
+        if best and min(e.cost for e in best) < 30:
             return min(best, key=lambda e: e.cost)
     if pairs and everything:
         split = _split(case)
         if split is not None:
-            return split
+            return min([split, *best], key=lambda e: e.cost)
     if pairs:
         best += _two_faults(case, leaves)
     return min(best, key=lambda e: e.cost) if best else None
@@ -505,10 +505,10 @@ def _in_some_entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     for m in range(len(case.terms)):
         alphas, rest = [], 0.0
         for t, gap in zip(case.samples, gaps, strict=True):
-            share = t.shares[m][t.owner == leaf]
+            share, true = t.shares[m][t.owner == leaf], t.true[t.owner == leaf]
             size = float(share[wrong] @ share[wrong])
-            if not size > 0:
-                break
+            if not size > 0 or np.allclose(share[wrong], true[wrong], rtol=1e-9, atol=0):
+                break  # nothing there, or all there is: then these entries are wrong, and no contribution
             alpha = float(gap[wrong] @ share[wrong]) / size
             if np.max(np.abs(gap[wrong] - alpha * share[wrong])) > 1e-6 * np.max(np.abs(gap)):
                 break
@@ -610,9 +610,8 @@ def _one_fault(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     """One faulty step that gives all leaves, or at least those that are wrong."""
     misfit = _worst_misfit(case, lambda s: s.true[None, :] + s.changes)
     moves = np.max([np.linalg.norm(s.changes, axis=1) for s in case.samples], axis=0)
-    on_all = np.nonzero((misfit.max(axis=1) <= 1) & (moves > 0))[0]
-    everything = leaves == case.wrong
-    if len(on_all) and everything:
+    on_all = np.nonzero((misfit[:, _untouched(case, leaves)].max(axis=1) <= 1) & (moves > 0))[0]
+    if len(on_all):
         cost, best, rest = _ranked(case, [int(m) for m in on_all])
         found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=False)
         found = found._replace(equivalents=_others(case, case.faults[best], rest))
@@ -650,7 +649,7 @@ def _rarer(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             if found is None:
                 continue
             inner, outer, clean = found
-            restricted = not (everything and clean)
+            restricted = not clean
             findings = [words.mistake(case.problem, s, m, inner, leaves, restricted)]
             cost = 11 + m.cost + (8 if restricted else 0)
             if outer is not None:
@@ -726,7 +725,12 @@ def _as_it_is(
         factor = name_factor([(None, float(c)) for c in shown], {}, 1e-5 if case.noise < 1e-11 else 3e-2)
         if factor is None:
             return None
-    return factor, None, bool(misfit.max() <= 1)
+    return factor, None, bool(misfit[_untouched(case, leaves)].max() <= 1)
+
+
+def _untouched(case: Case, leaves: Sequence[int]) -> list[int]:
+    """These leaves, and those that are right: a mistake in the former must leave the latter as they are."""
+    return [i for i in range(len(case.problem.leaves)) if i in leaves or i not in case.wrong]
 
 
 def _relative(m: Mistake) -> bool:
@@ -781,7 +785,7 @@ def _one_term(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         factor = "0" if np.all(np.abs(1 + alpha) <= loose) else _named(case, 1 + alpha, loose)
         if factor is None:
             continue
-        clean = bool(misfit.max() <= 1)
+        clean = bool(misfit[_untouched(case, leaves)].max() <= 1)
         hits.append((_term_cost(case, m, factor, clean), m, factor, clean))
     if not hits:
         return []
@@ -1194,9 +1198,16 @@ def _slices(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     ]
     by_rows = len(set(n_axis)) > 1 or n_axis[0] == s.evaluation.point.n
     findings = [words.sliced(case.problem, s, case.terms[m], weights, by_rows, leaves)]
+    # Weights at a step that also feeds leaves which are right are a strange mistake.
+    strange = not by_rows and any(
+        np.linalg.norm(t.shares[m][t.owner == i]) > 1e-9 * np.linalg.norm(t.true)
+        for t in case.samples
+        for i in range(len(case.problem.leaves))
+        if i not in leaves
+    )
     if overall not in (None, "1"):
         findings.append(words.scale(case.problem, s, overall, None, leaves))
-    return [Explanation(28.0, leaves, tuple(findings))]
+    return [Explanation(200.0 if strange else 28.0, leaves, tuple(findings))]
 
 
 def _slice_weights(

@@ -63,6 +63,7 @@ cholesky det slogdet repeat roll
 NAMED = frozenset(_NAMED.split())
 """Library functions that count as one step, because a derivation has one formula for their derivative."""
 
+_OPENED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 _MOST_UNROLLED = 400
 """A scan of more steps than this, all time steps together, stays one step."""
 
@@ -178,14 +179,7 @@ def flatten(closed: Any, n_leaves: int, opened: bool = True) -> Program:
             arguments = [read(atom) for atom in eqn.invars]
             frames = _frames(eqn, outer)
             name = _library_name(eqn)
-            if name is None and eqn.primitive.name in (
-                "jit",
-                "pjit",
-                "closed_call",
-                "core_call",
-                "remat",
-                "checkpoint",
-            ):
+            if name is None and eqn.primitive.name in _OPENED:
                 inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
                 if hasattr(inner, "consts"):
                     held = [constant(c, v.aval) for c, v in zip(inner.consts, inner.jaxpr.constvars, strict=True)]

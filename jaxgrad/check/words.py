@@ -104,6 +104,9 @@ def _scale_place(s: Any, factor: str, leaves: Sequence[int]) -> Where:
     elif "log" in bare:
         names = ("log", "log1p", "div")
     on_path = _shared_steps(s, leaves)
+    if bare in ("2", "1/2") and not any(program.steps[k].primitive in names for k in on_path):
+        # Every leaf may have a square of its own.
+        on_path = sorted({k for leaf in leaves for k in _shared_steps(s, [leaf])})
     for k in reversed(on_path):
         step = program.steps[k]
         if step.primitive not in names:

@@ -166,6 +166,8 @@ def shares(program: Program, at: Replay) -> np.ndarray:
 
 def project(at: Replay, slot: int, delta: Any) -> np.ndarray:
     """J_vᵀ Δ along the directions (of a complex value, the real part of it: the loss is real)."""
+    if slot not in at.tangents:
+        return np.zeros(_any_width(at))
     tangents = _wide(at.tangents[slot])
     return np.real(tangents.reshape(tangents.shape[0], -1) @ _wide(delta).reshape(-1))
 
@@ -174,6 +176,10 @@ def _wide(x: Any) -> np.ndarray:
     """An array in double precision, real or complex."""
     x = np.asarray(x)
     return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
+
+
+def _any_width(at: Replay) -> int:
+    return next(iter(at.tangents.values())).shape[0]
 
 
 def _width(program: Program, at: Replay) -> int:

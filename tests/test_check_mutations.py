@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad.check import agreement, check_gradient, diagnosis, faults, gradient, points, replay
+from jaxgrad.check import agreement, check_gradient, diagnosis, faults, gradient, replay
 
 
 def loss(p, batch):
@@ -120,15 +120,6 @@ def no_exact_factor(original):
     return lambda *args, **kwargs: "2"
 
 
-def far_out(original):
-    """Points where every unit is saturated and no digits are left: none of them may explain anything."""
-
-    def run(*args, **kwargs):
-        return [p._replace(leaves=tuple(1e4 * np.sign(x) for x in p.leaves)) for p in original(*args, **kwargs)]
-
-    return run
-
-
 MUTATIONS = {
     "a leaf is skipped": (agreement, "wrong_leaves", skip_first_leaf),
     "the last leaf is skipped": (agreement, "wrong_leaves", skip_last_leaf),
@@ -143,7 +134,6 @@ MUTATIONS = {
     "every factor is called 2": (diagnosis, "name_factor", no_exact_factor),
     "no piece of the loss is a function": (replay, "_pieces", lambda original: lambda *args: ()),
     "no step is a product": (replay, "_products", lambda original: lambda *args: ()),
-    "all points of the diagnosis are far out": (points, "generic", far_out),
 }
 
 

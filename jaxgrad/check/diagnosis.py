@@ -580,7 +580,7 @@ def _has_penalty(case: Case, leaf: int, factor: str) -> bool:
 
 def _cost(case: Case, m: int) -> float:
     s = case.samples[0]
-    return case.faults[m].cost + catalogue_of.implausibility(case.faults[m], s.todo, s.replay)
+    return case.faults[m].cost + catalogue_of.implausibility(case.faults[m], s.program, s.todo, s.replay)
 
 
 def _ranked(case: Case, hits: Sequence[int]) -> tuple[float, int, list[int]]:

@@ -96,7 +96,7 @@ def _scale_place(s: Any, factor: str, leaves: Sequence[int]) -> Where:
     bare = factor.lstrip("-")
     names: tuple[str, ...] = ()
     if bare == "1" and factor.startswith("-"):
-        names = ("sub", "neg")
+        names = ("sub", "neg", "inv", "cos")
     elif bare in ("2", "1/2"):
         names = ("integer_pow", "square", "pow")
     elif "n" in bare or bare in ("d", "k", "h", "1/d", "1/k", "1/h"):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxgrad.check.faults import algebra, chains, jacobians, partners, selections
 from jaxgrad.check.faults.mistake import At, Mistake
 from jaxgrad.check.replay import Piece, Plan, Product, Replay, partner
-from jaxgrad.check.steps import Program
+from jaxgrad.check.steps import NAMED, Program
 
 
 def rarer(at: At) -> tuple[Mistake, ...]:
@@ -189,7 +189,7 @@ def _width(program: Program, at: Replay) -> int:
 _FAMILIES = ({"sigmoid", "tanh", "relu", "softplus"}, {"abs", "square", "relu"}, {"exp", "log"}, {"sin", "cos"})
 
 
-def implausibility(fault: Fault, todo: Plan, at: Replay) -> float:
+def implausibility(fault: Fault, program: Program, todo: Plan, at: Replay) -> float:
     """How much more far-fetched a fault is at these values than its kind: nobody takes log(1 - p) for a relu."""
     if fault.piece < 0 or not todo.pieces[fault.piece].elementwise or fault.kind == "missing-derivative":
         return 0.0
@@ -203,7 +203,8 @@ def implausibility(fault: Fault, todo: Plan, at: Replay) -> float:
     if known is None and len(fault.members) > 1:
         extra += 1.2
     if fault.kind == "wrong-derivative" and any(fault.detail[0] == k.name for k in KNOWN):
-        mine = known.name if known is not None else ""
+        mine = known.name if known is not None else program.steps[fault.members[-1]].name
+        mine = "relu" if len(fault.members) == 1 and mine in NAMED else mine
         family = any(mine in f and fault.detail[0] in f for f in _FAMILIES)
         extra += 0.0 if family else 2.0
         extra += 1.0 if mine == "sigmoid" and fault.detail[0] == "softplus" else 0.0  # that is a itself

@@ -15,14 +15,26 @@ if TYPE_CHECKING:
     from jaxgrad.check.gradient import assert_gradient, check_gradient
     from jaxgrad.check.precision import stability
     from jaxgrad.check.report import Finding, Report
+    from jaxgrad.check.vjp import check_rule, check_vjp
 
-__all__ = ["Finding", "Report", "assert_gradient", "check_backprop", "check_gradient", "stability"]
+__all__ = [
+    "Finding",
+    "Report",
+    "assert_gradient",
+    "check_backprop",
+    "check_gradient",
+    "check_rule",
+    "check_vjp",
+    "stability",
+]
 
 _HOMES = {
     "Finding": "report",
     "Report": "report",
     "assert_gradient": "gradient",
     "check_backprop": "backprop",
+    "check_rule": "vjp",
+    "check_vjp": "vjp",
     "check_gradient": "gradient",
     "stability": "precision",
 }

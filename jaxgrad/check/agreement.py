@@ -62,7 +62,11 @@ def evaluate(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wron
     except Exception as error:
         error.add_note(f"jaxgrad: your gradient raised this at {point.name}.")
         raise
-    return mine if isinstance(mine, Wrong) else Evaluation(point, loss, tuple(true), tuple(mine))
+    if isinstance(mine, Wrong):
+        return mine
+    # What is not to be compared counts as right.
+    shown = (h if problem.compares(i) else t for i, (h, t) in enumerate(zip(mine, true, strict=True)))
+    return Evaluation(point, loss, tuple(true), tuple(shown))
 
 
 def scales(evaluations: Sequence[Evaluation]) -> list[float]:
@@ -80,6 +84,14 @@ def tolerance(sizes: Sequence[float], noise: float = 0.0, dead: Sequence[bool] =
         floor * total if (dead and dead[i]) else floor * s if s > 0 else FLOOR * total for i, s in enumerate(sizes)
     ]
     return Tolerance(tuple(relative for _ in sizes), tuple(absolute), noise)
+
+
+def wider(tol: Tolerance, tolerance: float, sizes: Sequence[float]) -> Tolerance:
+    """With a tolerance that was asked for: of the leaf's norm at the point, and of its usual norm."""
+    return tol._replace(
+        relative=tuple(max(r, tolerance) for r in tol.relative),
+        absolute=tuple(max(a, tolerance * s) for a, s in zip(tol.absolute, sizes, strict=True)),
+    )
 
 
 def errors(evaluation: Evaluation) -> list[float]:
@@ -213,8 +225,12 @@ def compare(
     table = []
     with np.errstate(all="ignore"):
         for i, (path, h, t) in enumerate(zip(problem.paths, evaluation.hand, evaluation.true, strict=True)):
-            difference = np.abs(h - t)
-            worst = np.unravel_index(int(np.argmax(np.where(np.isnan(difference), np.inf, difference))), h.shape)
+            if not problem.compares(i):
+                continue
+            pair = bool(problem.complex) and problem.complex[i]
+            h_shown, t_shown = (as_complex(h), as_complex(t)) if pair else (h, t)
+            difference = np.abs(h_shown - t_shown)
+            worst = np.unravel_index(int(np.argmax(np.where(np.isnan(difference), np.inf, difference))), h_shown.shape)
             cosine = float(np.vdot(h, t) / (_norm(h) * _norm(t))) if _norm(h) * _norm(t) > 0 else float("nan")
             size = _norm(t)
             ratio = _norm(h) / size if size > 0 else float("inf") if _norm(h) > 0 else 1.0
@@ -224,18 +240,23 @@ def compare(
             table.append(
                 Leaf(
                     path,
-                    h.shape,
+                    h_shown.shape,
                     i not in wrong,
                     error,
                     cosine,
                     float(ratio),
                     index,
-                    float(h[worst]),
-                    float(t[worst]),
+                    h_shown[worst].item(),
+                    t_shown[worst].item(),
                     evaluation.point.name,
                 )
             )
     return table
+
+
+def as_complex(pairs: np.ndarray) -> np.ndarray:
+    """The gradient ∂L/∂x − i ∂L/∂y of a complex leaf, from its pairs (∂L/∂x, ∂L/∂y)."""
+    return np.asarray(pairs[..., 0] - 1j * pairs[..., 1])
 
 
 def _norm(x: Any) -> float:

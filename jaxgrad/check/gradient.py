@@ -1,14 +1,16 @@
 """`check_gradient`: the verdict, and the explanation when it is wrong."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxgrad import checks
-from jaxgrad.check import agreement, diagnosis, examples, numerics, points, rounding, words
+from jaxgrad.check import agreement, diagnosis, domain, examples, numerical, numerics, patterns, points, rounding, words
 from jaxgrad.check.agreement import Evaluation, Tolerance
 from jaxgrad.check.points import Point
 from jaxgrad.check.problem import (
@@ -18,16 +20,31 @@ from jaxgrad.check.problem import (
     NotScalarError,
     Problem,
     Wrong,
+    assemble,
     cached_kernel,
+    flat_params,
     hand,
+    in_given_types,
     kernel,
+    match_tree,
     prepare,
+    program_at,
+    require_functions,
+    restricted,
     returned_precisions,
     traced,
     truth,
 )
 from jaxgrad.check.report import Finding, Report, Tried, text
+from jaxgrad.check.separate import separate, separated
 from jaxgrad.check.steps import low_precision
+
+
+class Options(NamedTuple):
+    """How strictly a gradient is judged."""
+
+    tolerance: float | None = None
+    accept_rules: bool = False
 
 
 def check_gradient(
@@ -37,6 +54,11 @@ def check_gradient(
     batch: Any = NO_BATCH,
     *args: Any,
     has_aux: bool = False,
+    argnums: Any = None,
+    only: Any = None,
+    points: Any = None,
+    tolerance: Any = None,
+    accept_rules: Any = False,
     **kwargs: Any,
 ) -> Report:
     """Whether `gradient` is the gradient of `loss`, and if not, which step of the derivation is wrong.
@@ -46,19 +68,35 @@ def check_gradient(
     whatever the inputs' dtype, at the given point and at drawn ones (perturbed, after descent steps, small,
     large, saturated; batches resampled to other sizes), and compared leaf by leaf with `jax.grad`. Where
     they differ, reverse mode is replayed over the steps of the loss with one step done wrong, until the
-    person's numbers come out. With `has_aux`, the loss returns `(value, aux)`.
+    person's numbers come out. The report counts as true where the gradient is right, so a test can say
+    `assert check_gradient(...)`.
+
+    A loss that works in the dtypes of its inputs only is evaluated in those, and the report says so. For a loss that
+    JAX cannot trace (NumPy code), the truth is complex steps or central differences of its values, with a bound.
+    The gradient by a complex leaf x + i y is, as in `jax.grad`, dL/dx - i dL/dy: the conjugate of the direction of
+    steepest ascent.
+
+    Args:
+        has_aux: whether the loss returns `(value, aux)`.
+        argnums: which of the positional arguments are differentiated, as in `jax.grad`, where the parameters are
+            passed one by one; the gradient then returns a tuple in that order, or a dict by their names. Where the
+            gradient returns several arrays with the shapes of the first arguments, that is seen without it.
+        only: the parameters to check, by path (`["W1", "layers.0"]`); the gradient may then return those alone,
+            or None for the others.
+        points: parameters to try instead of drawn ones, where the loss has a narrow domain: a sequence of trees like
+            `params`, or a function that draws one from a NumPy generator (from a `jax.random.key` if its argument
+            is called `key`).
+        tolerance: the relative error of a leaf that still counts as right, for a gradient that is meant to be inexact.
+        accept_rules: whether derivative rules in the loss (`jax.custom_vjp`, `jax.custom_jvp`) are meant, even where
+            differences of its values contradict them, as a straight-through estimator's.
 
     Raises `TypeError` or `ValueError` if the loss, the parameters or the batch cannot be used, and whatever
     `gradient` itself raises, with a line added. A gradient of another form is a `structure` finding.
     """
     arguments = () if batch is NO_BATCH else (batch, *args)
+    options = Options(checked_tolerance(tolerance), checks.flag("accept_rules", accept_rules))
     has_aux = checks.flag("has_aux", has_aux)
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        problem = prepare(loss, gradient, params, arguments, kwargs, has_aux)
-        store = kernel(problem)
-        trace_given(problem, store)
-        return _check(examples.counted(problem, store), store)
+    return check(loss, gradient, params, arguments, kwargs, options, has_aux, argnums, only, points)
 
 
 def assert_gradient(
@@ -67,16 +105,149 @@ def assert_gradient(
     params: Any,
     batch: Any = NO_BATCH,
     *args: Any,
-    has_aux: bool = False,
     **kwargs: Any,
 ) -> None:
     """Raise `AssertionError` with the report as its message if `gradient` is not the gradient of `loss`.
 
     For a person's own tests; the arguments are those of `check_gradient`.
     """
-    report = check_gradient(loss, gradient, params, batch, *args, has_aux=has_aux, **kwargs)
+    report = check_gradient(loss, gradient, params, batch, *args, **kwargs)
     if not report.ok:
         raise AssertionError("\n" + text(report, color=False))
+
+
+def check(
+    loss: Any,
+    gradient: Any,
+    params: Any,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    options: Options,
+    has_aux: bool = False,
+    argnums: Any = None,
+    only: Any = None,
+    points: Any = None,
+    redraw: Callable[[np.random.Generator], tuple[Any, ...]] | None = None,
+    names: Sequence[str] | None = None,
+    of: str = "this loss",
+) -> Report:
+    """What all doors share; `redraw` draws other data where they are no examples, `names` says what they are."""
+    notes: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(True))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", RuntimeWarning)
+        if argnums is not None:
+            chosen = _checked_argnums(argnums, 1 + len(arguments))
+            require_functions(loss, gradient)
+            loss, gradient, params, arguments, names = separate(loss, gradient, (params, *arguments), chosen)
+        problem = prepare(loss, gradient, params, arguments, keywords, has_aux, names)
+        if only is not None:
+            problem = restricted(problem, only)
+        if points is not None:
+            problem = problem._replace(points=_given_points(problem, points))
+        store = kernel(problem)
+        try:
+            trace_given(problem, store)
+        except Exception as error:
+            if getattr(error, "jaxgrad_final", False):
+                raise
+            lower = _in_given_types(problem, params, arguments, keywords, stack)
+            if lower is not None:
+                problem, store = lower
+                notes.append(
+                    "the loss works only in the dtypes that were given, not in float64: both were evaluated in those, "
+                    "and errors below their rounding cannot be seen."
+                )
+            elif numerical.works(problem):
+                first = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".:")
+                return numerical.check(problem, first, options.tolerance)
+            else:
+                raise
+        again = _passed_separately(problem, loss, params, arguments) if argnums is None and redraw is None else None
+        if again is not None:
+            shown = ", ".join(map(str, again))
+            report = check(loss, gradient, params, arguments, keywords, options, has_aux, again, only, points)
+            return report._replace(
+                notes=(
+                    *report.notes,
+                    f"the arguments that your gradient returns are the parameters: argnums=({shown}).",
+                )
+            )
+        if redraw is None:
+            problem = examples.counted(problem, store)
+        else:
+            problem = problem._replace(n=None, axes=(None,) * len(problem.data), redraw=redraw)
+        try:
+            return _check(problem, store, options, notes)._replace(of=of)
+        except NotDifferentiable as error:
+            if not numerical.works(problem):
+                raise TypeError(f"JAX cannot differentiate this loss: {error}") from error
+            return numerical.check(problem, str(error), options.tolerance)
+
+
+def checked_tolerance(tolerance: Any) -> float | None:
+    if tolerance is None:
+        return None
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, np.floating)) or not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be a number between 0 and 1, such as 1e-6; it is {tolerance!r}.")
+    return float(tolerance)
+
+
+def _checked_argnums(argnums: Any, count: int) -> tuple[int, ...]:
+    chosen = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
+    if not chosen or any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in chosen):
+        raise TypeError(f"argnums must be one position or several, such as (0, 1); it is {argnums!r}.")
+    if any(not -count <= i < count for i in chosen) or len({i % count for i in chosen}) < len(chosen):
+        raise ValueError(f"argnums is {argnums!r}, and there are {count} arguments: give different positions of those.")
+    return tuple(int(i) % count for i in chosen)
+
+
+def _given_points(problem: Problem, given: Any) -> tuple[tuple[np.ndarray, ...], ...]:
+    """The parameters to try, checked and flattened."""
+    if callable(given):
+        try:
+            by_key = "key" in inspect.signature(given).parameters
+        except (TypeError, ValueError):
+            by_key = False
+        rng = np.random.default_rng(20210407)
+        sources = [jax.random.key(i) for i in range(4)] if by_key else [rng] * 4
+        trees = [given(source) for source in sources]
+        return tuple(flat_params(problem, tree, "what points draws") for tree in trees)
+    if not isinstance(given, (list, tuple)) or not given:
+        raise TypeError("points must be a list of parameters to try, or a function that draws some.")
+    return tuple(flat_params(problem, tree, f"points[{i}]") for i, tree in enumerate(given))
+
+
+def _in_given_types(
+    problem: Problem, params: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], stack: ExitStack
+) -> tuple[Problem, Kernel] | None:
+    """The problem in the dtypes that were given, if the loss can be traced in those; then float64 is off."""
+    with jax.enable_x64(False):
+        given = in_given_types(problem, params, arguments, keywords)
+        store = kernel(given)
+        try:
+            trace_given(given, store)
+        except Exception:
+            return None
+    stack.enter_context(jax.enable_x64(False))
+    return given, store
+
+
+def _passed_separately(problem: Problem, loss: Any, params: Any, arguments: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """The positions of the parameters, where they are passed one by one and the gradient returns all of theirs."""
+    if not arguments or problem.paths != ("params",):
+        return None
+    given, rest, keywords = assemble(problem.spec, problem.leaves, problem.data, numpy=True)
+    try:
+        with np.errstate(all="ignore"):
+            result = problem.gradient(given, *rest, **keywords)
+    except Exception:
+        return None
+    if not isinstance(match_tree(problem, given, result), Wrong):
+        return None
+    return separated(loss, result, (params, *arguments))
 
 
 def forget() -> None:
@@ -84,16 +255,28 @@ def forget() -> None:
     cached_kernel.cache_clear()
 
 
+class NotDifferentiable(Exception):
+    """JAX can trace the loss and not differentiate it, for instance because it calls back to Python."""
+
+
+def _final(error: Exception) -> Exception:
+    """An error that says all: no other way of evaluating the loss would help."""
+    error.jaxgrad_final = True  # type: ignore[attr-defined]
+    return error
+
+
 def trace_given(problem: Problem, store: Kernel) -> None:
     """Trace the loss at the given point, twice if it is new, and say in words why that fails."""
     try:
         traced(store, problem.leaves, problem.data, fresh=True)
     except NotScalarError as error:
-        raise ValueError(str(error)) from None
+        raise _final(ValueError(str(error))) from None
     except ImpureError:
-        raise ValueError(
-            "loss is random or depends on something besides its arguments: two evaluations at one point differ. "
-            "Pass the random key, or whatever changes, as an argument."
+        raise _final(
+            ValueError(
+                "loss is random or depends on something besides its arguments: two evaluations at one point differ. "
+                "Pass the random key, or whatever changes, as an argument."
+            )
         ) from None
     except (
         jax.errors.TracerArrayConversionError,
@@ -112,18 +295,24 @@ def trace_given(problem: Problem, store: Kernel) -> None:
         raise
 
 
-def _check(problem: Problem, store: Kernel) -> Report:
-    notes: list[str] = []
+def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) -> Report:
+    try:
+        truth(store, problem.leaves, problem.data)
+    except Exception as error:
+        raise NotDifferentiable(str(error).strip().split("\n")[0]) from error
+    notes += patterns.loss_notes(problem, store)
+    reach = domain.around(store, problem.leaves, problem.data)
     given = Point("the given point", problem.n, problem.leaves, problem.data)
     first = _call(problem, store, given)
     if isinstance(first, Wrong):
         return _structure(problem, store, first)
     again = hand(problem, given.leaves, given.data)
-    if not isinstance(again, Wrong) and not _repeats(first.hand, again):
+    asked = [i for i in range(len(problem.paths)) if problem.compares(i)]
+    if not isinstance(again, Wrong) and not _repeats([first.hand[i] for i in asked], [again[i] for i in asked]):
         raise ValueError(
             "gradient is random or depends on something besides its arguments: two evaluations at one point differ."
         )
-    tried = _points(problem, store, notes)
+    tried = _points(problem, store, notes, reach.inside)
     evaluations = [first]
     for point in tried.moderate:
         found = _call(problem, store, point)
@@ -143,8 +332,10 @@ def _check(problem: Problem, store: Kernel) -> Report:
     failing = [e for e in usable if agreement.wrong_leaves(e, tol)]
     if failing:
         tol, dead = _widen(problem, store, usable, sizes, tol)
+    if options.tolerance is not None:
+        tol, far = agreement.wider(tol, options.tolerance, sizes), []
     unit = _unit(problem, store, [*usable, *far], tol)
-    allow = {id(e): _with_rounding(store, e, unit, tol, sizes) for e in [*usable, *far]}
+    allow = {id(e): _with_rounding(store, e, unit, tol, sizes, reach.change) for e in [*usable, *far]}
     evaluations = [allow.get(id(e), e) for e in evaluations]
     usable, saturated, far = (
         [allow[id(e)] for e in usable],
@@ -171,7 +362,7 @@ def _check(problem: Problem, store: Kernel) -> Report:
     distant = {id(e) for e in far}
     if drawn or any(e.point.name not in _SPECIAL and id(e) not in distant for e, _ in firm):
         ok = False
-        findings += _explain(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm])
+        findings += _cause(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm])
     elif firm:
         kinks, fine = numerics.kink(problem, store, [e for e, _ in firm], tol)
         if kinks:
@@ -179,7 +370,7 @@ def _check(problem: Problem, store: Kernel) -> Report:
             ok = ok and fine
         else:
             ok = False
-            findings += _explain(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm])
+            findings += _cause(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm])
             if all(id(e) in distant for e, _ in firm) and findings[0].kind == "unknown":
                 noisy += [(e, leaves[0]) for e, leaves in firm]
                 findings, ok = [], True
@@ -190,10 +381,16 @@ def _check(problem: Problem, store: Kernel) -> Report:
         # Where the loss fails in the same way the gradient is as right as its loss, and only told so.
         ok = ok and not alone
         findings += unstable
-    custom = numerics.custom_rules(problem, store, usable, tol, ok)
-    if custom:
-        ok = False
-        findings = custom
+    if options.accept_rules:
+        places = numerics.rules(program_at(store, problem.leaves, problem.data))
+        named = ", ".join(f"`{place.expression}` ({place.where})" for place in places[:3])
+        if places:
+            notes.append(f"checked against the loss's own derivative rules, as accept_rules says: {named}.")
+    else:
+        custom = numerics.custom_rules(problem, store, usable, tol, ok)
+        if custom:
+            ok = False
+            findings = custom
     rank = [e for e, _ in firm] or failing or usable[:1]
     shown = (
         first
@@ -201,6 +398,11 @@ def _check(problem: Problem, store: Kernel) -> Report:
         else max(rank, key=lambda e: max(agreement.relative_errors(e, sizes), default=0))
     )
     leaves = agreement.compare(problem, shown, tol, sizes, dead)
+    if ok and options.tolerance is not None:
+        worst = max((x for e in usable for x in agreement.relative_errors(e, sizes, dead)), default=0.0)
+        if worst > agreement.RELATIVE:
+            digits = int(-np.log10(worst))
+            notes.append(f"it agrees to {digits} digits everywhere, within the tolerance of {options.tolerance:g}.")
     if not all(e.true_finite for e in evaluations):
         notes.append("autodiff of your loss is itself not finite at some of the points tried; they were left out.")
     for i, size in enumerate(sizes):
@@ -224,6 +426,34 @@ def _check(problem: Problem, store: Kernel) -> Report:
     return Report(ok, tuple(leaves), tuple(findings), smallest, table, tuple(notes))
 
 
+def _cause(
+    problem: Problem,
+    store: Kernel,
+    tried: points.Plan,
+    usable: Sequence[Evaluation],
+    wrong: Sequence[int],
+    tol: Tolerance,
+    dead: tuple[bool, ...],
+    failing: Sequence[Evaluation],
+) -> list[Finding]:
+    """Why a gradient is wrong: first what its numbers alone show, then the step of the derivation."""
+    agrees = lambda a, b: float(np.linalg.norm(a - b)) <= 1e-9 * float(np.linalg.norm(b)) + 1e-14  # noqa: E731
+    found = patterns.pairs_by_mistake(problem, store, [e for e in usable if e.hand_finite], agrees)
+    found = found or patterns.update_step(problem, usable)
+    if found:
+        return found
+    found = patterns.conjugated(problem, [e for e in usable if e.true_finite], wrong)
+    rest = [i for i in wrong if problem.paths[i] not in {f.leaf for f in found}]
+    if not rest:
+        return found
+    explained = _explain(problem, store, tried, usable, rest, tol, dead, failing)
+    if all(f.kind == "unknown" for f in explained) and tol.noise < 1e-11:
+        ordinary = [e for e in usable if e.hand_finite and e.point.name not in ("large parameters", _TRAINED)]
+        explained = patterns.nearly_right(problem, ordinary, rest) or explained
+    return [*found, *explained]
+
+
+_TRAINED = "after three descent steps"
 _SPECIAL = ("the given point", "the given point, other examples", "small parameters", "large parameters")
 
 
@@ -248,9 +478,23 @@ def _unit(problem: Problem, store: Kernel, evaluations: Sequence[Evaluation], to
     return unit
 
 
-def _with_rounding(store: Kernel, e: Evaluation, unit: float, tol: Tolerance, sizes: Sequence[float]) -> Evaluation:
-    """The evaluation with what rounding may do there, where that could be the whole difference."""
+def _with_rounding(
+    store: Kernel,
+    e: Evaluation,
+    unit: float,
+    tol: Tolerance,
+    sizes: Sequence[float],
+    change: Callable[[Sequence[Any], Sequence[Any]], float],
+) -> Evaluation:
+    """The evaluation with what rounding may do there, where that could be the whole difference.
+
+    The same for an iteration that stops short of its fixed point: a derivation at the fixed point is off by that.
+    """
     wrong = agreement.wrong_leaves(e, tol) if e.hand_finite else []
+    short = 1e3 * change(e.point.leaves, e.point.data) if wrong else 0.0
+    if short > 1e-12:
+        e = e._replace(rounding=tuple(short * float(np.linalg.norm(t)) for t in e.true))
+        wrong = agreement.wrong_leaves(e, tol)
     gaps = agreement.errors(e)
     # In float64 nothing rounds to less than two digits at an ordinary point, and asking costs a compilation.
     plain = unit == rounding.DOUBLE and e.point.name == "drawn parameters"
@@ -258,7 +502,8 @@ def _with_rounding(store: Kernel, e: Evaluation, unit: float, tol: Tolerance, si
         not wrong or (plain and any(gaps[i] > 1e-2 * max(sizes[i], float(np.linalg.norm(e.true[i]))) for i in wrong))
     ):
         return e
-    return e._replace(rounding=rounding.allowance(store, e.point, unit))
+    allowed = rounding.allowance(store, e.point, unit)
+    return e._replace(rounding=tuple(map(max, allowed, e.rounding)) if e.rounding else allowed)
 
 
 def _beyond_rounding(
@@ -333,13 +578,30 @@ def _structure(problem: Problem, store: Kernel, wrong: Wrong) -> Report:
     return Report(False, (), tuple(findings), float("nan"), tried)
 
 
-def _points(problem: Problem, store: Kernel, notes: list[str]) -> points.Plan:
-    """The points to try, and whether the batch can be resampled."""
+def _points(problem: Problem, store: Kernel, notes: list[str], inside: Callable[..., bool]) -> points.Plan:
+    """The points to try, and whether the batch can be resampled.
+
+    Where an iteration of the loss settles at the given point, so it does at those that are tried.
+    """
+
+    def settled_truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[float, list[Any]]:
+        value, gradients = truth(store, leaves, data)
+        return (value if inside(leaves, data) else float("nan")), gradients
+
     rng = np.random.default_rng(20210407)
     shapes = [np.shape(a) for a in (*problem.leaves, *problem.data)]
     n1, n2 = points.batch_sizes(problem.n, shapes)
     free = problem.n is not None and resamples(problem, store, rng, n1, notes)
-    return points.draw(problem, store, rng, (n1, n2) if free else None, truth)
+    plan = points.draw(problem, store, rng, (n1, n2) if free else None, settled_truth)
+    keep = lambda chosen: tuple(p for p in chosen if inside(p.leaves, p.data))  # noqa: E731
+    kept = plan._replace(moderate=keep(plan.moderate), generic=keep(plan.generic), saturated=keep(plan.saturated))
+    lost = len(plan.moderate) + len(plan.saturated) - len(kept.moderate) - len(kept.saturated)
+    if lost:
+        notes.append(
+            f"an iteration of the loss has settled at the given point and not at {lost} others; they were left out. "
+            "Give points= to say where it settles."
+        )
+    return kept
 
 
 def resamples(
@@ -417,7 +679,7 @@ def _explain(
     search: list[Evaluation] = []
     more: list[Point] = []
     if tried.second is not None:
-        more = points.generic(problem, store, np.random.default_rng(4), tried.second, truth)
+        more = points.generic(problem, store, np.random.default_rng(4), tried.second, tried.truth)
     for point in [*tried.generic, *more]:
         found = next((e for e in usable if e.point is point), None) or _quiet(problem, store, point)
         if not (isinstance(found, Evaluation) and found.true_finite and found.hand_finite):

@@ -429,10 +429,21 @@ def custom_rules(
             whose = "Your gradient agrees with central differences." if close else "Your gradient agrees with neither."
         sentence = (
             f"The loss itself has a wrong custom derivative: `{where.expression}` ({where.where}) carries its own "
-            f"rule, and central differences of its values contradict it. {whose}"
+            f"rule, and central differences of its values contradict it. {whose} If the rule is meant "
+            "(straight-through, clipped), pass accept_rules=True."
         )
         return [Finding("wrong-derivative", None, None, where.where, where.expression, sentence)]
     return []
+
+
+def rules(program: Program) -> list[Where]:
+    """Where the loss uses functions that carry a derivative rule written by a person."""
+    found = [
+        locate(program, [k], elementwise=True)
+        for k, s in enumerate(program.steps)
+        if s.primitive.startswith("custom_") and set(s.inputs) & program.moving
+    ]
+    return list(dict.fromkeys(place for place in found if place.where))
 
 
 def _contradicted(k: int, point: Point, store: Kernel) -> Where | None:

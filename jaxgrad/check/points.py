@@ -44,10 +44,20 @@ def _varied(array: np.ndarray, axis: int, picks: np.ndarray) -> bool:
     return bool(np.any(flat[picks] != flat[picks[:1]])) or not bool(np.any(flat != flat[:1]))
 
 
-def near(rng: np.random.Generator, leaves: Sequence[Any], size: float) -> tuple[np.ndarray, ...]:
-    """Each entry times exp(size ξ), and zero entries moved off zero by a tenth of the leaf: keeps signs."""
+def near(
+    rng: np.random.Generator, leaves: Sequence[Any], size: float, symmetric: Sequence[bool] = ()
+) -> tuple[np.ndarray, ...]:
+    """Each entry times exp(size ξ), and zero entries moved off zero by a tenth of the leaf: keeps signs.
+
+    A `symmetric` leaf A becomes M A M^T with M = I + size Ξ / sqrt(d): still symmetric, and definite if A is.
+    """
     out = []
-    for leaf in leaves:
+    for i, leaf in enumerate(leaves):
+        if symmetric and symmetric[i]:
+            turn = np.eye(len(leaf)) + size * rng.standard_normal(leaf.shape) / np.sqrt(len(leaf))
+            moved = turn @ leaf @ turn.T
+            out.append((moved + moved.T) / 2)
+            continue
         rms = float(np.sqrt(np.mean(leaf**2))) or 1.0
         moved = leaf * np.exp(size * rng.standard_normal(leaf.shape))
         out.append(np.asarray(np.where(leaf == 0, size * rms * rng.standard_normal(leaf.shape), moved)))
@@ -66,6 +76,9 @@ def scaled(leaves: Sequence[Any], factor: float) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(leaf * factor) for leaf in leaves)
 
 
+Truth = Callable[..., tuple[float, list[Any]]]
+
+
 class Plan(NamedTuple):
     """The points of a check, by what they are for."""
 
@@ -77,20 +90,28 @@ class Plan(NamedTuple):
     """Far out, where formulas that are right on paper overflow."""
     second: int | None
     """Another batch size for the diagnosis, or None if the batch must stay as it is."""
-
-
-Truth = Callable[..., tuple[float, list[Any]]]
+    truth: Truth
+    """Loss and gradient by autodiff, NaN outside the loss's domain: what points are drawn with."""
 
 
 def draw(problem: Any, store: Any, rng: np.random.Generator, sizes: tuple[int, int] | None, truth: Truth) -> Plan:
     """The points of a verdict. `sizes` are two small batch sizes, or None if the batch must stay as it is."""
     first = sizes[0] if sizes is not None else None
+    second = sizes[1] if sizes is not None else None
     ordinary = generic(problem, store, rng, first, truth)
+    if problem.points:
+        as_given = [
+            Point(f"points[{i}]", problem.n, leaves, _batch(problem, rng, None))
+            for i, leaves in enumerate(problem.points)
+        ]
+        other = Point("the given point, other examples", ordinary[0].n, problem.leaves, _batch(problem, rng, first))
+        return Plan((other, *as_given, *ordinary), tuple(ordinary), (), second, truth)
     start, last = ordinary[0], ordinary[-1]
     size = start.n
+    symmetric = matrices(problem.leaves) if start.name != "drawn parameters" else ()
     moderate = [
         Point("the given point, other examples", size, problem.leaves, _batch(problem, rng, first)),
-        Point("perturbed parameters", problem.n, near(rng, problem.leaves, 0.1), problem.data),
+        Point("perturbed parameters", problem.n, near(rng, problem.leaves, 0.1, symmetric), _batch(problem, rng, None)),
         *ordinary,
         Point("small parameters", size, scaled(start.leaves, 0.1), start.data),
         Point("large parameters", size, scaled(last.leaves, 3.0), last.data),
@@ -102,7 +123,7 @@ def draw(problem: Any, store: Any, rng: np.random.Generator, sizes: tuple[int, i
         Point(f"parameters {t:g} times larger", size, scaled(start.leaves, t), start.data)
         for t in (10.0, 30.0, 100.0, 1000.0)
     ]
-    return Plan(tuple(moderate), tuple(ordinary), tuple(saturated), sizes[1] if sizes is not None else None)
+    return Plan(tuple(moderate), tuple(ordinary), tuple(saturated), second, truth)
 
 
 def generic(
@@ -111,10 +132,18 @@ def generic(
     """`count` points in generic position with `size` examples (None: the batch as it is).
 
     All but the last have Gaussian parameters, shrunk until no unit is saturated; the last, and all of them if
-    the loss is not finite elsewhere, keeps the signs of the given ones.
+    the loss is not finite elsewhere, keeps the signs of the given ones, and stays so near that it is finite there.
+    Where points were given, those are taken, each with a batch of its own.
     """
     n = problem.n if size is None else size
     points: list[Point] = []
+    if problem.points:
+        fixed = size is None and problem.redraw is None
+        number = len(problem.points) if fixed else max(count, len(problem.points))
+        for i in range(number):
+            which = i % len(problem.points)
+            points.append(Point(f"points[{which}]", n, problem.points[which], _batch(problem, rng, size)))
+        return points
     for _ in range(count - 1):
         data = _batch(problem, rng, size)
         best: tuple[float, Point] | None = None
@@ -126,14 +155,44 @@ def generic(
             if quality > 1e-6:
                 break
         if best is None:
-            points.append(Point("parameters near the given ones", n, near(rng, problem.leaves, 0.3), data))
+            points.append(
+                Point("parameters near the given ones", n, _nearby(problem, store, rng, 0.3, data, truth), data)
+            )
         else:
             points.append(best[1])
-    close = Point("parameters near the given ones", n, near(rng, problem.leaves, 0.5), _batch(problem, rng, size))
-    return [*points, close]
+    data = _batch(problem, rng, size)
+    if all(p.name == "drawn parameters" for p in points):
+        close = near(rng, problem.leaves, 0.5)
+    else:
+        close = _nearby(problem, store, rng, 0.5, data, truth)
+    return [*points, Point("parameters near the given ones", n, close, data)]
+
+
+def _nearby(
+    problem: Any, store: Any, rng: np.random.Generator, size: float, data: tuple[Any, ...], truth: Truth
+) -> tuple[np.ndarray, ...]:
+    """Parameters as far from the given ones as the loss allows: its domain is narrow."""
+    symmetric = matrices(problem.leaves)
+    leaves = near(rng, problem.leaves, size, symmetric)
+    for smaller in (1.0, 0.3, 0.1, 0.01, 1e-3):
+        leaves = near(rng, problem.leaves, smaller * size, symmetric)
+        value, gradient = truth(store, leaves, data)
+        if np.isfinite(value) and all(np.all(np.isfinite(g)) for g in gradient):
+            break
+    return leaves
+
+
+def matrices(leaves: Sequence[np.ndarray]) -> tuple[bool, ...]:
+    """Which leaves are symmetric matrices: a loss that fails elsewhere may need them so."""
+    square = (leaf.ndim == 2 and leaf.shape[0] == leaf.shape[1] > 1 for leaf in leaves)
+    return tuple(
+        s and bool(np.any(leaf)) and bool(np.array_equal(leaf, leaf.T)) for s, leaf in zip(square, leaves, strict=True)
+    )
 
 
 def _batch(problem: Any, rng: np.random.Generator, size: int | None) -> tuple[Any, ...]:
+    if problem.redraw is not None:
+        return problem.redraw(rng)
     return problem.data if size is None else resample(rng, problem.data, problem.axes, problem.n, size)
 
 

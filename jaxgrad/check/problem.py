@@ -30,6 +30,8 @@ class Spec(NamedTuple):
     keywords: tuple[str, ...]
     has_batch: bool
     has_aux: bool
+    types: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    """The floating types that were given, of the parameters and of the data, where the loss works in those only."""
 
 
 class Moves(NamedTuple):
@@ -53,6 +55,17 @@ class Problem(NamedTuple):
     n: int | None
     names: tuple[str, ...]
     """What each data array is called: its path in the arguments."""
+    complex: tuple[bool, ...] = ()
+    """Which leaves hold complex numbers: as real and imaginary parts, along a last axis of 2."""
+    asked: tuple[bool, ...] = ()
+    """Which leaves are to be compared; empty: all."""
+    points: tuple[tuple[np.ndarray, ...], ...] = ()
+    """Parameters to try in place of drawn ones; empty: draw them."""
+    redraw: Callable[[np.random.Generator], tuple[Any, ...]] | None = None
+    """Draws other data, where they are not examples."""
+
+    def compares(self, leaf: int) -> bool:
+        return not self.asked or self.asked[leaf]
 
 
 class Wrong(NamedTuple):
@@ -74,32 +87,27 @@ def prepare(
     arguments: tuple[Any, ...],
     keywords: dict[str, Any],
     has_aux: bool,
+    argument_names: Sequence[str] | None = None,
 ) -> Problem:
-    """Check and flatten the arguments; raises `TypeError` or `ValueError` that says what was wrong."""
-    for name, function in (("loss", loss), ("gradient", gradient)):
-        if isinstance(function, type) or not callable(function):
-            raise TypeError(
-                f"{name} must be a function {name}(params, batch); it is {_describe(function)}. "
-                + ("Pass the function itself, not its result." if name == "gradient" else "")
-            )
+    """Check and flatten the arguments; raises `TypeError` or `ValueError` that says what was wrong.
+
+    A complex leaf w = x + i y becomes a real one with a last axis of 2, (x, y). By JAX's convention its gradient
+    is ∂L/∂x − i ∂L/∂y, the conjugate of the direction of steepest ascent.
+    """
+    require_functions(loss, gradient)
     with_paths, params_tree = jax.tree_util.tree_flatten_with_path(params)
     leaves, kinds, fixed, paths = [], [], [], []
     for path, leaf in with_paths:
         name = leaf_name(path)
         kind = _kind(_unmasked(f"params leaf {name}", leaf))
-        if kind in ("float", "numpy", "jax") and np.size(leaf) == 0:
+        if kind in PARAMETERS and np.size(leaf) == 0:
             raise ValueError(
                 f"params leaf {name} is empty (shape {np.shape(leaf)}): there is nothing to differentiate."
             )
-        if np.iscomplexobj(leaf):
-            raise TypeError(
-                f"params leaf {name} is complex ({_describe(leaf)}): gradients by complex parameters are not checked. "
-                "Give its real and imaginary parts as two real leaves, and put them together in the loss."
-            )
         kinds.append(kind)
-        if kind in ("float", "numpy", "jax"):
+        if kind in PARAMETERS:
             try:
-                value = np.asarray(leaf).astype(np.float64)
+                value = as_real(leaf) if kind.startswith("complex") else np.asarray(leaf).astype(np.float64)
             except OverflowError:
                 raise ValueError(
                     f"params leaf {name} is a number beyond float64: start from finite parameters."
@@ -124,13 +132,13 @@ def prepare(
     data_paths, data_tree = jax.tree_util.tree_flatten_with_path(data_tree_input)
     data, data_kinds, data_fixed, data_names = [], [], [], []
     for path, leaf in data_paths:
-        name = _data_name(loss, path)
+        name = _data_name(loss, path, argument_names)
         kind = _kind(_unmasked(name, leaf), data=True)
         data_kinds.append(kind)
         if kind in ("numpy", "jax", "int-numpy", "int-jax"):
             array = np.asarray(leaf)
             if kind in ("numpy", "jax"):
-                array = array.astype(np.float64)
+                array = array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
                 if not np.all(np.isfinite(array)):
                     bad = np.argwhere(~np.isfinite(array))[0]
                     raise ValueError(f"the batch holds {array[tuple(bad)]} in {name} at {_index(bad)}.")
@@ -154,7 +162,73 @@ def prepare(
         bool(arguments),
         has_aux,
     )
-    return Problem(loss, gradient, spec, tuple(paths), tuple(leaves), tuple(data), axes, n, tuple(data_names))
+    pairs = tuple(k.startswith("complex") for k in kinds if k in PARAMETERS)
+    return Problem(loss, gradient, spec, tuple(paths), tuple(leaves), tuple(data), axes, n, tuple(data_names), pairs)
+
+
+def require_functions(loss: Any, gradient: Any) -> None:
+    """Raise `TypeError` unless both are functions."""
+    for name, function in (("loss", loss), ("gradient", gradient)):
+        if isinstance(function, type) or not callable(function):
+            raise TypeError(
+                f"{name} must be a function {name}(params, batch); it is {_describe(function)}. "
+                + ("Pass the function itself, not its result." if name == "gradient" else "")
+            )
+
+
+PARAMETERS = ("float", "numpy", "jax", "complex", "complex-numpy", "complex-jax")
+"""The kinds of leaves that are differentiated: Python numbers, arrays of NumPy, arrays of JAX."""
+
+
+def as_real(value: Any) -> np.ndarray:
+    """Complex numbers as pairs (real, imaginary) along a new last axis."""
+    value = np.asarray(value).astype(np.complex128)
+    return np.stack([value.real, value.imag], axis=-1)
+
+
+def in_given_types(problem: Problem, params: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Problem:
+    """The same problem, evaluated in the floating types that were given instead of float64."""
+
+    def types(tree: Any, fixed: Sequence[Any]) -> tuple[str, ...]:
+        flat = jax.tree_util.tree_leaves(tree)
+        return tuple(
+            str(jnp.asarray(leaf).dtype) if isinstance(f, Moves) else "" for leaf, f in zip(flat, fixed, strict=True)
+        )
+
+    spec = problem.spec
+    given = types(params, spec.fixed_params), types((arguments, keywords), spec.fixed_data)
+    return problem._replace(spec=spec._replace(types=given))
+
+
+def restricted(problem: Problem, only: Any) -> Problem:
+    """The problem with the leaves in `only` compared, by path or by the first part of one (`layers.0`)."""
+    wanted = (only,) if isinstance(only, str) else tuple(only)
+    if not wanted:
+        raise ValueError("only is empty: name the parameters to check, or leave it out to check all.")
+    known = ", ".join(problem.paths)
+    for name in wanted:
+        if not isinstance(name, str) or not any(p == name or p.startswith(f"{name}.") for p in problem.paths):
+            raise ValueError(f"only names {name!r}, which is no parameter: there are {known}.")
+    asked = tuple(any(p == name or p.startswith(f"{name}.") for name in wanted) for p in problem.paths)
+    return problem._replace(asked=asked)
+
+
+def flat_params(problem: Problem, tree: Any, name: str) -> tuple[np.ndarray, ...]:
+    """Parameters like those of the problem as flat float64 leaves; `name` is what an error calls them."""
+    leaves, structure = jax.tree_util.tree_flatten(tree)
+    if structure != problem.spec.params:
+        raise ValueError(f"{name} is {_describe(tree)}, not a tree like params ({', '.join(problem.paths)}).")
+    kept = [v for v, f in zip(leaves, problem.spec.fixed_params, strict=True) if isinstance(f, Moves)]
+    out = []
+    for value, path, pair, given in zip(kept, problem.paths, problem.complex, problem.leaves, strict=True):
+        array = as_real(value) if pair else np.asarray(value).astype(np.float64)
+        if array.shape != given.shape:
+            shapes = (array.shape[:-1], given.shape[:-1]) if pair else (array.shape, given.shape)
+            raise ValueError(f"{name}: leaf {path} has shape {shapes[0]}, that of params {shapes[1]}.")
+        if not np.all(np.isfinite(array)):
+            raise ValueError(f"{name}: leaf {path} is not finite.")
+        out.append(array)
+    return tuple(out)
 
 
 def assemble(
@@ -162,25 +236,36 @@ def assemble(
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The person's own arguments from flat lists; with `numpy`, arrays of the kind that was given."""
 
-    params = jax.tree_util.tree_unflatten(spec.params, _fill(spec.fixed_params, spec.params_kinds, leaves, numpy))
-    arguments, keywords = jax.tree_util.tree_unflatten(spec.data, _fill(spec.fixed_data, spec.data_kinds, data, numpy))
+    types = spec.types or ((None,) * len(spec.fixed_params), (None,) * len(spec.fixed_data))
+    filled = _fill(spec.fixed_params, spec.params_kinds, types[0], leaves, numpy)
+    params = jax.tree_util.tree_unflatten(spec.params, filled)
+    filled = _fill(spec.fixed_data, spec.data_kinds, types[1], data, numpy)
+    arguments, keywords = jax.tree_util.tree_unflatten(spec.data, filled)
     return params, arguments, keywords
 
 
-def _fill(fixed: tuple[Any, ...], kinds: tuple[str, ...], values: Sequence[Any], numpy: bool) -> list[Any]:
+def _fill(
+    fixed: tuple[Any, ...], kinds: tuple[str, ...], types: Sequence[str | None], values: Sequence[Any], numpy: bool
+) -> list[Any]:
     feed = iter(values)
     return [
-        _convert(next(feed), kind, numpy) if isinstance(leaf, Moves) else leaf
-        for leaf, kind in zip(fixed, kinds, strict=True)
+        _convert(next(feed), kind, dtype, numpy) if isinstance(leaf, Moves) else leaf
+        for leaf, kind, dtype in zip(fixed, kinds, types, strict=True)
     ]
 
 
-def _convert(value: Any, kind: str, numpy: bool) -> Any:
+def _convert(value: Any, kind: str, dtype: str | None, numpy: bool) -> Any:
+    if kind.startswith("complex"):
+        value = value[..., 0] + 1j * value[..., 1] if numpy else jax.lax.complex(value[..., 0], value[..., 1])
+    if dtype is not None:
+        value = np.asarray(value).astype(dtype) if numpy else jnp.asarray(value).astype(dtype)
     if not numpy:
         return value
     if kind == "float":
         return float(value)
-    return jnp.asarray(value) if kind in ("jax", "int-jax") else np.array(value)
+    if kind == "complex":
+        return complex(value)
+    return jnp.asarray(value) if kind.endswith("jax") else np.array(value)
 
 
 class Kernel(NamedTuple):
@@ -348,7 +433,12 @@ def match_tree(problem: Problem, params: Any, result: Any) -> list[np.ndarray] |
         return found
     arrays: list[np.ndarray] = []
     problems: list[Wrong] = []
-    for path, leaf, given in zip(problem.paths, found, problem.leaves, strict=True):
+    for i, (path, leaf, given) in enumerate(zip(problem.paths, found, problem.leaves, strict=True)):
+        pair = bool(problem.complex) and problem.complex[i]
+        shape = given.shape[:-1] if pair else given.shape
+        if not problem.compares(i):
+            arrays.append(np.zeros(given.shape))
+            continue
         if leaf is None:
             return Wrong(f"`gradient` returned None for leaf {path}: return zeros if it does not matter.", path)
         try:
@@ -356,20 +446,23 @@ def match_tree(problem: Problem, params: Any, result: Any) -> list[np.ndarray] |
             array = array.astype(np.float64) if array.dtype.kind in "biuf" or str(array.dtype) == "bfloat16" else array
         except Exception as error:  # whatever an array-like of theirs raises
             return Wrong(f"leaf {path} of the gradient cannot be read as an array ({error}).", path)
-        if array.dtype.kind == "c":
+        if pair and array.shape == shape and array.dtype.kind in "cf":
+            arrays.append(as_real(np.conj(array)))
+            continue
+        if array.dtype.kind == "c" and not pair:
             return Wrong(f"leaf {path} of the gradient is complex ({array.dtype}).", path)
-        if array.dtype != np.float64:
+        if array.dtype != np.float64 and not pair:
             return Wrong(f"leaf {path} of the gradient is {_describe(leaf)}, not an array of numbers.", path)
-        if array.shape != given.shape:
-            flipped = array.ndim == 2 and array.shape == given.shape[::-1]
+        if array.shape != shape:
+            flipped = array.ndim == 2 and array.shape == shape[::-1]
             hint = ""
-            if array.ndim == given.ndim + 1 and array.shape[1:] == given.shape:
+            if array.ndim == len(shape) + 1 and array.shape[1:] == shape:
                 hint = " There is one axis too many: sum or average over the examples."
-            elif array.size == given.size:
+            elif array.size == int(np.prod(shape)):
                 hint = " The number of entries is right, their arrangement is not."
             elif array.size == 1:
                 hint = " Everything was summed into one number."
-            sentence = f"leaf {path}: the gradient has shape {array.shape}, the parameter {given.shape}.{hint}"
+            sentence = f"leaf {path}: the gradient has shape {array.shape}, the parameter {shape}.{hint}"
             problems.append(Wrong(sentence, path, transposed=flipped))
         arrays.append(array)
     if problems:
@@ -387,8 +480,15 @@ def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
     keep = [isinstance(f, Moves) for f in problem.spec.fixed_params]
     if jax.tree_util.tree_structure(result) == problem.spec.params:
         return [leaf for leaf, k in zip(jax.tree_util.tree_leaves(result), keep, strict=True) if k]
-    if len(problem.paths) == 1 and problem.paths[0] == "params" and not isinstance(result, (tuple, list, dict)):
-        return [result]
+    if len(problem.paths) == 1 and problem.paths[0] == "params":
+        if not isinstance(result, (tuple, list, dict)):
+            return [result]
+        if isinstance(result, (tuple, list)) and _is_written_out(result, problem.leaves[0].shape):
+            return [np.asarray(result, dtype=np.float64)]
+    if problem.asked:
+        part = _asked_only(problem, result)
+        if part is not None:
+            return part
     try:
         with_paths, _ = jax.tree_util.tree_flatten_with_path(result, is_leaf=is_none)
     except Exception as error:  # a tree that JAX cannot flatten, e.g. a dict with mixed keys
@@ -420,19 +520,47 @@ def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
     return Wrong(f"the gradient {what}; params has {', '.join(names)}.", missing[0] if missing else None)
 
 
+def _is_written_out(result: Any, shape: tuple[int, ...]) -> bool:
+    """Whether nested lists of numbers write an array of this shape out."""
+    try:
+        return all(np.ndim(x) == 0 for x in jax.tree_util.tree_leaves(result)) and np.shape(result) == shape
+    except ValueError:
+        return False
+
+
+def _has_none(result: Any) -> bool:
+    return any(x is None for x in jax.tree_util.tree_leaves(result, is_leaf=lambda x: x is None))
+
+
+def _asked_only(problem: Problem, result: Any) -> list[Any] | None:
+    """The leaves of a result that holds only those which are compared: by name, in their order, or the one alone."""
+    wanted = [i for i, asked in enumerate(problem.asked) if asked]
+    is_none = lambda x: x is None  # noqa: E731
+    if isinstance(result, dict) or hasattr(result, "_fields") or _has_none(result):
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(result, is_leaf=is_none)
+        got = {leaf_name(path): leaf for path, leaf in with_paths}
+        if all(problem.paths[i] in got for i in wanted) and set(got) <= set(problem.paths):
+            return [got.get(path) for path in problem.paths]
+        return None
+    flat = list(result) if isinstance(result, (tuple, list)) else [result]
+    if len(flat) == len(wanted):
+        return [flat[wanted.index(i)] if i in wanted else None for i in range(len(problem.paths))]
+    return None
+
+
 def leaf_name(path: Any) -> str:
     """A key path as a person writes it: `W1`, `layers.0.W`; `params` for a bare array."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator=".") or "params"
 
 
-def _data_name(loss: Callable[..., Any], path: Any) -> str:
+def _data_name(loss: Callable[..., Any], path: Any, names: Sequence[str] | None = None) -> str:
     """A data leaf as the person writes it: the name of the loss's argument and the path inside it."""
     if getattr(path[0], "idx", None) == 1:  # a keyword
         return leaf_name(path[1:])
     position = getattr(path[1], "idx", 0)
     try:
-        names = list(inspect.signature(loss).parameters)
-        argument = names[position + 1]
+        names = names if names is not None else list(inspect.signature(loss).parameters)[1:]
+        argument = names[position]
     except (TypeError, ValueError, IndexError):
         argument = "batch"
     inner = leaf_name(path[2:]) if len(path) > 2 else ""
@@ -448,8 +576,11 @@ def _unmasked(name: str, leaf: Any) -> Any:
 def _kind(leaf: Any, data: bool = False) -> str:
     if isinstance(leaf, (bool, str, bytes)) or leaf is None:
         return "fixed"
-    if isinstance(leaf, (float, int)) and not isinstance(leaf, np.generic):
-        return "fixed" if data else "float"
+    if isinstance(leaf, (float, int, complex)) and not isinstance(leaf, np.generic):
+        return "fixed" if data else "complex" if isinstance(leaf, complex) else "float"
+    if isinstance(leaf, (np.ndarray, np.generic, jax.Array)) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        home = "jax" if isinstance(leaf, jax.Array) else "numpy"
+        return home if data else f"complex-{home}"
     if isinstance(leaf, (np.ndarray, np.generic)):
         if jnp.issubdtype(leaf.dtype, jnp.floating):  # bfloat16 and its like are to NumPy no floats
             return "numpy"

@@ -294,8 +294,11 @@ def _push(step: Step, function: Callable[..., Any], moved: Sequence[Any], incomi
         return jax.vmap(lambda *t: jax.jvp(function, tuple(moved), t)[1])(*incoming)
     # A custom_vjp rule has no forward mode: transpose its linear pullback instead.
     out, back = jax.vjp(function, *moved)
-    forwards = jax.linear_transpose(back, out)
-    return jax.vmap(lambda *t: forwards(tuple(t))[0])(*incoming)
+    try:
+        forwards = jax.linear_transpose(back, out)
+        return jax.vmap(lambda *t: forwards(tuple(t))[0])(*incoming)
+    except Exception:  # a rule that clips or rounds what it sends back is not linear and moves nothing forwards
+        return tuple(jnp.zeros((len(incoming[0]), *o.shape), o.dtype) for o in out)
 
 
 def pull(program: Program, step: Step, values: Mapping[int, Any], adjoints: Mapping[int, Any]) -> dict[int, Any]:

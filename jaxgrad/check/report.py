@@ -13,7 +13,8 @@ class Finding(NamedTuple):
     kind: str
     """`sign`, `scale`, `transposed`, `swapped-leaves`, `missing-derivative`, `extra-derivative`,
     `wrong-argument`, `wrong-derivative`, `missing-factor`, `wrong-value`, `missing-term`, `negated-term`,
-    `scaled-term`, `additive`, `entries`, `kink`, `unstable`, `structure` or `unknown`."""
+    `scaled-term`, `additive`, `entries`, `kink`, `unstable`, `structure`, `broadcast` (the loss itself spreads what
+    it should not), `conjugated`, `update-step`, `inexact` or `unknown`."""
     leaf: str | None
     """The path of the one leaf it is about, or None: all of them."""
     factor: str | None
@@ -41,8 +42,8 @@ class Leaf(NamedTuple):
     """Norm of yours over norm of the true one, with the sign of the cosine when that is ±1."""
     worst: tuple[int, ...]
     """Index of the entry that is furthest off."""
-    yours: float
-    true: float
+    yours: float | complex
+    true: float | complex
     point: str
 
 
@@ -70,6 +71,10 @@ class Report(NamedTuple):
     points: tuple[Tried, ...]
     notes: tuple[str, ...] = ()
     """What else is worth knowing: what could not be tried, what the loss itself does wrong."""
+    truth: str = "autodiff"
+    """What the gradient was compared with: `autodiff`, `complex steps` or `central differences`."""
+    of: str = "this loss"
+    """What it should be the gradient of."""
 
     def __bool__(self) -> bool:
         return self.ok
@@ -106,7 +111,9 @@ def text(report: Report, color: bool = False) -> str:
     if report.ok:
         worst = max((p.error for p in report.points if np.isfinite(p.error)), default=0.0)
         digits = "exactly" if worst == 0 else f"to {max(0, int(-np.log10(worst)))} digits"
-        lines.append(paint("RIGHT", "green", "bold") + f"  Your gradient agrees with autodiff {digits} ({tried}).")
+        lines.append(
+            paint("RIGHT", "green", "bold") + f"  Your gradient agrees with {report.truth} {digits} ({tried})."
+        )
         lines.append(f"       An error of {report.smallest_detectable:.0e} in any leaf would have been seen.")
         for finding in report.findings:
             lines += ["", *finding_lines(finding, paint)]
@@ -116,9 +123,9 @@ def text(report: Report, color: bool = False) -> str:
         if wrong and total > 1:
             names = _join([leaf.path for leaf in wrong])
             which = "every leaf" if len(wrong) == total else f"{names} ({len(wrong)} of {total} leaves)"
-            head = f"Your gradient is not the gradient of this loss in {which}."
+            head = f"Your gradient is not the gradient of {report.of} in {which}."
         else:
-            head = "Your gradient is not the gradient of this loss."
+            head = f"Your gradient is not the gradient of {report.of}."
         kinds = {f.kind for f in report.findings}
         if kinds == {"structure"}:
             head = "Your gradient cannot be compared with the parameters."

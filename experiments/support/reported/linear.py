@@ -95,7 +95,9 @@ line_batch = (normal(10, 16), normal(11, 16))
     straight_line_loss,
     {"m": np.asarray(0.75), "c": np.asarray(-0.5)},
     line_batch,
-    cause("wrong-value", "extra-derivative", "wrong-derivative", leaf="c", line='p["m"] * x + p["c"]'),
+    cause(
+        "wrong-value", "extra-derivative", "wrong-derivative", "swapped-leaves", leaf="c", line='p["m"] * x + p["c"]'
+    ),
 )
 def intercept_times_x(p, batch, wrong=True):
     """The derivative by the intercept is a copy of that by the slope, x included."""
@@ -490,7 +492,7 @@ def masked_loss(p, batch):
     masked_loss,
     {"w": normal(48, 3), "b": np.asarray(0.5)},
     (normal(49, 16, 3), normal(50, 16), np.array([1.0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0])),
-    cause("scale", "wrong-value", "scaled-term", line="/ jnp.sum(observed)"),
+    cause("scale", "wrong-value", "scaled-term", "missing-factor", line="/ jnp.sum(observed)"),
 )
 def masked_mean_over_all(p, batch, wrong=True):
     """The loss is the mean over the observed examples; the gradient divides by all of them."""

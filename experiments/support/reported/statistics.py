@@ -605,7 +605,13 @@ def mahalanobis_loss(L, batch):
     mahalanobis_loss,
     normal(462, 3, 3),
     (normal(463, 12, 3), normal(464, 12, 3), uniform(465, 12, low=1, high=4)),
-    cause("scale", "scaled-term", "missing-term", line="squared = jnp.sum(moved * moved", factor=("1/2", "")),
+    cause(
+        "scale",
+        "scaled-term",
+        "missing-term",
+        line=("squared = jnp.sum(moved * moved", "(squared - target) ** 2"),
+        factor=("1/2", ""),
+    ),
 )
 def square_of_the_metric_without_its_two(L, batch, wrong=True):
     """The derivative of the squared distance by L is (x - y)(x - y)'L; its 2 is missing."""
@@ -693,17 +699,6 @@ def responsibilities_as_in_em(p, batch):
         "mu": (count * p["mu"] - first) / (n * var),
         "log_var": 0.5 * (count - spread / var) / n,
     }
-
-
-@right(cox_loss, normal(471, 3, scale=0.5), cox_batch)
-def cox_by_sorted_sums(beta, batch):
-    """Cox's partial likelihood with cumulated sums over the sorted times."""
-    X, times, died = batch
-    order = np.argsort(-times)
-    risk = np.exp(X @ beta - np.max(X @ beta))[order]
-    below = np.cumsum(risk)
-    above = np.cumsum(risk[:, None] * X[order], axis=0)
-    return -(died[order][:, None] * (X[order] - above / below[:, None])).sum(axis=0) / died.sum()
 
 
 @right(rbf_evidence_loss, evidence_params, evidence_batch)

@@ -26,7 +26,7 @@ from experiments import (
 )
 from experiments.engine.catalogue import catalogue
 from experiments.recorded import large_file
-from experiments.support import contenders, exact, step_parts
+from experiments.support import contenders, exact, reported, step_parts
 from experiments.support.loading import few_features, load
 from jaxgrad import data
 from jaxgrad.descent import log_spaced
@@ -79,6 +79,7 @@ def inputs() -> Iterator[tuple[str, Any]]:
                 random = np.random.default_rng(seed)
                 yield f"detection/{species.name} {seed}", species.draw(random, 200)
         points = detection._points(detection.SPECIES[0], 0, detection.QUICK)
+        yield "detection/reported", [case.arguments for case in reported.CASES]
         yield "detection/points", [(p, batch) for _, p, batch in points]
     for name in ("diamonds", "digits"):
         problem = gd_vs_sgd._problem(name, dataclasses.replace(gd_vs_sgd.QUICK, data=name), lambda text: None)
@@ -111,7 +112,7 @@ def bits(tree: Any) -> str:
     for leaf in jax.tree.leaves(tree):
         array = np.asarray(leaf)
         found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(array.tobytes() if array.dtype.kind in "fiub" else str(leaf).encode())
+        found.update(array.tobytes() if array.dtype.kind in "fiubc" else str(leaf).encode())
     return found.hexdigest()[:16]
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.support.reported import CASES
+from experiments.support.reported.score import outcome
+from jaxgrad.check.report import Finding, Leaf, Report
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +93,82 @@ def test_there_are_many_cases_and_no_name_twice():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
     assert all(case.what and case.what == inspect.cleandoc(case.what) for case in CASES)
+
+
+# --- what a report is worth ------------------------------------------------------------------------------------
+
+
+def case_named(name):
+    return next(case for case in CASES if case.name == name)
+
+
+def line_of(case, piece):
+    source, first = inspect.getsourcelines(case.loss)
+    file = inspect.getfile(case.loss).rpartition("/")[2]
+    return f"{file}:{next(first + i for i, line in enumerate(source) if piece in line)}"
+
+
+def said(case, *findings, ok=False, off=()):
+    leaves = tuple(Leaf(path, (), False, 1.0, 0.0, 0.0, (), 0.0, 0.0, "") for path in off)
+    return outcome(case, Report(ok, leaves, findings, 1e-12, ()))
+
+
+def finding(kind, leaf=None, factor=None, where=""):
+    return Finding(kind, leaf, factor, where, "", "")
+
+
+def test_a_report_is_worth_what_its_findings_name():
+    case = case_named("decay_without_its_two")
+    line, other = line_of(case, "jnp.vdot"), line_of(case, "scores = X @")
+    assert said(case, finding("scaled-term", "W", "1/2", line), off=("W",)) == "cause and line"
+    assert said(case, finding("scaled-term", "W", "1/2", other), off=("W",)) == "cause"
+    assert said(case, finding("scaled-term", "W", "1/3", line), off=("W",)) == "misleading"
+    assert said(case, finding("scaled-term", "b", "1/2", line), off=("W",)) == "misleading"
+    assert said(case, finding("sign", "W", "-1", line), off=("W",)) == "misleading"
+    assert said(case, finding("unknown", "W"), off=("W",)) == "unknown"
+    assert said(case, finding("entries", "W"), off=("W",)) == "entries"
+    assert said(case, ok=True) == "missed"
+    assert outcome(case, None) == "crash"
+
+
+def test_every_cause_and_every_leaf_must_be_named():
+    case = case_named("delta_rule_twice_wrong")
+    line = line_of(case, "jax.nn.sigmoid(")
+    first, second = finding("missing-derivative", "w", None, line), finding("scale", "b", "n", line)
+    assert said(case, first, second, off=("w", "b")) == "cause and line"
+    assert said(case, first, finding("unknown", "b"), off=("w", "b")) == "half"
+    assert said(case, first, finding("sign", "b", "-1"), off=("w", "b")) == "misleading"
+    case = case_named("relu_backward_times_relu")
+    line = line_of(case, "jnp.maximum")
+    assert said(case, finding("wrong-derivative", "W1", None, line), off=("W1", "b1")) == "half"
+    assert said(case, finding("wrong-derivative", None, None, line), off=("W1", "b1")) == "cause and line"
+
+
+def test_the_line_may_be_that_of_the_mistake_in_the_persons_own_code():
+    case = case_named("house_prices_not_divided_by_m")
+    source, first = inspect.getsourcelines(case.gradient)
+    own = next(first + i for i, line in enumerate(source) if "if wrong else" in line)
+    assert said(case, finding("scale", None, "n", f"linear.py:{own}")) == "cause and line"
+    assert said(case, finding("scale", None, "n", f"linear.py:{own - 1}")) == "cause"
+    assert said(case, finding("scale", None, "n", f"nets.py:{own}")) == "cause"
+
+
+def test_a_right_gradient_is_right_or_a_false_alarm():
+    case = case_named("normal_equations")
+    assert said(case, ok=True) == "right"
+    assert said(case, finding("unknown")) == "false alarm"
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: case.name)
+def test_a_finding_that_names_the_causes_in_full_is_worth_the_most(case):
+    findings = [
+        finding(
+            sorted(cause.kinds)[0],
+            leaf,
+            next(iter(cause.factors), None),
+            line_of(case, cause.lines[0]) if cause.lines else "",
+        )
+        for cause in case.causes
+        for leaf in (cause.leaves or (None,))
+    ]
+    assert said(case, *findings, off=[f.leaf for f in findings if f.leaf]) == "cause and line"

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.test_util import check_grads
 from matplotlib.figure import Figure
 
 from experiments.engine import plots, work
 from experiments.engine.results import Claim
+from experiments.support import checkers
 from experiments.support.exact import decimals, dyadic, normal, sigmoid
 from jaxgrad.check import check_gradient
 
@@ -580,70 +580,7 @@ def _autodiff(loss: Callable[..., Any]) -> Callable[[Any, Any], Any]:
 # ------------------------------------------------------------------------------------------ the judges
 
 
-def _criteria(value: Callable[[np.ndarray], float], flat: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """What the criteria of other checkers need at one point, whatever gradient is judged there."""
-    size = len(flat)
-    central = np.empty(size)
-    forward = np.empty(size)
-    start = value(flat)
-    step = float(np.sqrt(np.finfo(float).eps))
-    for i in range(size):
-        e = np.zeros(size)
-        e[i] = 1
-        central[i] = (value(flat + 1e-6 * e) - value(flat - 1e-6 * e)) / 2e-6
-        forward[i] = (value(flat + step * e) - start) / step
-    u = normal(rng, size)
-    return {
-        "central": central,
-        "forward": forward,
-        "u": u,
-        "along": (value(flat + 5e-7 * u) - value(flat - 5e-7 * u)) / 1e-6,
-    }
-
-
-def _judge(known: dict[str, Any], g: np.ndarray) -> dict[str, bool]:
-    """Whether each checker accepts the gradient g, by its published criterion."""
-    torch_like = bool(np.all(np.abs(g - known["central"]) <= 1e-5 + 1e-3 * np.abs(known["central"])))
-    a, b = float(g @ known["u"]), float(known["along"])
-    hips = abs(a - b) < 1e-6 or abs(a - b) / (abs(a) + abs(b)) < 1e-6
-    return {
-        "scipy check_grad < 1e-6": bool(np.linalg.norm(g - known["forward"]) < 1e-6),
-        "torch gradcheck's criterion": torch_like,
-        "HIPS autograd's criterion": bool(hips),
-    }
-
-
-def _jax_accepts(value: Any, gradient: Any, params: Any, batch: Any, dtype: Any) -> bool:
-    """Whether `jax.test_util.check_grads` accepts the gradient, with its default tolerances."""
-    cast = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)  # noqa: E731
-    p0, data = cast(params), cast(batch)
-    as_numpy = jax.tree.map(np.asarray, data)
-
-    @jax.custom_vjp
-    def f(p: Any) -> Any:
-        return value(p, data)
-
-    def fwd(p: Any) -> Any:
-        with np.errstate(all="ignore"):
-            g = gradient({k: np.asarray(v) for k, v in p.items()}, as_numpy)
-        return value(p, data), {k: jnp.asarray(np.asarray(v), dtype) for k, v in g.items()}
-
-    f.defvjp(fwd, lambda g, ct: ({k: ct * v for k, v in g.items()},))
-    try:
-        check_grads(f, (p0,), order=1, modes=["rev"])
-    except AssertionError:
-        return False
-    return True
-
-
-JUDGES = (
-    "jaxgrad",
-    "jax check_grads, float32",
-    "jax check_grads, float64",
-    "scipy check_grad < 1e-6",
-    "torch gradcheck's criterion",
-    "HIPS autograd's criterion",
-)
+JUDGES = ("jaxgrad", *checkers.BY_JAX, *checkers.BY_CRITERION)
 
 
 def _points(species: Species, seed: int, config: Config) -> list[tuple[str, Any, Any]]:
@@ -753,7 +690,8 @@ def _judge_species(species: Species, config: Config) -> list[dict[str, Any]]:
     for seed in range(max(config.seeds, config.wrong_seeds)):
         for name, p, batch in _points(species, seed, config):
             flat, rebuild = _flatten(p)
-            known = _criteria(lambda x, r=rebuild, b=batch: float(value(r(x), b)), flat, np.random.default_rng(seed))
+            at = lambda x, r=rebuild, b=batch: float(value(r(x), b))  # noqa: E731
+            known = checkers.differences(at, flat, np.random.default_rng(seed))
             zoo = (
                 [(bug, True, wrong_gradient(species, bug)) for bug in species.bugs] if seed < config.wrong_seeds else []
             )
@@ -788,9 +726,10 @@ def _one(
         "jaxgrad": report.ok,
         "smallest": report.smallest_detectable,
         "seconds": seconds,
-        "jax check_grads, float32": _jax_accepts(value, gradient, p, batch, np.float32),
-        "jax check_grads, float64": _jax_accepts(value, gradient, p, batch, np.float64),
-        **_judge(known, g),
+        **{
+            judge: checkers.jax_accepts(value, gradient, p, (batch,), dtype) for judge, dtype in checkers.BY_JAX.items()
+        },
+        **checkers.accepts(known, g),
     }
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import detection
+from experiments.support import checkers
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_full_zoo_is_as_large_as_promised():
 
 def test_the_others_criteria_accept_the_truth_and_refuse_a_sign():
     rng = np.random.default_rng(0)
-    known = detection._criteria(lambda x: float(np.sum(x**3)), np.array([1.0, -0.5, 2.0]), rng)
+    known = checkers.differences(lambda x: float(np.sum(x**3)), np.array([1.0, -0.5, 2.0]), rng)
     right = 3 * np.array([1.0, -0.5, 2.0]) ** 2
-    assert all(detection._judge(known, right).values())
-    assert not any(detection._judge(known, -right).values())
+    assert all(checkers.accepts(known, right).values())
+    assert not any(checkers.accepts(known, -right).values())

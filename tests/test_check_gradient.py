@@ -227,7 +227,10 @@ def test_n_is_told_from_a_number_that_is_equal():
     assert check_gradient(net_loss, times(lambda n: n / (n - 1)), p, batch).findings[0].factor == "n/(n-1)"
     assert check_gradient(net_loss, times(lambda n: 1 / np.log(2)), p, batch).findings[0].factor == "1/log(2)"
     assert check_gradient(net_loss, times(lambda n: -0.5), p, batch).findings[0].factor == "-1/2"
-    assert check_gradient(net_loss, times(lambda n: 4.0), p, batch).findings[0].factor == "d"
+    # 4 features, and a 4 that is written down: changing the number of features tells them apart
+    assert check_gradient(net_loss, times(lambda n: 4.0), p, batch).findings[0].factor == "4"
+    by_width = lambda p, b: jax.tree.map(lambda g: b[0].shape[1] * g, net_gradient(p, b))  # noqa: E731
+    assert check_gradient(net_loss, by_width, p, batch).findings[0].factor == "d"
 
 
 # -------------------------------------------------------------------------------------- forms of input

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgrad.check import clues, words
 from jaxgrad.check import faults as catalogue_of
-from jaxgrad.check import words
 from jaxgrad.check.agreement import Evaluation
 from jaxgrad.check.factors import name_factor
 from jaxgrad.check.faults import Fault, Term
@@ -33,6 +33,7 @@ from jaxgrad.check.replay import (
     varied,
 )
 from jaxgrad.check.report import Finding
+from jaxgrad.check.resized import is_mean, ratio_at
 from jaxgrad.check.steps import Program
 
 
@@ -88,6 +89,7 @@ def explain(
 ) -> tuple[Finding, ...]:
     """The best explanation of a wrong gradient, or one `unknown` finding for each leaf left over."""
     case = _case(problem, store, evaluations, wrong, noise, dead)
+    case.memory["store"] = store
     found = _search(case, tuple(case.wrong))
     if found is not None:
         return found.findings
@@ -253,6 +255,30 @@ def _named(case: Case, c: np.ndarray, tol: float | None = None) -> str | None:
     return name_factor(pairs, case.dims, tol)
 
 
+def _number_or_dimension(case: Case, leaves: Sequence[int], c: np.ndarray, factor: str | None) -> str | None:
+    """The factor's exact form where it may be a dimension or a number equal to one: the dimension is changed."""
+    values = {abs(float(x)) for x in c}
+    if factor is None or max(values) == 0 or max(values) - min(values) > 1e-7 * max(values):
+        return factor
+    value = max(values)
+    number = _named(case._replace(dims={}), c)
+    store = case.memory.get("store")
+    for name, length in case.dims.items():
+        powers = [p for p in (1.0, -1.0, 0.5, -0.5) for k in (0.5, 1.0, 2.0) if abs(k * length**p / value - 1) < 1e-7]
+        spelt = re.search(rf"\b{name}\b", factor) is not None
+        if not powers or store is None or (not spelt and length == 2 and factor in ("2", "1/2", "-2", "-1/2")):
+            continue
+        found = ratio_at(case.problem, store, leaves, length)
+        if found is None:
+            continue
+        again, other = found
+        if abs(abs(again) / value - 1) < 1e-6:
+            return number
+        if not spelt and any(abs(abs(again) / value / (other / length) ** p - 1) < 1e-6 for p in powers):
+            return _named(case._replace(dims={name: length}), c)
+    return factor
+
+
 def _exact(factor: str | None) -> bool:
     """Whether a factor is a form, not merely a decimal."""
     return factor is not None and "." not in factor and "e" not in factor.replace("e+", "")
@@ -301,9 +327,9 @@ def _leaf_by_leaf(case: Case) -> tuple[Finding, ...]:
         if found is not None:
             findings += [f for f in found.findings if f not in findings]
         else:
-            findings.append(words.unknown(case.problem, leaf))
+            findings.append(clues.unknown(case, (leaf,), sample))
     if all(f.kind == "unknown" for f in findings):
-        return (words.unknown(case.problem, case.wrong[0] if len(case.wrong) == 1 else None),)
+        return (clues.unknown(case, case.wrong, sample),)
     return tuple(findings)
 
 
@@ -343,13 +369,15 @@ def _scaled_all(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     c, misfit = _fit(case, leaves, lambda s: s.true[None, :])
     if misfit[0] > 1:
         return []
-    factor = _named(case, c[0])
+    factor = _number_or_dimension(case, leaves, c[0], _named(case, c[0]))
     if factor is None:
         return []
     whole = len(leaves) == len(case.problem.leaves) or all(
         case.dead[i] for i in range(len(case.problem.leaves)) if i not in leaves
     )
     s = case.samples[0]
+    if "n" in factor and "store" in case.memory:
+        s.at.mean = is_mean(case.problem, case.memory["store"])
     if factor == "0":
         if not whole and len(leaves) > 1:
             return []
@@ -370,7 +398,7 @@ def _each_leaf(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     cost = 0.0
     for leaf in leaves:
         c, misfit = _fit(case, (leaf,), lambda s: s.true[None, :])
-        factor = _named(case, c[0]) if misfit[0] <= 1 else None
+        factor = _number_or_dimension(case, (leaf,), c[0], _named(case, c[0])) if misfit[0] <= 1 else None
         if factor is None or not (_exact(factor) or factor == "0"):
             return []
         s = case.samples[0]
@@ -441,7 +469,7 @@ def _same_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     if not 1 < len(leaves) < len(case.problem.leaves):
         return []
     c, misfit = _fit(case, leaves, lambda s: s.true[None, :])
-    factor = _named(case, c[0]) if misfit[0] <= 1 else None
+    factor = _number_or_dimension(case, leaves, c[0], _named(case, c[0])) if misfit[0] <= 1 else None
     if factor is None or factor == "0" or not _exact(factor):
         return []
     return [Explanation(13.2, leaves, (words.same_factor(case.problem, case.samples[0], factor, leaves),))]

@@ -24,18 +24,27 @@ def place_of(s: Any, fault: Fault) -> Where:
     return locate(s.program, fault.members, elementwise)
 
 
-def unknown(problem: Problem, leaf: int | None) -> Finding:
-    """No single fault, pair of faults or factor explains it."""
+def unknown(problem: Problem, leaf: int | None, clues: Sequence[str] = (), place: Where = NOWHERE) -> Finding:
+    """No single fault, pair of faults or factor explains it: what is known all the same."""
     path = None if leaf is None else problem.paths[leaf]
     part = "The gradient" if path is None else f"Leaf {path}"
-    return Finding(
-        "unknown",
-        path,
-        None,
-        "",
-        "",
-        f"{part} is wrong, and no one or two mistakes that this checker knows give these numbers. "
-        "Check the leaf with the largest cosine first, or tag intermediate values and use check_backprop.",
+    advice = "Tag intermediate values with jax.ad_checkpoint.checkpoint_name and use check_backprop."
+    sentence = f"{part} is wrong, and no one or two mistakes that this checker knows give these numbers."
+    return Finding("unknown", path, None, place.where, place.expression, " ".join([sentence, *(clues or (advice,))]))
+
+
+def parted(problem: Problem, s: Any, slot: int, leaves: Sequence[int]) -> tuple[str, Where]:
+    """A wrong adjoint of one value would give all these numbers."""
+    program: Program = s.program
+    users = [k for k, step in enumerate(program.steps) if slot in step.inputs and program.steps[k].frames]
+    place = locate(program, users[-1:]) if users else NOWHERE
+    names = ", ".join(problem.paths[i] for i in leaves)
+    name = spelled(problem, s, slot)
+    inside = f", in `{place.statement or place.expression}` ({place.where})" if place.where else ""
+    return (
+        f"They are what a wrong adjoint of `{name}` gives when all from there to {names} is done right: look at the "
+        f"step that sends back to `{name}`{inside}, and at what comes before it on the way back.",
+        place,
     )
 
 
@@ -53,7 +62,7 @@ def scale(problem: Problem, s: Any, factor: str, leaf: int | None, leaves: Seque
             sentence += " An inner derivative of -1 is missing or doubled, for instance"
             sentence += f" in `{place.expression}` ({place.where})."
         return Finding("sign", path, "-1", place.where, place.expression, sentence)
-    sentence = f"{whose} is {_times(factor)} the true one. {_scale_reason(factor, at)}"
+    sentence = f"{whose} is {_times(factor)} the true one. {_scale_reason(factor, at, s.at.mean)}"
     return Finding("scale", path, factor, place.where, place.expression, sentence.strip())
 
 
@@ -62,8 +71,15 @@ def _times(factor: str) -> str:
     return spoken.get(factor, f"{factor} times")
 
 
-def _scale_reason(factor: str, at: str) -> str:
+def _scale_reason(factor: str, at: str, mean: bool | None) -> str:
     bare = factor.lstrip("-")
+    if bare == "n" and mean is not True:
+        what = "This loss is a sum over the examples: no factor n belongs there" if mean is False else "Divide by n"
+        return f"{what}{at}."
+    if bare == "1/n" and mean is True:
+        return f"This loss is a mean over the examples, and you divided by n once too often{at}."
+    if bare == "1/n" and mean is False:
+        return f"It is that of the mean over the examples, and this loss is their sum{at}."
     if bare == "n":
         return f"It is the exact gradient of the sum over the examples; this loss is their mean{at}: divide by n."
     if bare == "1/n":
@@ -82,6 +98,11 @@ def _scale_reason(factor: str, at: str) -> str:
     if bare in ("1/d", "1/k", "1/h"):
         what = {"d": "features d", "k": "outputs k", "h": "hidden units h"}[bare[2:]]
         return f"You averaged over the number of {what} too; the loss does not{at}."
+    if bare in ("n/2", "2/n"):
+        if bare == "n/2":
+            what = "Both the 1/n of a mean and the 2 of a square's derivative are left out"
+            return f"{what}{at}: it is the exact gradient of n/2 times this loss."
+        return f"It is divided by n once too often, and a factor 2 is too many{at}."
     if re.fullmatch(r"n/\d+|\d+/n", bare):
         number = bare.replace("n", "").replace("/", "")
         return f"The number {number} is written into your gradient where n, the number of examples, belongs{at}."

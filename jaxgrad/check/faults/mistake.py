@@ -68,6 +68,8 @@ class At:
     def __init__(self, program: Program, todo: Plan, replay: Replay, leaves: Any, data: Any):
         self.program, self.todo, self.replay = program, todo, replay
         self._inputs = (leaves, data)
+        self.mean: bool | None = None
+        """Whether the loss is a mean over the examples or a sum, where that was asked."""
 
     @cached_property
     def values(self) -> dict[int, Any]:

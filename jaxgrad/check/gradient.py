@@ -10,7 +10,19 @@ import jax
 import numpy as np
 
 from jaxgrad import checks
-from jaxgrad.check import agreement, diagnosis, domain, examples, numerical, numerics, patterns, points, rounding, words
+from jaxgrad.check import (
+    agreement,
+    diagnosis,
+    domain,
+    examples,
+    follow,
+    numerical,
+    numerics,
+    patterns,
+    points,
+    rounding,
+    words,
+)
 from jaxgrad.check.agreement import Evaluation, Tolerance
 from jaxgrad.check.points import Point
 from jaxgrad.check.problem import (
@@ -35,7 +47,7 @@ from jaxgrad.check.problem import (
     traced,
     truth,
 )
-from jaxgrad.check.report import Finding, Report, Tried, text
+from jaxgrad.check.report import Finding, Report, Tried, WrongLine, text
 from jaxgrad.check.separate import separate, separated
 from jaxgrad.check.steps import low_precision
 
@@ -68,8 +80,11 @@ def check_gradient(
     whatever the inputs' dtype, at the given point and at drawn ones (perturbed, after descent steps, small,
     large, saturated; batches resampled to other sizes), and compared leaf by leaf with `jax.grad`. Where
     they differ, reverse mode is replayed over the steps of the loss with one step done wrong, until the
-    person's numbers come out. The report counts as true where the gradient is right, so a test can say
-    `assert check_gradient(...)`.
+    person's numbers come out. Then the person's function itself is followed line by line, in their own code and not in
+    libraries, to say at which of its lines the numbers first part from the truth (`Report.first_wrong_line`). For that
+    it runs a few dozen times more; what it prints there is thrown away.
+
+    The report counts as true where the gradient is right, so a test can say `assert check_gradient(...)`.
 
     A loss that works in the dtypes of its inputs only is evaluated in those, and the report says so. For a loss that
     JAX cannot trace (NumPy code), the truth is complex steps or central differences of its values, with a bound.
@@ -357,12 +372,13 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
             if wrong:
                 firm.append((e, wrong))
     findings: list[Finding] = []
+    lines: list[WrongLine] = []
     ok = True
     wrong = sorted({i for e, leaves in firm for i in leaves if not drawn or e.point.name == "drawn parameters"})
     distant = {id(e) for e in far}
     if drawn or any(e.point.name not in _SPECIAL and id(e) not in distant for e, _ in firm):
         ok = False
-        findings += _cause(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm])
+        findings += _cause(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm], lines)
     elif firm:
         kinks, fine = numerics.kink(problem, store, [e for e, _ in firm], tol)
         if kinks:
@@ -370,7 +386,7 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
             ok = ok and fine
         else:
             ok = False
-            findings += _cause(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm])
+            findings += _cause(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm], lines)
             if all(id(e) in distant for e, _ in firm) and findings[0].kind == "unknown":
                 noisy += [(e, leaves[0]) for e, leaves in firm]
                 findings, ok = [], True
@@ -390,7 +406,7 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
         custom = numerics.custom_rules(problem, store, usable, tol, ok)
         if custom:
             ok = False
-            findings = custom
+            findings, lines = custom, []
     rank = [e for e, _ in firm] or failing or usable[:1]
     shown = (
         first
@@ -423,7 +439,8 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
         for e in usable
     )
     smallest = agreement.smallest_detectable(usable, tol, dead)
-    return Report(ok, tuple(leaves), tuple(findings), smallest, table, tuple(notes))
+    line = lines[0] if lines and not ok else None
+    return Report(ok, tuple(leaves), tuple(findings), smallest, table, tuple(notes), first_wrong_line=line)
 
 
 def _cause(
@@ -435,6 +452,7 @@ def _cause(
     tol: Tolerance,
     dead: tuple[bool, ...],
     failing: Sequence[Evaluation],
+    lines: list[WrongLine],
 ) -> list[Finding]:
     """Why a gradient is wrong: first what its numbers alone show, then the step of the derivation."""
     agrees = lambda a, b: float(np.linalg.norm(a - b)) <= 1e-9 * float(np.linalg.norm(b)) + 1e-14  # noqa: E731
@@ -446,7 +464,7 @@ def _cause(
     rest = [i for i in wrong if problem.paths[i] not in {f.leaf for f in found}]
     if not rest:
         return found
-    explained = _explain(problem, store, tried, usable, rest, tol, dead, failing)
+    explained = _explain(problem, store, tried, usable, rest, tol, dead, failing, lines)
     if all(f.kind == "unknown" for f in explained) and tol.noise < 1e-11:
         ordinary = [e for e in usable if e.hand_finite and e.point.name not in ("large parameters", _TRAINED)]
         explained = patterns.nearly_right(problem, ordinary, rest) or explained
@@ -674,8 +692,10 @@ def _explain(
     tol: Tolerance,
     dead: tuple[bool, ...],
     failing: Sequence[Evaluation],
+    lines: list[WrongLine],
 ) -> list[Finding]:
-    """The findings for a gradient that is wrong at ordinary points."""
+    """The findings for a gradient that is wrong at ordinary points; the first wrong line, if there is one to show,
+    is put into `lines`."""
     search: list[Evaluation] = []
     more: list[Point] = []
     if tried.second is not None:
@@ -702,6 +722,8 @@ def _explain(
         seen = list(wrong)
     if not search:
         return [words.unknown(problem, None)]
+    line = follow.first_wrong_line(problem, store, search, seen, tol.noise)
+    lines += [] if line is None else [line]
     return list(diagnosis.explain(problem, store, search, seen, tol.noise, dead))
 
 

@@ -1,5 +1,6 @@
 """What the checker says: data, and the text of it."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,6 +28,42 @@ class Finding(NamedTuple):
     """The mistake in the words of the derivation."""
     equivalents: tuple[str, ...] = ()
     """Other faults that give the same numbers at every point tried."""
+
+
+def place(file: str, line: int) -> str:
+    """A line as Python's own messages name it: a cell of a notebook has a number, and no file worth naming."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    compiler = getattr(shell, "compile", None)
+    try:
+        kind, cell = compiler.format_code_name(file) or ("", "")  # type: ignore[union-attr]
+    except Exception:  # no notebook, or one of another make
+        kind = cell = ""
+    if kind == "Cell":
+        return f"Cell {cell}, line {line}"
+    return f"{os.path.basename(file)}:{line}"
+
+
+class WrongLine(NamedTuple):
+    """The first line of the person's gradient that makes a wrong value; `follow` says how that is shown."""
+
+    file: str
+    line: int
+    text: str
+    """The statement, on one line."""
+    variable: str
+    """What it makes, as the person writes it."""
+    expected: str
+    """What that should be."""
+    leaves: tuple[str, ...]
+    """The leaves of the gradient that are right once it is."""
+    sentence: str
+    certain: bool = True
+    """Whether it is this line, and not one that makes what it reads."""
+
+    @property
+    def where(self) -> str:
+        """`file.py:12`, or `Cell In[6], line 5` in a notebook."""
+        return place(self.file, self.line)
 
 
 class Leaf(NamedTuple):
@@ -75,6 +112,8 @@ class Report(NamedTuple):
     """What the gradient was compared with: `autodiff`, `complex steps` or `central differences`."""
     of: str = "this loss"
     """What it should be the gradient of."""
+    first_wrong_line: WrongLine | None = None
+    """Where in the gradient's own code the numbers first part from the truth, where that could be shown."""
 
     def __bool__(self) -> bool:
         return self.ok
@@ -88,8 +127,6 @@ _CODES = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 
 def colored() -> bool:
     """Whether standard output is a terminal that wants colour."""
-    import os
-
     stream = sys.stdout
     return bool(getattr(stream, "isatty", lambda: False)()) and "NO_COLOR" not in os.environ
 
@@ -137,6 +174,8 @@ def text(report: Report, color: bool = False) -> str:
                 lines.append("")
                 lines.append("And besides:")
             lines += ["", *finding_lines(finding, paint)]
+        if report.first_wrong_line is not None:
+            lines += ["", *_wrong_line(report.first_wrong_line, paint)]
     if report.leaves and not report.ok:
         lines += ["", *_table(report.leaves, paint)]
     if report.notes:
@@ -158,6 +197,12 @@ def finding_lines(finding: Finding, paint) -> list[str]:
     for other in finding.equivalents[:3]:
         lines += _wrap("The same numbers would come from this: " + other, 4)
     return lines
+
+
+def _wrong_line(line: WrongLine, paint) -> list[str]:
+    """The person's own line, marked, and what is wrong with it."""
+    what = "In your code this is the first wrong line:" if line.certain else "In your code it begins here:"
+    return ["  " + what, f"  {paint(line.where, 'dim')}:  {paint(line.text, 'bold')}", *_wrap(line.sentence, 4)]
 
 
 def _table(leaves: Sequence[Leaf], paint) -> list[str]:

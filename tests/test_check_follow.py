@@ -1,0 +1,261 @@
+"""The first wrong line of a person's own gradient: found where it can be shown, and else nothing said."""
+
+import concurrent.futures
+import linecache
+import re
+import sys
+import types
+import warnings
+
+import follow_cases
+import jax
+import numpy as np
+import pytest
+
+from jaxgrad.check import agreement, check_gradient, follow, points
+from jaxgrad.check.gradient import trace_given
+from jaxgrad.check.known import Index, alike
+from jaxgrad.check.problem import Wrong, kernel, prepare, truth
+from jaxgrad.check.report import WrongLine, place, text
+from jaxgrad.check.statements import peek, reads, statements_of
+from jaxgrad.check.watch import Repair, TooLong, repaired, spelled_path, watch
+
+
+@pytest.fixture(autouse=True)
+def as_people_write():
+    """People add a bias to a batch without `[None, :]`, which the other tests forbid."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+BY_NAME = {case.name: case for case in follow_cases.CASES}
+
+
+def first_wrong_line(loss, gradient, params, batch, seconds=60.0) -> WrongLine | None:
+    """The line that is found with points like those of a check, without the rest of the check."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        problem = prepare(loss, gradient, params, (batch,), {}, False)
+        store = kernel(problem)
+        trace_given(problem, store)
+        shapes = [np.shape(a) for a in (*problem.leaves, *problem.data)]
+        rng = np.random.default_rng(4)
+        drawn = [
+            point
+            for size, count in zip(points.batch_sizes(problem.n, shapes), (3, 2), strict=True)
+            for point in points.generic(problem, store, rng, size, truth, count)
+        ]
+        found = [agreement.evaluate(problem, store, point) for point in drawn]
+        evaluations = [e for e in found if not isinstance(e, Wrong)]
+        wrong = sorted(
+            {
+                i
+                for e in evaluations
+                for i in agreement.wrong_leaves(e, agreement.tolerance(agreement.scales(evaluations)))
+            }
+        )
+        return follow.first_wrong_line(problem, store, evaluations, wrong, 0.0, seconds)
+
+
+@pytest.mark.parametrize("name", [case.name for case in follow_cases.CASES if not case.silent])
+def test_the_line_with_the_mistake_is_found(name):
+    case = BY_NAME[name]
+    line = first_wrong_line(case.loss, case.gradient, case.params, case.batch)
+    assert line is not None
+    assert (line.line, line.certain) == (case.lines[0], name not in follow_cases.ONE_OF_TWO)
+
+
+@pytest.mark.parametrize("name", [case.name for case in follow_cases.CASES if case.silent])
+def test_nothing_is_said_where_nothing_can_be_shown(name):
+    case = BY_NAME[name]
+    assert first_wrong_line(case.loss, case.gradient, case.params, case.batch) is None
+
+
+# ------------------------------------------------------------------------------------------ in a check
+
+
+def check(name):
+    case = BY_NAME[name]
+    return check_gradient(case.loss, case.gradient, case.params, case.batch)
+
+
+def test_a_report_shows_the_line_and_the_findings_stay_as_they_are(monkeypatch):
+    report = check("slope_left_out")
+    said = text(report)
+    assert report.first_wrong_line is not None
+    assert f"follow_cases.py:{BY_NAME['slope_left_out'].lines[0]}:  dz1 = da1" in said
+    assert "`dz1` is dL/da1" in said
+    assert "needs dL/dz1" in said
+    monkeypatch.setattr(follow, "first_wrong_line", lambda *_: None)
+    without = check("slope_left_out")
+    assert without.first_wrong_line is None
+    assert without.findings == report.findings
+    assert "In your code" not in text(without)
+
+
+def test_a_right_gradient_is_not_followed(monkeypatch):
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(follow, "first_wrong_line", refuse)
+    case = BY_NAME["penalty_left_out"]
+    assert check_gradient(case.loss, jax.grad(case.loss), case.params, case.batch).ok
+
+
+def test_what_the_gradient_raises_while_it_is_followed_is_not_passed_on(monkeypatch):
+    def broken(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(follow, "watch", broken)
+    assert not check("penalty_left_out").ok
+    assert check("penalty_left_out").first_wrong_line is None
+
+
+def test_a_gradient_that_rounds_is_not_followed():
+    case = BY_NAME["penalty_left_out"]
+
+    def single(w, batch):
+        return np.float32(case.gradient(w, batch)).astype(float)
+
+    report = check_gradient(case.loss, single, case.params, case.batch)
+    assert not report.ok
+    assert report.first_wrong_line is None
+
+
+# ------------------------------------------------------------------------------------------ the person's state
+
+
+def test_the_tracer_of_a_debugger_is_put_back_and_prints_are_kept_away(capsys):
+    def tracer(*_):
+        return None
+
+    def function():
+        print("seen")
+        return 1.0
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        watch(function, 1e9)
+        left = sys.gettrace()
+    finally:
+        sys.settrace(before)
+    assert left is tracer
+    assert capsys.readouterr().out == ""
+
+
+def test_a_function_that_runs_too_long_is_let_go_with_its_tracer_put_back():
+    def function():
+        return sum(k for k in range(3))
+
+    before = sys.gettrace()
+    with pytest.raises(TooLong):
+        watch(function, -1.0)
+    assert sys.gettrace() is before
+
+
+def test_threads_and_generators_are_no_obstacle():
+    case = BY_NAME["square_without_two"]
+
+    def rows(batch):
+        yield from zip(*batch, strict=True)
+
+    def gradient(w, batch):
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            parts = list(pool.map(lambda row: (row[0] @ w - row[1]) * row[0], rows(batch)))
+        fit = sum(parts) / len(parts)
+        return fit + 0.2 * w
+
+    line = first_wrong_line(case.loss, gradient, case.params, case.batch)
+    assert line is not None
+    assert line.text == "fit = sum(parts) / len(parts)"
+
+
+def test_reading_a_value_runs_no_code_of_the_person():
+    class Noisy:
+        @property
+        def value(self):
+            raise AssertionError
+
+    source = "y = noisy.value + cache['x'][1:] * noisy.other\n"
+    linecache.cache["<reads>"] = (len(source), None, source.splitlines(True), "<reads>")
+    found = dict(reads(statements_of("<reads>")[1], {"noisy": Noisy(), "cache": {"x": np.arange(3.0)}}))
+    assert [k for k in found if k != "noisy"] == ["cache['x'][1:]", "cache['x']"]
+    assert peek(statements_of("<reads>")[1].node.targets[0], {"y": 2}) == 2
+
+
+# ------------------------------------------------------------------------------------------ notebooks
+
+
+def test_a_cell_of_a_notebook_is_named_as_the_notebook_names_it(monkeypatch):
+    source = "def gradient(w, batch):\n    x, y = batch\n    r = x @ w + y\n    return 2 * x.T @ r / len(y) + 0.2 * w\n"
+    file = "/nowhere/ipykernel_1/123.py"
+    monkeypatch.setitem(linecache.cache, file, (len(source), None, source.splitlines(True), file))
+    made: dict = {}
+    exec(compile(source, file, "exec"), made)
+    case = BY_NAME["penalty_left_out"]
+    line = first_wrong_line(case.loss, made["gradient"], case.params, case.batch)
+    assert line is not None
+    assert line.text == "r = x @ w + y"
+    assert line.where == "123.py:3"
+    shell = types.SimpleNamespace(
+        compile=types.SimpleNamespace(format_code_name=lambda name: ("Cell", "In[6]") if name == file else None)
+    )
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))  # type: ignore
+    assert line.where == "Cell In[6], line 3"
+    assert place("/somewhere/file.py", 3) == "file.py:3"
+
+
+# ------------------------------------------------------------------------------------------ following and matching
+
+
+def test_each_statement_shows_what_it_reads_and_makes():
+    def function(x):
+        total = np.zeros(2)
+        for row in x:
+            total += row
+        return total
+
+    run = watch(lambda: function(np.array([[1.0, 2.0], [3.0, 4.0]])), 1e9)
+    added = [e for e in run.events if e.statement.text == "total += row"]
+    assert [e.occurrence for e in added] == [0, 1]
+    assert [dict(e.inputs)["row"].tolist() for e in added] == [[1.0, 2.0], [3.0, 4.0]]
+    assert [(spelled_path(o.path), o.value.tolist()) for e in added for o in e.outputs] == [
+        ("total", [1.0, 2.0]),
+        ("total", [4.0, 6.0]),
+    ]
+
+
+def test_a_repair_puts_values_in_place_each_time_that_the_statement_runs():
+    def function():
+        seen = []
+        for k in range(3):
+            value = np.full(2, float(k))
+            seen.append(value.sum())
+        return seen
+
+    run = watch(function, 1e9)
+    made = next(e for e in run.events if e.statement.text.startswith("value ="))
+    repair = Repair(made.statement, made.code, tuple((("value",), np.full(2, 10.0 + k)) for k in range(3)))
+    assert repaired(function, repair) == [20.0, 22.0, 24.0]
+    assert function() == [0.0, 2.0, 4.0]
+
+
+def test_an_array_is_recognised_turned_and_scaled_and_as_a_row_and_nothing_else_is():
+    rng = np.random.default_rng(0)
+    known = {("value", 0): rng.normal(size=(4, 6)), ("adjoint", 1): rng.normal(size=(3, 5))}
+    index = Index(known, 7)
+    turned = index.find(-7 * known["value", 0].T)
+    assert [(f.label, f.axis, f.same) for f in turned] == [(("value", 0), None, False)]
+    assert turned[0].factor == pytest.approx(-7.0)
+    row = index.find(2 * known["adjoint", 1][:, 2])
+    assert [(f.label, f.axis, f.row) for f in row] == [(("adjoint", 1), 1, 2)]
+    assert index.find(known["value", 0] + 1e-6 * rng.normal(size=(4, 6))) == ()
+    assert index.find(rng.normal(size=(3, 5))) == ()
+    assert alike(np.sort(known["value", 0], axis=None), known["value", 0]) is None
+
+
+def test_every_mistake_of_the_cases_is_marked_once():
+    for case in follow_cases.CASES:
+        assert len(case.lines) == (0 if case.silent else 1), case.name
+        assert re.fullmatch(r"\w+", case.name)

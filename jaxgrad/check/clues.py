@@ -31,7 +31,9 @@ def unknown(case: Any, leaves: Sequence[int], sampler: Sampler) -> Finding:
             "or mean over the wrong axis, an index, a matrix product where each example should go by itself)."
         )
     else:
-        at = [sampler(problem, store, e, np.random.default_rng(12)) for e in alone[:2]] if alone else case.samples[:2]
+        at = case.samples[:2]
+        if alone and store is not None:
+            at = [sampler(problem, store, e, np.random.default_rng(12)) for e in alone[:2]]
         found = _wrong_adjoint(at, case.noise)
         if found is not None and len(leaves) == len(case.wrong):
             clue, place = words.parted(problem, at[0], found, leaves)
@@ -136,7 +138,7 @@ def _pattern(evaluations: Sequence[Evaluation], leaf: int, noise: float) -> str:
     return ""
 
 
-def _ratio(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> str | None:
+def _ratio(pairs: Sequence[tuple[Any, Any]]) -> str | None:
     """The one factor between two arrays at all points, in its exact form."""
     h, t = (np.concatenate([np.ravel(p[k]) for p in pairs]) for k in (0, 1))
     size = float(t @ t)

@@ -956,6 +956,19 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         detail = fault.detail[:1] + fault.detail[2:] if fault.product >= 0 else fault.detail
         for key in ((names, fault.kind, detail), (names, fault.kind, detail, by_place.where, by_place.expression)):
             groups.setdefault(key, []).append(m)
+    # Another value in the factor's place, the same in every time step: as far back in the program each time.
+    makers = {o: k for k, step in enumerate(s.program.steps) for o in step.outputs}
+    for m, fault in enumerate(case.faults):
+        if fault.product >= 0 and fault.detail[0] in ("value", "value^T") and fault.detail[1] in makers:
+            step = s.program.steps[fault.members[-1]]
+            key = (
+                step.frames,
+                step.primitive,
+                fault.detail[0],
+                fault.detail[2],
+                makers[fault.detail[1]] - fault.members[-1],
+            )
+            groups.setdefault(key, []).append(m)
     # Functions that have a name come first: each try is a reverse pass of its own.
     order = sorted(groups.values(), key=lambda ms: (not _is_named(case, ms[0]), case.faults[ms[0]].cost))
     hits = []

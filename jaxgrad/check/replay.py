@@ -382,7 +382,7 @@ def _pieces(program: Program, by_shape: Mapping[tuple[int, ...], list[int]], mos
                 continue
             if not plain[out] and (not shape or int(np.prod(shape)) > 300):
                 continue
-            others = [o for o in by_shape.get(shape, []) if o != start][:most] if plain[out] else []
+            others = _nearest([o for o in by_shape.get(shape, []) if o != start], out, most) if plain[out] else []
             if out in by_shape.get(shape, []) and out not in others and plain[out]:
                 others.append(out)
             found.append(Piece(start, out, members, plain[out], tuple(others)))
@@ -421,7 +421,9 @@ def _products(
         if step.primitive not in BILINEAR:
             continue
         for i, j in ((0, 1), (1, 0)):
-            if step.inputs[i] not in program.moving or step.inputs[j] not in program.varying:
+            # A constant partner of a matrix product is one too: the zeros before the first time step.
+            fixed = step.inputs[j] not in program.varying and step.primitive != "dot_general"
+            if step.inputs[i] not in program.moving or fixed:
                 continue
             if step.primitive == "div" and i == 1:
                 continue
@@ -438,11 +440,16 @@ def _products(
                 labels += [("rolled", 1), ("rolled", -1)]
             if shape:
                 near = [s for s in by_shape.get(shape, []) if s != step.inputs[j]]
-                labels += [("value", s) for s in near[:most]]
+                labels += [("value", s) for s in _nearest(near, step.outputs[0], most)]
             if step.primitive == "dot_general" and len(shape) == 2 and shape[0] != shape[1]:
-                labels += [("value^T", s) for s in by_shape.get(shape[::-1], [])[:most]]
+                labels += [("value^T", s) for s in _nearest(by_shape.get(shape[::-1], []), step.outputs[0], most)]
             found.append(Product(k, i, j, tuple(labels)))
     return tuple(found)
+
+
+def _nearest(slots: Sequence[int], slot: int, most: int) -> list[int]:
+    """The values made nearest to a step in the program, in their order."""
+    return sorted(sorted(slots, key=lambda s: abs(s - slot))[:most])
 
 
 def partner(product: Product, label: tuple[str, int], values: Mapping[int, Any], slot: int) -> Any:

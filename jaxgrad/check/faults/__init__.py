@@ -15,10 +15,13 @@ from jaxgrad.check.faults.mistake import At, Mistake
 from jaxgrad.check.replay import Piece, Plan, Product, Replay, partner
 from jaxgrad.check.steps import NAMED, Program
 
+MODULES = (selections, partners, jacobians, algebra, chains)
+"""Where the mistakes are that are classes of their own."""
+
 
 def rarer(at: At) -> tuple[Mistake, ...]:
     """The mistakes that are classes of their own, the least far-fetched first."""
-    every = (m for module in (selections, partners, jacobians, algebra, chains) for m in module.found(at))
+    every = (m for module in MODULES for m in module.found(at))
     return tuple(sorted(every, key=lambda m: m.cost))
 
 

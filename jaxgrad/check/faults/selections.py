@@ -119,7 +119,7 @@ def sources(at: At, k: int, operand: int) -> np.ndarray | None:
     ones = at.moved(k, operand, np.ones(shape))
     if index is None or ones is None or not np.all(ones == 1) or not np.all(index == np.round(index)):
         return None
-    return np.asarray(index.real, int) - 1
+    return np.asarray(np.real(index), int) - 1
 
 
 def found(at: At) -> Iterator[Mistake]:

@@ -1,0 +1,94 @@
+"""Every class of mistakes is needed: the checker without it fails on a named input."""
+
+import jax
+import pytest
+import test_check_gradient as zoo
+import test_check_reported_steps as steps
+import test_check_reported_wholes as wholes
+
+from jaxgrad.check import diagnosis, faults, gradient
+
+STEPS = {
+    "Overwritten": "embedding_rows_assigned",
+    "ToAll": "maximum_sends_to_all",
+    "Partner": "updated_weights",
+    "PartOfAdjoint": "only_own_pairs",
+    "Convolution": "conv_kernel_turned",
+    "OtherEnd": "bias_row_dropped_at_the_wrong_end",
+    "Jacobian": "softmax_unweighted_library",
+    "MatrixRule": "solve_times",
+    "Adjoint": "relu_by_adjoint",
+    "Side": "leaky_other_slope",
+    "Swapped": "leaky_swapped",
+}
+WHOLES = {
+    "_repeated": "carry_missing_with_a_loss_at_every_step",
+    "_same_factor": "weights_not_averaged",
+    "_of_leaf": "derivative_by_log_length",
+    "_in_some_entries": "bias_penalised_too",
+    "_similar_faults": "slope_missing_at_every_step",
+}
+ZOO = {
+    "one": ("two-layer net", "sigmoid' left out"),
+    "output": ("two-layer net", "sigmoid' at its output"),
+    "tanh": ("two-layer net", "tanh' for sigmoid'"),
+    "formula": ("two-layer net", "z for a in sigmoid'"),
+    "ones": ("two-layer net", "W2^T left out"),
+    "value": ("two-layer net", "z for a"),
+    "transposed": ("deep net", "W2 not transposed"),
+    "passed": ("deep net", "W2 left out"),
+    "itself": ("cross entropy", "1 - s left out"),
+    "rolled": ("linear", "rows shifted by one"),
+    "magnitude": ("linear", "sign of r lost"),
+    "argument": ("poisson", "eta for exp(eta)"),
+}
+
+
+def fails(test, *args):
+    gradient.forget()
+    try:
+        test(*args)
+    except Exception:
+        return True
+    finally:
+        gradient.forget()
+        jax.clear_caches()
+    return False
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_class_of_mistakes_is_needed(name, monkeypatch):
+    every = faults.rarer
+    assert any(cls.__name__ == name for m in faults.MODULES for cls in vars(m).values() if isinstance(cls, type))
+    monkeypatch.setattr(faults, "rarer", lambda at: tuple(m for m in every(at) if type(m).__name__ != name))
+    assert fails(steps.test_the_cause_and_its_line_are_named, STEPS[name])
+
+
+def test_the_step_of_a_fixed_point_is_needed(monkeypatch):
+    every = faults.rarer
+    monkeypatch.setattr(faults, "rarer", lambda at: tuple(m for m in every(at) if type(m).__name__ != "OneStep"))
+    assert fails(wholes.test_the_cause_is_named_with_its_leaf_and_factor, "last_step_of_a_fixed_point")
+
+
+def test_every_class_of_mistakes_is_asked_for():
+    classes = {
+        cls.__name__
+        for module in faults.MODULES
+        for cls in vars(module).values()
+        if isinstance(cls, type) and cls.__module__ == module.__name__
+    }
+    assert classes == {*STEPS, "OneStep"}
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_an_attempt_of_the_search_is_needed(name, monkeypatch):
+    monkeypatch.setattr(diagnosis, name, lambda case, leaves: [])
+    assert fails(wholes.test_the_cause_is_named_with_its_leaf_and_factor, WHOLES[name])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_fault_of_the_catalogue_is_needed(name, monkeypatch):
+    every = faults.catalogue
+    keep = lambda f: not (f.detail and f.detail[0] == name)  # noqa: E731
+    monkeypatch.setattr(faults, "catalogue", lambda *args: tuple(f for f in every(*args) if keep(f)))
+    assert fails(zoo.test_every_mistake_of_the_zoo_is_named_and_placed, *ZOO[name])

@@ -507,7 +507,7 @@ class _Search:
             found = self.wrong_input(site, cure is not None) if status.kind == "unknown" else None
             if found is None and cure is not None:
                 found = self.cured(cure, status)
-            if found is None and leaf is not None:
+            if found is None and leaf is not None and self.tells(site, leaf):
                 found = self.leaf_line(site, leaf)
             if found is not None:
                 # What came before and could not be trusted may be where it begins.
@@ -538,7 +538,7 @@ class _Search:
             leaf = self.leaf_made_by(site)
             doubt = {text for text in self.doubtful(site.first, tried, site.name)} if leaf is not None else set()
             makers = [s for s in unsure if s.name in doubt]
-            if leaf is None or len(doubt) != 1 or len(makers) != 1 or site.first.opaque:
+            if leaf is None or len(doubt) != 1 or len(makers) != 1 or site.first.opaque or not self.tells(site, leaf):
                 continue
             first, path = makers[0], self.leaf_name(leaf)
             here = first.statement
@@ -549,6 +549,21 @@ class _Search:
             target = f"the gradient of {path}"
             return WrongLine(here.file, here.line, here.text, first.name, target, (path,), sentence, False)
         return None
+
+    def tells(self, site: Site, leaf: int) -> bool:
+        """Whether that nothing is known of what a site makes shows that it is wrong: of a sum in a loop only if it
+        adds whole terms, and those that belong there are known."""
+        made = [o for o in site.outputs if o is not None]
+        reads_itself = any(text == site.name for text, _ in site.first.inputs)
+        if len(made) == 1 or not (_is_sum(site) or reads_itself):
+            return True
+        program = self.points[0].facts.program
+        known = [k for k in self.points[0].facts.by_label if k[0] in ("part", "rows")]
+        terms = [k for k in known if program.steps[k[1]].inputs[k[2]] == program.leaves[leaf]]
+        size = sum(len(self.points[0].facts.by_label[k]) if k[0] == "rows" else 1 for k in terms)
+        whole = all(o.before is not None and np.all(o.value != o.before) for o in made)
+        single = all(o.value.size == 1 for o in made)
+        return bool(terms) and whole and not single and len(made) <= size
 
     def overwritten(self) -> WrongLine | None:
         """A line in a loop that sets a leaf's gradient anew where it should add to it."""
@@ -817,7 +832,7 @@ class _Search:
         def rank(label: Label) -> tuple[int, int]:
             kind = label[0]
             exact = kind == "adjoint" and self.sources(int(label[1])) == slots
-            order = 0 if exact else {"slope": 1, "value": 2, "part": 3, "adjoint": 4, "helper": 5}[kind]
+            order = 0 if exact else {"slope": 1, "value": 2, "part": 3, "adjoint": 4, "helper": 5, "rows": 6}[kind]
             named = kind in ("adjoint", "value") and is_variable(name_of(self.problem, facts.program, int(label[1])))
             return order, 0 if named else 1
 
@@ -829,6 +844,9 @@ class _Search:
                 if known.size == size:
                     for number in range(len(arrangements(known, made[0].value.shape))):
                         yield Pattern((label,), number, None, False)
+            for label, known in self.points[0].helpers.arrays.items():
+                if str(label[1]).startswith("softmax") and known.size == size:
+                    yield Pattern((label,), 0, None, False)
             return
         if len(shapes) == 1:
             (shape,) = shapes
@@ -877,7 +895,8 @@ class _Search:
                 if number == len(made) - 1:
                     continue
                 return None
-            known = facts.by_label.get(pattern.labels[number if len(pattern.labels) > 1 else 0])
+            label = pattern.labels[number if len(pattern.labels) > 1 else 0]
+            known = point.helpers.arrays.get(label) if label[0] == "helper" else facts.by_label.get(label)
             if known is None:
                 return None
             if pattern.axis is not None:
@@ -959,7 +978,7 @@ class _Search:
             step = program.steps[int(label[1])]
             inner = name_of(self.problem, program, step.inputs[0])
             name = f"the derivative of {step.name} at {inner}"
-        elif kind == "part":
+        elif kind in ("part", "rows"):
             step = program.steps[int(label[1])]
             slot = step.inputs[int(label[2])]
             through = name_of(self.problem, program, step.outputs[0])
@@ -972,7 +991,7 @@ class _Search:
             name = {
                 "value": inner,
                 "adjoint": f"dL/d{inner}" if named else f"the derivative of the loss by {inner}",
-                "helper": f"a function of {inner}",
+                "helper": f"the {label[1].split()[0]} of {inner}" if "softmax" in str(label[1]) else f"made of {inner}",
             }[kind]
         if len(labels) > 1:
             name += " of its pass"
@@ -998,7 +1017,10 @@ class _Search:
             backward = [f.factor for f in found if f.label[0] in ("adjoint", "part")]
             parts = [f.label for f in found if f.label[0] == "part" and f.axis is None]
             parts = [p for p in parts if program.steps[p[1]].inputs[p[2]] in program.leaves]
+            forward = self.nicest_found(found).label[0] == "value" and not _is_derivative(text)
             cure = self.cure(maker, backward, [f.label for f in found])
+            if cure is not None and forward and cure.pattern.labels[0][0] not in ("value", "slope"):
+                continue  # a value of the loss is no place for an adjoint
             if cure is None and parts and not cured:
                 cure = self.cure(maker, (), [], parts)
                 found = tuple(f for f in found if f.label in parts)

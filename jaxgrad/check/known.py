@@ -17,13 +17,14 @@ import numpy as np
 
 from jaxgrad.check import steps
 from jaxgrad.check.problem import Kernel, Problem, program_at, shape_key
-from jaxgrad.check.replay import is_elementwise, quick_jit
+from jaxgrad.check.replay import is_elementwise, pull, quick_jit
 from jaxgrad.check.source import locate
 from jaxgrad.check.steps import Program
 
 Label = tuple[Any, ...]
 """`(kind, number, ...)`: value of a slot, adjoint of a slot, part (what one step sends to one operand), slope (the
-derivative of a step that works entry by entry), helper (a simple function of a value)."""
+derivative of a step that works entry by entry), rows (what each example sends to a parameter), helper (a simple
+function of a value)."""
 
 CLOSE = 1e-8
 
@@ -57,11 +58,12 @@ def facts_at(store: Kernel, leaves: Sequence[Any], data: Sequence[Any], n: int |
     key = ("facts", shape_key(leaves, data))
     if key not in store.compiled:
         program = _unrolled(store, leaves, data)
-        store.compiled[key] = (program, quick_jit(lambda ls, ds: _everything(program, ls, ds)))
+        store.compiled[key] = (program, quick_jit(lambda ls, ds: _everything(program, ls, ds, n)))
     program, run = store.compiled[key]
-    values, sent = jax.device_get(run(list(leaves), list(data)))
+    values, sent, rows = jax.device_get(run(list(leaves), list(data)))
     found = [(("value", slot), value) for slot, value in values.items()]
     found += _sorted_by_kind(program, sent)
+    found += [(("rows", k, i), row) for (k, i), row in rows.items()]
     by_label = {label: np.asarray(v, np.float64) for label, v in found if np.asarray(v).dtype.kind != "c"}
     return Facts(program, by_label, Index(by_label, n))
 
@@ -80,7 +82,7 @@ def _unrolled(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> Prog
     return program
 
 
-def _everything(program: Program, leaves: Sequence[Any], data: Sequence[Any]) -> Any:
+def _everything(program: Program, leaves: Sequence[Any], data: Sequence[Any], n: int | None) -> Any:
     """All values, and what each step sends back to each operand: the derivatives by a zero added to that operand."""
     uses = [(k, i) for k, step in enumerate(program.steps) for i, s in enumerate(step.inputs) if s in program.moving]
     zeros = [jnp.zeros(program.avals[s].shape, program.avals[s].dtype) for s in _slots(program, uses)]
@@ -93,11 +95,31 @@ def _everything(program: Program, leaves: Sequence[Any], data: Sequence[Any]) ->
         for k, step in enumerate(program.steps):
             operands = [values[s] + added[k, i] if (k, i) in added else values[s] for i, s in enumerate(step.inputs)]
             values.update(zip(step.outputs, step.call(*operands), strict=True))
-        kept = {s: v for s, v in values.items() if s in program.varying and _is_number(program.avals[s])}
-        return values[program.output], kept
+        return values[program.output], values
 
-    sent, values = jax.grad(run, has_aux=True)(zeros)
-    return values, dict(zip(uses, sent, strict=True))
+    found, values = jax.grad(run, has_aux=True)(zeros)
+    sent = dict(zip(uses, found, strict=True))
+    kept = {s: v for s, v in values.items() if s in program.varying and _is_number(program.avals[s])}
+    return kept, sent, _by_example(program, values, sent, n)
+
+
+def _by_example(program: Program, values: Mapping[int, Any], sent: Mapping[tuple[int, int], Any], n: int | None) -> Any:
+    """What each example sends to the parameters, where a step has the examples along an axis of what it makes."""
+    rows: dict[tuple[int, int], Any] = {}
+    for (k, i), part in sent.items():
+        step = program.steps[k]
+        out = step.outputs[0]
+        shape = tuple(program.avals[out].shape)
+        if n is None or step.inputs[i] not in program.leaves or n not in shape or part.size * n > 50_000:
+            continue
+        above = [v for (j, m), v in sent.items() if program.steps[j].inputs[m] == out]
+        if not above or step.primitive in ("scan", "while", "cond"):
+            continue
+        adjoint = sum(above[1:], above[0])
+        axis = shape.index(n)
+        masks = jnp.eye(n).reshape(n, *(n if a == axis else 1 for a in range(len(shape))))
+        rows[k, i] = jax.vmap(lambda m, s=step, a=adjoint, o=out, w=i: pull(program, s, values, {o: a * m})[w])(masks)
+    return rows
 
 
 def _slots(program: Program, uses: Iterable[tuple[int, int]]) -> list[int]:

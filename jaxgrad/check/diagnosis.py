@@ -877,7 +877,7 @@ def _added(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             if len(cs) < len(case.samples):
                 break
             factor = _named(case._replace(dims={}), np.array(cs), 1e-5 if case.noise < 1e-11 else 3e-2)
-            if factor is None:
+            if factor in (None, "0"):
                 break
             factors[leaf] = factor
         if len(factors) == len(leaves):

@@ -170,8 +170,10 @@ def _use_of(s: Any, leaf: int) -> Where:
     slot = program.leaves[leaf]
     aliases = {slot}
     for k, step in enumerate(program.steps):
-        if aliases & set(step.inputs) and step.frames:
-            if step.primitive in ("broadcast_in_dim", "reshape", "transpose", "squeeze", "convert_element_type"):
+        if aliases & set(step.inputs):
+            same = ("broadcast_in_dim", "reshape", "transpose", "squeeze", "convert_element_type")
+            # A step without a place is ours: it puts a complex leaf together.
+            if step.primitive in same or not step.frames:
                 aliases |= set(step.outputs)
                 continue
             return locate(program, [k])

@@ -359,7 +359,8 @@ def _extra(program: Program) -> list[Fault]:
             fixed.setdefault(tuple(aval.shape), []).append(slot)
     near: dict[tuple[int, ...], list[int]] = {}
     for slot in sorted(program.moving):
-        near.setdefault(tuple(program.avals[slot].shape), []).append(slot)
+        if np.dtype(program.avals[slot].dtype).kind != "c":
+            near.setdefault(tuple(program.avals[slot].shape), []).append(slot)
     found: list[Fault] = []
     for slot in sorted(program.moving):
         real = np.dtype(program.avals[slot].dtype).kind != "c"

@@ -115,6 +115,10 @@ def sample(problem: Problem, store: Kernel, evaluation: Evaluation, rng: np.rand
     return Sample(evaluation, program, todo, replay, faults, directions, owner, true, mine, changes, shares, at)
 
 
+MOST_TANGENTS = 3e6
+"""How many numbers the tangents of all values may take at one point; of eight bytes each, at some eight points."""
+
+
 def _along(directions: Sequence[Any], gradient: Sequence[Any]) -> np.ndarray:
     """A gradient along all directions."""
     count = len(directions[0])
@@ -126,8 +130,9 @@ def _directions(
     leaves: Sequence[Any], program: Program, rng: np.random.Generator
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """Every coordinate if there are few, else random directions, each within one leaf."""
-    widest = max([int(np.prod(program.avals[s].shape)) for s in program.moving] + [1])
-    room = max(6, int(2e7 // widest) // max(1, len(leaves)))
+    sizes = [int(np.prod(program.avals[s].shape)) for s in program.moving]
+    # Every direction is carried through every value: together they take at most so many numbers at a point.
+    room = max(1, int(min(2e7 // max([*sizes, 1]), MOST_TANGENTS // max(sum(sizes), 1)) // max(1, len(leaves))))
     most = min(room, 400 // max(1, len(leaves)) + 40)
     blocks, owner = [], []
     for i, leaf in enumerate(leaves):
@@ -201,28 +206,31 @@ def _dims(problem: Problem) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------- matching
 
 
-def _allowed(case: Case, s: Sample, leaf: int) -> float:
-    """How far an explanation may be from the person's numbers: a millionth of the error, or rounding."""
-    mine, true = s.hand[s.owner == leaf], s.true[s.owner == leaf]
-    gap = float(np.linalg.norm(mine - true))
-    size = max(float(np.linalg.norm(mine)), float(np.linalg.norm(true)))
+def _by_leaf(s: Sample, numbers: np.ndarray) -> np.ndarray:
+    """Norms over the directions of each leaf: [..., direction] -> [..., leaf]."""
+    starts = np.searchsorted(s.owner, np.arange(len(s.evaluation.true)))
+    with np.errstate(all="ignore"):
+        return np.sqrt(np.add.reduceat(np.square(numbers), starts, axis=-1))
+
+
+def _limits(case: Case, s: Sample) -> np.ndarray:
+    """How far an explanation may be from the person's numbers, by leaf: a millionth of the error, or rounding."""
+    size = np.maximum(_by_leaf(s, s.hand), _by_leaf(s, s.true))
     part = 1e-6 if case.noise < 1e-11 else min(3e-2, 1e-6 + 1e4 * case.noise)
     floor = max(1e-11, 100 * case.noise)
-    total = float(np.linalg.norm(s.true))
-    return part * gap + floor * size + 1e-13 * total
+    return part * _by_leaf(s, s.hand - s.true) + floor * size + 1e-13 * float(np.linalg.norm(s.true))
+
+
+def _allowed(case: Case, s: Sample, leaf: int) -> float:
+    return float(_limits(case, s)[leaf])
 
 
 def _misfit(case: Case, s: Sample, guess: np.ndarray) -> np.ndarray:
     """[fault, leaf]: distance of guesses [fault, direction] from the person's gradient, 1 = as allowed."""
-    out = np.empty((len(guess), len(case.problem.leaves)))
-    for leaf in range(out.shape[1]):
-        mask = s.owner == leaf
-        with np.errstate(all="ignore"):
-            gap = np.linalg.norm(guess[:, mask] - s.hand[mask][None, :], axis=1)
-        limit = _allowed(case, s, leaf)
-        gap = np.where(np.isfinite(gap), gap, np.inf)
-        out[:, leaf] = gap / limit if limit > 0 else np.where(gap == 0, 0.0, np.inf)
-    return out
+    limit = _limits(case, s)
+    with np.errstate(all="ignore"):
+        gap = _by_leaf(s, guess - s.hand)
+        return np.where(np.isfinite(gap), np.where(limit > 0, gap / limit, np.where(gap == 0, 0.0, np.inf)), np.inf)
 
 
 def _worst_misfit(case: Case, guesses: Callable[[Sample], np.ndarray]) -> np.ndarray:

@@ -189,7 +189,7 @@ def loss_notes(problem: Problem, store: Kernel) -> list[str]:
             where = locate(program, [k])
             notes.append(
                 f"the mean in `{where.expression}` ({where.where}) runs over {n} examples and over "
-                f"{' x '.join(map(str, others))} outputs of each: it divides by {np.prod(lengths):g}, not by {n}."
+                f"{' x '.join(map(str, others))} numbers of each: it divides by {np.prod(lengths):g}, not by {n}."
             )
             break
     return notes

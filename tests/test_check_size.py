@@ -1,4 +1,4 @@
-"""What a diagnosis costs: each in a process of its own, its peak of memory and its processor time read from the system."""
+"""What a diagnosis costs: each in a process of its own, whose peak of memory and processor time the system tells."""
 
 import json
 import subprocess
@@ -6,11 +6,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import jaxgrad
 from jaxgrad.check import diagnosis
+from jaxgrad.check.steps import Program
 
 MEASURE = """
 import json, resource, time
@@ -80,7 +82,8 @@ def gradient(p, batch):
 """
 
 DIGITS = """
-params = {"W1": rng.normal(size=(784, 100)) / 28, "b1": np.zeros(100), "W2": rng.normal(size=(100, 10)) / 10, "b2": np.zeros(10)}
+params = {"W1": rng.normal(size=(784, 100)) / 28, "b1": np.zeros(100)}
+params |= {"W2": rng.normal(size=(100, 10)) / 10, "b2": np.zeros(10)}
 batch = rng.random((500, 784)), np.eye(10)[rng.integers(0, 10, 500)]
 
 def loss(p, batch):
@@ -124,16 +127,12 @@ def test_a_diagnosis_of_a_large_loss_fits_in_two_gibibytes_and_a_minute(body, ki
 def test_tangents_take_no_more_room_however_many_values_there_are():
     """Every direction is carried through every value: what both take together is bounded, down to one a leaf."""
 
-    class Aval:
-        shape = (50, 40)
-
-    class Program:
-        def __init__(self, values):
-            self.moving, self.avals = frozenset(range(values)), [Aval()] * values
-
+    aval = jax.core.ShapedArray((50, 40), np.float64)
     leaves = [np.zeros((30, 30))] * 10
     for values in (1, 10, 100, 1000):
-        directions, owner = diagnosis._directions(leaves, Program(values), np.random.default_rng(0))
+        held = frozenset(range(values))
+        program = Program((), (aval,) * values, (), (), {}, 0, held, held)
+        directions, owner = diagnosis._directions(leaves, program, np.random.default_rng(0))
         assert set(owner) == set(range(10))
         assert len(owner) * values * 2000 <= max(diagnosis.MOST_TANGENTS, 10 * values * 2000)
         assert directions[0].shape == (len(owner), 30, 30)

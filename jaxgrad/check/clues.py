@@ -126,7 +126,7 @@ def _pattern(evaluations: Sequence[Evaluation], leaf: int, noise: float) -> str:
     for axis in range(len(shape)):
         word = names[len(shape)][axis] if len(shape) in names else f"slice of axis {axis}"
         parts = [
-            (i, _ratio([(e.hand[leaf].take(i, axis), e.true[leaf].take(i, axis)) for e in same]))
+            (i, _ratio([(e.hand[leaf].take([i], axis), e.true[leaf].take([i], axis)) for e in same]))
             for i in range(shape[axis])
         ]
         wrong = [(i, ratio) for i, ratio in parts if ratio not in (None, "1")]

@@ -467,7 +467,7 @@ def _cause(
     if not rest:
         return found
     explained = _explain(problem, store, tried, usable, rest, tol, dead, failing, lines)
-    if all(f.kind == "unknown" for f in explained) and tol.noise < 1e-11:
+    if any(f.kind == "unknown" for f in explained) and tol.noise < 1e-11:
         ordinary = [e for e in usable if e.hand_finite and e.point.name not in ("large parameters", _TRAINED)]
         explained = patterns.nearly_right(problem, ordinary, rest) or explained
     return [*found, *explained]

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.check.points import Point
-from jaxgrad.check.problem import Kernel, program_at, shape_key
+from jaxgrad.check.problem import Kernel, shape_key, traced
 from jaxgrad.check.replay import quick_jit
-from jaxgrad.check.steps import Program
+from jaxgrad.check.steps import OPENED, call_of
 
 DOUBLE, SINGLE, HALF, BRAIN = 2.0**-53, 2.0**-24, 2.0**-11, 2.0**-8
 """Unit roundoff of float64, float32, float16 and bfloat16."""
@@ -53,9 +54,8 @@ def expected(store: Kernel, point: Point, unit: float) -> list[float]:
     Zeros where it cannot be said, as for a loss that has no reverse mode.
     """
     key = ("rounding", shape_key(point.leaves, point.data), unit)
-    program = program_at(store, point.leaves, point.data)
     if key not in store.compiled:
-        store.compiled[key] = quick_jit(jax.grad(_shaken(program, unit)))
+        store.compiled[key] = quick_jit(jax.grad(_shaken(traced(store, point.leaves, point.data), unit)))
     run = store.compiled[key]
     rng = np.random.default_rng(12)
     leaves, data = list(point.leaves), list(point.data)
@@ -130,9 +130,8 @@ def _from_output_back(name: str, kept: Any, adjoint: Any) -> Any:
 _from_output.defvjp(_from_output_forth, _from_output_back)
 
 
-def _shaken(program: Program, unit: float) -> Callable[..., Any]:
-    """The loss as a function of (leaves, data, normal numbers), with rounding of this size at each step."""
-    inexact = {s for s in program.varying if jnp.issubdtype(program.avals[s].dtype, jnp.inexact)}
+def _shaken(closed: Any, unit: float) -> Callable[..., Any]:
+    """The loss as a function of (leaves, data, normal numbers), with rounding of this size at each primitive."""
 
     def run(leaves: Sequence[Any], data: Sequence[Any], pool: Any) -> Any:
         taken = 0
@@ -143,8 +142,7 @@ def _shaken(program: Program, unit: float) -> Callable[..., Any]:
             start = (taken * 1327) % _POOL
             taken += 1
             long = jnp.tile(pool, 1 + (start + size) // _POOL)[start : start + size]
-            own = unit_of(float(jnp.finfo(dtype).eps))
-            coarsest = max(unit, own)
+            coarsest = max(unit, unit_of(float(jnp.finfo(dtype).eps)))
             return (coarsest * _enlarged(unit) * long).reshape(shape)
 
         def shake(value: Any, forth: bool) -> Any:
@@ -154,26 +152,38 @@ def _shaken(program: Program, unit: float) -> Callable[..., Any]:
         def rounded(value: Any) -> Any:
             """An input as code of this precision reads it."""
             value = jnp.asarray(value)
-            if unit < 1e-12 or not jnp.issubdtype(value.dtype, jnp.inexact):
+            if unit < 1e-12 or not jnp.issubdtype(value.dtype, jnp.floating):
                 return value
             kept = value.astype(jnp.float32).astype(value.dtype) == value
             return value * (1 + jnp.where(kept, 0.0, numbers(value.shape, value.dtype)))
 
-        values: dict[int, Any] = dict(program.constants)
-        values.update(zip(program.leaves, map(rounded, leaves), strict=True))
-        values.update(zip(program.data, map(rounded, data), strict=True))
-        for step in program.steps:
-            inputs = [values[s] for s in step.inputs]
-            if step.primitive in _SUMS:
-                inputs = [shake(v, True) if s in inexact else v for s, v in zip(step.inputs, inputs, strict=True)]
-            if step.primitive in _FROM_OUTPUT and step.outputs[0] in inexact:
-                shape, dtype = inputs[0].shape, inputs[0].dtype
-                outputs = [_from_output(step.primitive, inputs[0], numbers(shape, dtype))]
-            else:
-                outputs = step.call(*inputs)
-            exact = step.primitive in _EXACT
-            outputs = [shake(v, not exact) if o in inexact else v for o, v in zip(step.outputs, outputs, strict=True)]
-            values.update(zip(step.outputs, outputs, strict=True))
-        return values[program.output]
+        def through(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
+            """The values of a jaxpr, each with whether it depends on the leaves or the data."""
+            held: dict[Any, tuple[Any, bool]] = {v: (c, False) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+            held.update(zip(jaxpr.invars, inputs, strict=True))
+            read = lambda atom: (atom.val, False) if isinstance(atom, jex.Literal) else held[atom]  # noqa: E731
+            for eqn in jaxpr.eqns:
+                known = [read(atom) for atom in eqn.invars]
+                name = eqn.primitive.name
+                inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")) if name in OPENED else None
+                if inner is not None:
+                    plain = getattr(inner, "jaxpr", inner)
+                    held.update(zip(eqn.outvars, through(plain, getattr(inner, "consts", ()), known), strict=True))
+                    continue
+                varies = any(v for _, v in known)
+                moving = lambda x: varies and jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: B023, E731
+                values = [jnp.asarray(x) if v else x for x, v in known]
+                if name in _SUMS:
+                    values = [shake(x, True) if v and moving(x) else x for x, (_, v) in zip(values, known, strict=True)]
+                if name in _FROM_OUTPUT and varies and jnp.issubdtype(values[0].dtype, jnp.floating):
+                    outputs = [_from_output(name, values[0], numbers(values[0].shape, values[0].dtype))]
+                else:
+                    outputs = call_of(eqn)(*values)
+                outputs = [shake(x, name not in _EXACT) if moving(x) else x for x in outputs]
+                held.update(zip(eqn.outvars, [(x, varies) for x in outputs], strict=True))
+            return [read(atom) for atom in jaxpr.outvars]
+
+        inputs = [(rounded(x), True) for x in (*leaves, *data)]
+        return through(closed.jaxpr, closed.consts, inputs)[0][0]
 
     return run

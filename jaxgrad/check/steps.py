@@ -63,7 +63,7 @@ cholesky det slogdet repeat roll
 NAMED = frozenset(_NAMED.split())
 """Library functions that count as one step, because a derivation has one formula for their derivative."""
 
-_OPENED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+OPENED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 _MOST_UNROLLED = 400
 """A scan of more steps than this, all time steps together, stays one step."""
 
@@ -179,7 +179,7 @@ def flatten(closed: Any, n_leaves: int, opened: bool = True) -> Program:
             arguments = [read(atom) for atom in eqn.invars]
             frames = _frames(eqn, outer)
             name = _library_name(eqn)
-            if name is None and eqn.primitive.name in _OPENED:
+            if name is None and eqn.primitive.name in OPENED:
                 inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
                 if hasattr(inner, "consts"):
                     held = [constant(c, v.aval) for c, v in zip(inner.consts, inner.jaxpr.constvars, strict=True)]
@@ -194,7 +194,7 @@ def flatten(closed: Any, n_leaves: int, opened: bool = True) -> Program:
             closed_in = eqn.params["jaxpr"] if name is not None else closed_in
             step = Step(
                 name=name or _name(eqn),
-                call=_call(eqn),
+                call=call_of(eqn),
                 inputs=tuple(arguments),
                 outputs=(),
                 frames=frames,
@@ -299,7 +299,7 @@ class _Call(NamedTuple):
         held = dict(zip(self.invars, arguments, strict=True))
         for eqn in self.eqns:
             ins = [a.val if isinstance(a, jex.Literal) else held[a] for a in eqn.invars]
-            held.update(zip(eqn.outvars, _call(eqn)(*ins), strict=True))
+            held.update(zip(eqn.outvars, call_of(eqn)(*ins), strict=True))
         return [held[v] for v in self.outvars]
 
 
@@ -380,7 +380,7 @@ def _primitives(jaxpr: Any) -> list[str]:
     return [name for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns for name in _names_inside(eqn)]
 
 
-def _call(eqn: Any) -> Callable[..., list[Any]]:
+def call_of(eqn: Any) -> Callable[..., list[Any]]:
     def call(*arguments: Any) -> list[Any]:
         with eqn.ctx.manager:
             out = eqn.primitive.bind(*arguments, **eqn.primitive.get_bind_params(eqn.params))

@@ -1,18 +1,36 @@
-"""The study: one file per claim or figure of the lecture.
+"""The study: every file here is a claim or a figure of the lecture.
 
-Each experiment is a module beside this one that defines
+    *.py               a study each; another one is another file
+    engine/            what runs the studies, keeps, compares and shows their numbers. Start at `commands.py`: it reads
+                       as what each command does. `session.py`: what a study is given. `kinds.py`: what a re-run may
+                       change. `tolerance.py`: by how much. `page/`: the report as a page
+    support/           what several studies share: exact draws and starts, data, the contenders of the race
+    recorded/          runs too heavy for the study, each a command of its own, and their tables
+    derivations/       files to check: `python -m jaxgrad.check experiments/derivations/logistic_regression.py`
+
+How a study walks. `Config` -> `run(config, session)` -> *numbers*, a flat dict of arrays and plain values -> saved in
+`results/` with the code, versions and machine that made them -> `claims`, `draw`, `report` and `headline`. These see
+only what was saved, so that nothing that is published can disagree with it.
+
+A study defines
 
     Config, QUICK          a frozen dataclass, whose defaults are the full size, and a small instance of it
     PUBLISHED              what kind of number each of its numbers is: a dict of kinds by name (see below)
-    run(config, progress)  measure: a flat dict of arrays and plain values, the *numbers*
+    run(config, session)   measure: the numbers. `session.say` tells what is being done, `session.alone` keeps the
+                           others still while something is timed, `session.keep` and `session.checkpoint` save what
+                           there is until the study is done (`engine/session.py`)
     claims(numbers)        what they confirm or refute: a list of `results.Claim`
     draw(numbers)          the figure
     report(numbers)        optional: Markdown for under the figure, with tables and numbers
     headline(numbers)      optional: one Markdown bullet for the front page
-    TIMED = True           where seconds are measured, in `work.alone()`: no two such experiments run together
+    TIMED = True           where it measures seconds: no two such studies run together
+    IN_PARALLEL = True     where it can spread over several processes and devices, and save itself as it goes
 
-`claims`, `draw`, `report` and `headline` get the numbers as they were saved, so that nothing which is
-published can disagree with the saved data. A new experiment is a new file: nothing else lists it.
+and ends with the lines that make `python experiments/<study>.py` run it. Nothing else lists a study but `ORDER`, the
+order in which they are told.
+
+Who may import whom. A study imports `jaxgrad`, of `engine` only `session`, `kinds`, `results`, `plots` and `machine`,
+and `support`; never another study. `engine` names no study. Every late import counts (`tests/test_imports.py`).
 
 `PUBLISHED` tells `python -m experiments verify` what a re-run may change. Its keys are names of numbers, with `*` for
 anything, and `name[1]` for a column (along the last axis); the first that fits decides, and one must fit. Its values:

@@ -19,8 +19,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
-from experiments.engine import plots, work
+from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import layers
 from jaxgrad import data, losses, models, timing
 from jaxgrad.theory import cost
@@ -74,14 +75,14 @@ COMPILED = 32
 WAYS = ("backprop", "separate layers", "forward mode", "finite differences")
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    progress("counting operations on a chain of scalar layers")
+def run(config: Config, session: Session) -> dict[str, Any]:
+    session.say("counting operations on a chain of scalar layers")
     counted = [cost.chain_operations(L) for L in config.chain]
     numbers: dict[str, Any] = {"chain": np.array(config.chain), "depths": np.array(config.depths)}
     numbers |= {f"chain/{name}": np.array([getattr(one, name) for one in counted]) for name in FORMULAS}
     numbers["agreement"] = max(_disagreement(L) for L in config.chain)
 
-    progress("counting the programs that JAX traces")
+    session.say("counting the programs that JAX traces")
     for way in TRACED:
         numbers[f"traced/{way}"] = np.array([_traced(way, L) for L in config.chain])
     for way in ("list", "scan"):
@@ -94,11 +95,11 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     counts: dict[str, list[float]] = {way: [] for way in WAYS}
     times: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     for depth in config.depths:
-        progress(f"timing dense nets of {depth} layers")
+        session.say(f"timing dense nets of {depth} layers")
         sizes = (batch.x.shape[1], *(config.width,) * (depth - 1), len(digits.labels))
         params = layers(depth, sizes)
         contenders, operations = _ways(params, batch, slow=depth <= config.deepest_slow)
-        took = work.race(contenders, repeats=config.repeats, min_seconds=config.min_seconds)
+        took = session.race(contenders, repeats=config.repeats, min_seconds=config.min_seconds)
         predicted.append(cost.dense_ratio(sizes))
         parameters.append(sum(leaf.size for leaf in jax.tree.leaves(params)))
         for way in WAYS:
@@ -366,3 +367,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     clock.plot([], [], color=plots.GREY, linewidth=1.1, label="operations counted")
     clock.legend(loc="upper center", bbox_to_anchor=(0.42, -0.17), fontsize=8.5)
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

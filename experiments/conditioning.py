@@ -10,7 +10,6 @@ at all, and theory counts their steps; turned, what they gain is gone, exactly s
 the same methods on the quadratic of the real regression, whose eigenvectors follow no axis.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, normal
 from experiments.support.loading import ROWS_KEY, load, some_rows
 from jaxgrad import data, losses, models
@@ -92,15 +92,15 @@ def quadratic(d: Any, H: Any) -> Any:
     return 0.5 * d @ H @ d
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    dataset = some_rows(load(config), config.rows, progress)
+def run(config: Config, session: Session) -> dict[str, Any]:
+    dataset = some_rows(load(config), config.rows, session.say)
     if dataset.task != "regression":
         raise ValueError(f"conditioning needs a regression data set: {dataset.name} is {dataset.task}; try diamonds")
     # optax mixes integer counters with floats.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         x, y = (np.asarray(leaf, np.float64) for leaf in dataset.batch)
         geometry = theory.problem(Batch(x, y))
-        progress(f"GD on {dataset.name} in float64, {config.steps:,} steps")
+        session.say(f"GD on {dataset.name} in float64, {config.steps:,} steps")
         numbers = _directions(geometry, Batch(jnp.asarray(x), jnp.asarray(y)), config)
         numbers |= {"data": dataset.name, "n": len(y), "share": config.share, "methods": list(METHODS)}
 
@@ -111,7 +111,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         spectra = np.stack([np.ones(len(kappas)), 1 / kappas], axis=1)
         hessians = _hessians(spectra)
         for method in METHODS:
-            progress(f"{method} on quadratics and on the real one")
+            session.say(f"{method} on quadratics and on the real one")
             etas = _etas(method, config.etas)
             count = partial(_steps_to, method, share=config.share)
             flat = hessians.reshape(-1, 2, 2)
@@ -402,3 +402,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     turned.set_title("Turned by 45°")
     aligned.legend(loc="upper left")
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

@@ -9,7 +9,6 @@ The graph is logistic regression on one real example (F16): values go forward, d
 lecture's own formulas, each checked against autodiff.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from matplotlib.patches import Ellipse, FancyBboxPatch
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import decimals, random_keys
 from jaxgrad import data, lecture, losses, models, statistics
 from jaxgrad.descent import descend, trajectory
@@ -64,8 +64,8 @@ PUBLISHED = {
 LOSS = losses.mean_loss(models.linear, losses.squared)
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    progress("the bowl of two parameters")
+def run(config: Config, session: Session) -> dict[str, Any]:
+    session.say("the bowl of two parameters")
     diamonds = data.load("diamonds", standardise=False)
     carat = diamonds.batch.x[:, [diamonds.names.index("carat")]]
     batch = Batch(jnp.asarray(carat), jnp.asarray(diamonds.batch.y))
@@ -102,7 +102,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     numbers["crawl"] = path(decimals(config.too_small * edge), full_batch())
     numbers["divergence"] = path(decimals(config.too_large * edge), full_batch())
 
-    progress("the spread near the minimum")
+    session.say("the spread near the minimum")
     best = Linear(jnp.asarray(geometry.minimiser[:1], jnp.float32), jnp.float32(geometry.minimiser[1]))
     for b in config.batch_sizes:
         sampling = distinct(b)
@@ -120,7 +120,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         numbers[f"spread_error/{b}"] = float(of_a_run.std(ddof=1) / np.sqrt(runs))
         numbers[f"cloud/{b}"] = late[:400, -1]  # enough to draw
 
-    progress("the computation graph of logistic regression")
+    session.say("the computation graph of logistic regression")
     return numbers | _graph()
 
 
@@ -363,3 +363,9 @@ def _draw_graph(axis: Axes, numbers: dict[str, Any]) -> None:
     axis.set(xlim=(-0.9, 10.1), ylim=(-0.45, 3.5))
     axis.set_title(f"Logistic regression on one real example (breast_cancer, row {numbers['graph/example']})")
     axis.axis("off")
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.engine import plots, work
+from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support import checkers
 from experiments.support.exact import decimals, dyadic, normal, sigmoid
 from jaxgrad.check import check_gradient
@@ -618,14 +619,14 @@ def _lines(loss: Callable[..., Any]) -> dict[str, int]:
     return {line.split("# ")[1].strip(): first + i for i, line in enumerate(source) if "  # " in line}
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     """Judge the whole zoo."""
     kinds: list[str] = []
     rows: list[dict[str, Any]] = []
     with jax.enable_x64(True):
         for species in (s for s in SPECIES if s.name in config.species):
-            progress(f"{species.name}: {len(species.bugs)} mistakes, {len(right_gradients(species))} right routes")
-            rows += _judge_species(species, config)
+            session.say(f"{species.name}: {len(species.bugs)} mistakes, {len(right_gradients(species))} right routes")
+            rows += _judge_species(species, config, session)
     wrong = [r for r in rows if r["wrong"]]
     right = [r for r in rows if not r["wrong"]]
     caught = np.array([[sum(not r[j] for r in wrong if r["point"] == p) for p in POINTS] for j in JUDGES])
@@ -676,14 +677,14 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         "seconds_warm_wrong": float(np.median([r["seconds"] for r in wrong])),
     }
     if config.cold:
-        progress("the first check of a fresh process, compile included")
-        with work.alone():
+        session.say("the first check of a fresh process, compile included")
+        with session.alone():
             numbers["seconds_verdict"] = np.array([_cold("") for _ in range(3)])
             numbers["seconds_diagnosis"] = np.array([_cold("sigmoid' left out") for _ in range(3)])
     return numbers
 
 
-def _judge_species(species: Species, config: Config) -> list[dict[str, Any]]:
+def _judge_species(species: Species, config: Config, session: Session) -> list[dict[str, Any]]:
     lines = _lines(species.loss)
     value = jax.jit(species.loss)
     rows = []
@@ -698,7 +699,7 @@ def _judge_species(species: Species, config: Config) -> list[dict[str, Any]]:
             if seed < config.seeds:
                 zoo += [(route, False, g) for route, g in right_gradients(species).items()]
             for bug, is_wrong, gradient in zoo:
-                row = _one(species, bug, is_wrong, gradient, p, batch, known, value)
+                row = _one(species, bug, is_wrong, gradient, p, batch, known, value, session)
                 row["point"] = name
                 row["places"] = {lines.get(tag, 0) for tag in species.bugs[bug][1]} if is_wrong else set()
                 rows.append(row)
@@ -706,9 +707,17 @@ def _judge_species(species: Species, config: Config) -> list[dict[str, Any]]:
 
 
 def _one(
-    species: Species, bug: str, is_wrong: bool, gradient: Any, p: Any, batch: Any, known: Any, value: Any
+    species: Species,
+    bug: str,
+    is_wrong: bool,
+    gradient: Any,
+    p: Any,
+    batch: Any,
+    known: Any,
+    value: Any,
+    session: Session,
 ) -> dict[str, Any]:
-    with work.alone():
+    with session.alone():
         start = time.perf_counter()
         report = check_gradient(species.loss, gradient, p, batch)
         seconds = time.perf_counter() - start
@@ -916,3 +925,9 @@ def report(numbers: dict[str, Any]) -> str:
         if items:
             lines += ["", f"{title}: " + "; ".join(items) + "."]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

@@ -13,7 +13,6 @@ The last panel is evidence and not theory: two-layer nets on real data, from the
 end is then carried into its minimum by GD. In one noise helps, in the other it harms.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from matplotlib.lines import Line2D
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, random_keys, two_layer
 from experiments.support.loading import few_features, load
 from jaxgrad import data, losses, models, noise, statistics
@@ -94,19 +94,19 @@ SAME = 5e-4
 """Final losses within this of each other are taken for one minimum."""
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     numbers: dict[str, Any] = {"steps": config.steps, "seeds": config.seeds, "names": ["well", "frequency"]}
     well = [with_replacement(b) for b in config.well_with_replacement] + [distinct(b) for b in config.well_distinct]
     sine = [distinct(b) for b in config.frequency_distinct]
-    numbers |= _landscape("well", escape.double_well(), well, config.well_etas, config, progress)
-    numbers |= _landscape("frequency", escape.frequency(), sine, config.frequency_etas, config, progress)
+    numbers |= _landscape("well", escape.double_well(), well, config.well_etas, config, session)
+    numbers |= _landscape("frequency", escape.frequency(), sine, config.frequency_etas, config, session)
     numbers["collapse"], numbers["collapse_b"] = _collapse(escape.double_well(), config)
     dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(f"escape needs a regression data set for its nets: {dataset.name} is {dataset.task}")
     for key in config.nets:
         features, hidden, l2 = NETS[key]
-        progress(f"net {features}–{hidden}–1 on {dataset.name}: {config.starts} starts, GD and SGD")
+        session.say(f"net {features}–{hidden}–1 on {dataset.name}: {config.starts} starts, GD and SGD")
         numbers |= {f"net/{key}/{of}": v for of, v in _net(dataset, features, hidden, l2, config).items()}
     return numbers | {
         "nets": list(config.nets),
@@ -125,7 +125,7 @@ def _landscape(
     samplings: list[Sampling],
     etas: tuple[float, ...],
     config: Config,
-    progress: Callable[[str], None],
+    session: Session,
 ) -> dict[str, Any]:
     land = _rounded(land)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), land.data)
@@ -143,7 +143,7 @@ def _landscape(
     here = jnp.full(config.seeds, land.bad, jnp.float32)
     rows, lines, guides, walls = [], [], [], []
     for sampling in samplings:
-        progress(f"{name}, {_label(sampling)}: {config.seeds:,} runs for each of {len(etas)} step sizes")
+        session.say(f"{name}, {_label(sampling)}: {config.seeds:,} runs for each of {len(etas)} step sizes")
         for eta in etas:
             exact = float(np.float32(eta))
             crossed = _crossed(keys, here, land, batch, exact, config.steps, sampling)
@@ -160,7 +160,7 @@ def _landscape(
         "kramers": np.array(guides), "impossible_at": np.array(walls),
     }  # fmt: skip
 
-    progress(f"{name}: GD from {config.seeds:,} starts in the basin")
+    session.say(f"{name}: GD from {config.seeds:,} starts in the basin")
     left = land.left if land.left is not None else land.bad - 1.0
     spread = jnp.asarray(np.linspace(left + 0.01, land.barrier - 0.01, config.seeds), jnp.float32)
     eta = float(np.float32(max(etas)))
@@ -542,3 +542,9 @@ def _draw_net(axis: Any, numbers: dict[str, Any], key: str) -> None:
         ylabel="share of the starts at or below",
     )  # fmt: skip
     axis.legend(loc="best")
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

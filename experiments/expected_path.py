@@ -10,7 +10,6 @@ coefficients). The band of single runs has the exact mean and standard deviation
 distribution, is an approximation, and the share of runs inside is reported.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from scipy import stats
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, random_keys
 from experiments.support.loading import few_features, load
 from experiments.support.shared import runs_of
@@ -77,7 +77,7 @@ KINDS = {"with replacement": with_replacement, "distinct": distinct}
 LEVEL = 0.99
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(f"expected_path needs a regression data set: {dataset.name} is {dataset.task}")
@@ -109,7 +109,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     for kind, make in KINDS.items():
         for b in sizes:
             sampling, name = make(b), f"{kind} {b}"
-            progress(f"{config.seeds:,} runs {kind}, b = {b}")
+            session.say(f"{config.seeds:,} runs {kind}, b = {b}")
             seen = gaps(eta, sampling, record)
             numbers |= compare(problem, start, eta, sampling, record, seen, name)
             numbers[f"{name}/line"] = theory.sgd_moments(problem, start, eta, sampling, every).excess
@@ -139,7 +139,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
             numbers[f"{name}/edge"], numbers[f"{name}/tame"] = own_edge, tame
     numbers["floors"] = np.array(floors)
 
-    progress(f"beyond the edge: {config.beyond:g} of it")
+    session.say(f"beyond the edge: {config.beyond:g} of it")
     over = float(np.float32(config.beyond * edge))
     runs = gaps(over, smallest, record)
     numbers |= {
@@ -386,3 +386,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     plots.log_scale(beyond, "xy")
     beyond.legend(loc="upper left")
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import decimals, dyadic, geometric, normal, sigmoid
 from jaxgrad import lecture, losses, models
 from jaxgrad.types import Batch, Layer, Linear, TwoLayer
@@ -662,22 +663,22 @@ def slopes_at_zero() -> dict[str, Any]:
 # --- The experiment --------------------------------------------------------------------------------------
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     with jax.enable_x64(True):
         tables = []
         for i, shape in enumerate(config.shapes):
-            progress(f"n, d, h, k = {shape} ({i + 1} of {len(config.shapes)})")
+            session.say(f"n, d, h, k = {shape} ({i + 1} of {len(config.shapes)})")
             tables += compare(linear_family(shape, config))
             if i % 2 == 0:  # these depend on n and k only, and compile as slowly as the others
                 tables += compare(functional_family(shape, config))
             tables += compare(two_layer_family(shape, config, i % len(ACTIVATIONS)))
             tables += compare(deep_family(shape, config, (i + 1) % len(ACTIVATIONS), 1 + (i + 1) % DEPTHS))
             tables += compare(logistic_family(shape, config))
-        progress("descents, step by step")
+        session.say("descents, step by step")
         more, stopped = compare_descents(config, config.shapes[-1])
         tables += more
         slopes = steepest(config.shapes[-1], config)
-        progress("activations and logits, one by one")
+        session.say("activations and logits, one by one")
         tables += compare(scalar_family(config))
         return {
             **encoded({name: np.concatenate([table[name] for table in tables]) for name in tables[0]}),
@@ -1081,3 +1082,9 @@ def headline(numbers: dict[str, Any]) -> str:
         f"has a quarter of the gradient, and logistic regression by backprop is NaN for every logit from "
         f"{numbers['nan/found'][0, 0, 0, 0]:.6g} (float64) or {numbers['nan/found'][1, 0, 0, 0]:.6g} (float32)."
     )
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

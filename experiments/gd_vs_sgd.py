@@ -27,9 +27,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments.engine import machine, plots, work
+from experiments.engine import machine, plots
 from experiments.engine.results import Claim
-from experiments.engine.work import side_by_side
+from experiments.engine.session import Session, side_by_side
 from experiments.support import on_disk
 from experiments.support.exact import decimals, random_keys, two_layer
 from experiments.support.loading import load, some_rows
@@ -107,20 +107,24 @@ class Problem(NamedTuple):
     """Share of held-out examples classified right, for classes."""
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    with work.stoppable():
+IN_PARALLEL = True
+"""It spreads its rows over all processes and devices, and saves itself as it goes."""
+
+
+def run(config: Config, session: Session) -> dict[str, Any]:
+    with session.stops_at_checkpoint():
         if config.data is not None and machine.stays_on_disk(config.data, config.memory):
-            return on_disk.run(config, progress)
-        return _run(config, progress)
+            return on_disk.run(config, session)
+        return _run(config, session)
 
 
-def _run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def _run(config: Config, session: Session) -> dict[str, Any]:
     names = config.problems if config.data is None else (config.data,)
     numbers: dict[str, Any] = {"problems": []}
     jobs: list[tuple[Problem, int | None]] = []
     for name in names:
-        progress(f"loading {name}")
-        problem = _problem(name, config, progress)
+        session.say(f"loading {name}")
+        problem = _problem(name, config, session)
         prefix = problem.name
         n = problem.batch.x.shape[0]
         sizes: list[int | None] = [None, *([b for b in config.batch_sizes if b < n] or [max(1, n // 2)])]
@@ -133,10 +137,10 @@ def _run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         }  # fmt: skip
         if problem.minimum:
             numbers |= {f"{prefix}/minimum": problem.minimum.value, f"{prefix}/bound": problem.minimum.bound}
-    found = side_by_side(lambda job: _tuned(job[0], job[1], config, progress), jobs)
+    found = side_by_side(lambda job: _tuned(job[0], job[1], config, session), jobs)
     for (problem, b), run_numbers in zip(jobs, found, strict=True):
-        progress(f"{problem.name}, {label_of(b)}: seconds per update")
-        per_update = _seconds_per_update(problem, sampling_of(b), run_numbers["eta"], jax.random.key(2023))
+        session.say(f"{problem.name}, {label_of(b)}: seconds per update")
+        per_update = _seconds_per_update(problem, sampling_of(b), run_numbers["eta"], jax.random.key(2023), session)
         run_numbers |= {
             "seconds_per_update": float(np.median(per_update)), "seconds_per_update_runs": per_update,
         }  # fmt: skip
@@ -144,11 +148,11 @@ def _run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     return numbers
 
 
-def _problem(name: str, config: Config, progress: Callable[[str], None]) -> Problem:
+def _problem(name: str, config: Config, session: Session) -> Problem:
     """The data set with the model and the loss that its task calls for."""
     dataset = load(config, name)
     train, test = data.split(dataset, 0.2, 0) if dataset.task == "classes" else (dataset, None)
-    some = some_rows(train, config.rows, progress)
+    some = some_rows(train, config.rows, session.say)
     x, y = (jnp.asarray(leaf) for leaf in some.batch)
     batch, (n, d) = Batch(x, y), x.shape
     size = f"n = {n:,}" + ("" if some is train else f" of {len(train.batch.x):,} at random")
@@ -182,11 +186,11 @@ def _problem(name: str, config: Config, progress: Callable[[str], None]) -> Prob
     return Problem(short, what, loss, start, batch, spread, 1 / top, config.updates, minimum, None)
 
 
-def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def _tuned(problem: Problem, b: int | None, config: Config, session: Session) -> dict[str, Any]:
     """One problem and batch size: tune the step size, then run with fresh seeds."""
     n = problem.batch.x.shape[0]
     steps = max(-(-config.epochs * n // (b or n)), problem.least_updates)
-    progress(f"{problem.name}, {label_of(b)}: tuning the step size under {steps:,} updates")
+    session.say(f"{problem.name}, {label_of(b)}: tuning the step size under {steps:,} updates")
     etas = np.ldexp(problem.largest, -np.arange(config.halvings))
     # Without sampling there is nothing random: one run stands for all.
     tuning, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
@@ -198,14 +202,14 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
         )  # fmt: skip
         return np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
 
-    score = work.kept(f"{problem.name} {label_of(b)} tuning", tuned)
+    score = session.keep(f"{problem.name} {label_of(b)} tuning", tuned)
     eta = float(etas[np.argmin(score)])
-    progress(f"{problem.name}, {label_of(b)}: {runs} fresh runs with step size {eta:.3g}")
+    session.say(f"{problem.name}, {label_of(b)}: {runs} fresh runs with step size {eta:.3g}")
     many = descend(
         problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling_of(b),
         steps=steps, key=random_keys(2022, runs), record=log_spaced(steps, config.points),
         observe=(lambda params: params) if problem.minimum else problem.accuracy,
-        checkpoint=work.checkpoint(f"{problem.name} {label_of(b)}", steps),
+        checkpoint=session.checkpoint(f"{problem.name} {label_of(b)}", steps),
     )  # fmt: skip
     numbers = {
         "eta": eta, "etas": etas, "tuning": score, "steps": many.steps, "examples": many.examples,
@@ -215,7 +219,9 @@ def _tuned(problem: Problem, b: int | None, config: Config, progress: Callable[[
     return numbers | ({"test_accuracy": many.observed[:, -1]} if problem.accuracy else {})
 
 
-def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: jax.Array) -> np.ndarray:
+def _seconds_per_update(
+    problem: Problem, sampling: Sampling, eta: float, key: jax.Array, session: Session
+) -> np.ndarray:
     """Twelve measurements of one run alone, of a length at which the twelve together take about 0.3 s."""
 
     def chunks(steps: int, points: int) -> np.ndarray:
@@ -228,7 +234,7 @@ def _seconds_per_update(problem: Problem, sampling: Sampling, eta: float, key: j
     own = float(np.median(chunks(40, 5)))  # compiles, too
     # One clock decides for all processes, else they would run different numbers of steps.
     probe = float(np.frombuffer(parallel.from_main(lambda: np.float64(own).tobytes()))[0])
-    with work.alone():
+    with session.alone():
         return chunks(int(np.clip(0.3 / probe, 48, 1_000_000)), 13)
 
 
@@ -419,3 +425,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

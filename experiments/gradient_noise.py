@@ -11,7 +11,6 @@ bigger batch pays) estimated from the b example gradients of one batch with repl
 its parts, `B/(1 + B/b)`: never more than b. Two batch sizes and the right γ give it without that bias.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from matplotlib.lines import Line2D
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import decimals, random_keys, two_layer
 from experiments.support.loading import load
 from jaxgrad import losses, models, noise, statistics
@@ -76,13 +76,13 @@ class Problem(NamedTuple):
     """Of the GD whose path the points are on."""
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     problems = [_problem(name, config) for name in (THREE if config.data is None else (config.data,))]
     numbers: dict[str, Any] = {"problems": [p.name for p in problems], "path": np.array(config.path)}
     for place, problem in enumerate(problems):
-        progress(f"{problem.name}: {config.seeds:,} batches of each size")
+        session.say(f"{problem.name}: {config.seeds:,} batches of each size")
         numbers |= {f"{problem.name}/{of}": value for of, value in _measure(problem, place, config).items()}
-    progress(f"{problems[0].name}: the noise scale from one batch, and from two sizes")
+    session.say(f"{problems[0].name}: the noise scale from one batch, and from two sizes")
     return numbers | _one_batch(problems[0], numbers, config)
 
 
@@ -411,3 +411,9 @@ def _draw_one_batch(axis: Any, numbers: dict[str, Any], marks: str) -> None:
     axis.set(
         title="The noise scale B from one batch", xlabel="b, examples in the batch", ylabel="estimate of B = tr Σ/‖G‖²"
     )
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

@@ -7,7 +7,6 @@ noise floor, and the step size beyond which its second moment explodes are exact
 are theory; points are runs (float32, the gap evaluated in float64).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import geometric, random_keys
 from experiments.support.loading import load, some_rows
 from jaxgrad import losses, models, statistics
@@ -73,14 +73,14 @@ PUBLISHED = {
 LOSS = losses.mean_loss(models.linear, losses.squared)
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(
             f"learning_rate needs a regression data set: {dataset.name} is {dataset.task}; "
             "try --data diamonds, or --target with a column of numbers"
         )
-    x, y = some_rows(dataset, config.rows, progress).batch
+    x, y = some_rows(dataset, config.rows, session.say).batch
     batch = Batch(jnp.asarray(x), jnp.asarray(y))
     geometry, start = theory.problem(batch), models.init_linear(x.shape[1])
     edge = theory.edge(geometry)
@@ -106,7 +106,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         with np.errstate(over="ignore", invalid="ignore"):
             return np.stack([[theory.excess_loss(geometry, path) for path in row] for row in np.asarray(runs)])
 
-    progress(f"GD on {dataset.name} with {len(config.fractions)} step sizes, {config.steps:,} steps each")
+    session.say(f"GD on {dataset.name} with {len(config.fractions)} step sizes, {config.steps:,} steps each")
     # The step size that the float32 run takes is the one that theory is asked about.
     etas = np.float32(np.array(config.fractions) * edge).astype(float)
     every = np.arange(config.steps + 1)
@@ -129,7 +129,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     numbers["shown_gaps"] = gaps(shown, one_key, full_batch(), record)[:, 0]
     numbers["shown_theory"] = np.stack([theory.gd_excess(geometry, start, eta, record) for eta in shown])
 
-    progress(f"SGD (b = {config.b}) with {len(config.sgd_fractions)} step sizes, {config.seeds} seeds each")
+    session.say(f"SGD (b = {config.b}) with {len(config.sgd_fractions)} step sizes, {config.seeds} seeds each")
     sampling = distinct(config.b)
     sgd_edge = theory.sgd_edge(geometry, sampling)
     sgd_etas = np.float32(np.array(config.sgd_fractions) * sgd_edge).astype(float)
@@ -330,3 +330,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
                transform=right.get_xaxis_transform())  # fmt: skip
     right.legend(loc="upper center", bbox_to_anchor=(0.45, 1.0))
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

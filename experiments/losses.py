@@ -15,7 +15,6 @@ minimum of MAE does not move at all as long as the point stays on its side of th
 example is carried away: to first order the minimum moves by `−H⁻¹ (change of its gradient)/n`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from scipy.optimize import linprog
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import decimals
 from jaxgrad import data, models, optimum
 from jaxgrad.descent import log_spaced, trajectory
@@ -70,7 +70,7 @@ LOSSES = {"MSE": squared, "MAE": absolute, "logloss": logloss}
 START = (-0.5, 1.0)
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     diabetes = data.load("diabetes")
     # From the smallest upwards: were it centred, slope and intercept would be two problems of one number each.
     bmi = diabetes.batch.x[:, [diabetes.names.index("bmi")]]
@@ -81,12 +81,12 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         "start": np.array(START), **{f"y/{kind}": y for kind, y in targets.items()},
     }  # fmt: skip
 
-    progress("minima of MSE and MAE, with and without outliers")
+    session.say("minima of MSE and MAE, with and without outliers")
     for kind, y in targets.items():
         numbers[f"minimum/MSE/{kind}"] = theory.problem(Batch(X[:, :1], y)).minimiser
         numbers[f"minimum/MAE/{kind}"], numbers[f"bound/MAE/{kind}"] = least_absolute(X, y)
 
-    progress(f"GD on each loss, {config.steps:,} steps")
+    session.say(f"GD on each loss, {config.steps:,} steps")
     dirty = targets["outliers"]
     geometry = theory.problem(Batch(X[:, :1], dirty))
     record = log_spaced(config.steps, 80)[1:]
@@ -115,10 +115,10 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         numbers |= {f"jump/path/{name}": jump, f"jump/gap/{name}": steepest * np.linalg.norm(jump, axis=1)}
         numbers[f"gap/{name}"] = np.abs(dirty[None, :] - paths[name] @ X.T).mean(axis=1) - lowest
 
-    progress("logloss with flipped labels")
+    session.say("logloss with flipped labels")
     numbers |= _logistic(config, record)
 
-    progress("one point carried away")
+    session.say("one point carried away")
     clean = targets["clean"]
     # A point far out on the x axis, where it has leverage, moved upwards from above both lines.
     i = int(np.argmax(X[:, 0]))
@@ -380,3 +380,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     )
     influence.legend(loc="best")
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import geometric, random_keys, two_layer
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import log_spaced, trajectory
@@ -80,7 +81,7 @@ def predict(params: TwoLayer, x: Any) -> Any:
     return models.two_layer(params, x, activation=jnp.tanh)[0]
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     cancer = data.load("breast_cancer")
     x = jnp.asarray(cancer.batch.x[: config.rows, [cancer.names.index(name) for name in COLUMNS]])
     batch = Batch(x, jnp.asarray(cancer.batch.y[: config.rows], jnp.float32))
@@ -110,20 +111,20 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     def at(eta: float) -> np.ndarray:
         return np.full(lanes, eta, np.float32)
 
-    progress(f"GD from {config.seeds} random starts and from zero, {config.steps:,} steps")
+    session.say(f"GD from {config.seeds} random starts and from zero, {config.steps:,} steps")
     ends, paths = jax.tree.map(np.asarray, gd(starts, at(config.eta), keys))
     levels, belongs, curvature = _minima(loss, ends, batch, paths[:-1, :, 0])
 
-    progress(f"SGD (b = {config.b}) from the same starts, then GD from where it ended")
+    session.say(f"SGD (b = {config.b}) from the same starts, then GD from where it ended")
     noisy, sgd_paths = jax.tree.map(np.asarray, sgd(starts, at(config.sgd_eta), keys))
     _, rolled = gd(noisy, at(config.eta), keys)
 
-    progress(f"GD with {len(config.sweep)} step sizes from {config.sweep_starts} starts each")
+    session.say(f"GD with {len(config.sweep)} step sizes from {config.sweep_starts} starts each")
     etas = np.repeat(config.sweep, config.sweep_starts)
     which = np.tile(np.arange(config.sweep_starts), len(config.sweep))
     swept = _in_lots(gd, starts, which, etas, keys)[:, -LAST:]
 
-    progress("GD from one start of each minimum with many step sizes")
+    session.say("GD from one start of each minimum with many step sizes")
     chosen = np.array([np.argmax(belongs == k) for k in range(min(2, len(levels)))])
     each = lanes // len(chosen)
     fan = np.append(geometric(1, 12, each - each // 3), geometric(20, 4 / config.l2, each // 3))
@@ -378,3 +379,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     sweep.grid(visible=False, axis="x")
     sweep.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

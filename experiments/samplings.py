@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, random_keys
 from experiments.support.loading import few_features, load
 from experiments.support.shared import runs_of
@@ -74,7 +75,7 @@ KINDS: dict[str, Callable[[int], Sampling]] = {
 LEVEL = 0.99
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(f"samplings needs a regression data set: {dataset.name} is {dataset.task}")
@@ -98,7 +99,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         numbers[f"{b}/edge with replacement"] = theory.sgd_edge(problem, with_replacement(b))
         numbers[f"{b}/edge reshuffled"] = reshuffling.stable_edge(problem, b)
         for kind, make in KINDS.items():
-            progress(f"{config.seeds:,} runs {kind}, b = {b}")
+            session.say(f"{config.seeds:,} runs {kind}, b = {b}")
             name = f"{kind} {b}"
             rows = [_settle(problem, start, batch, keys, eta, make(b)) for eta in etas]
             for key in rows[0]:
@@ -107,7 +108,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         numbers[f"{b}/bias"] = np.array([np.linalg.norm(reshuffling.bias(problem, eta, b)) for eta in fine])
         leading = [np.linalg.norm(reshuffling.bias_leading(problem, eta, b)) for eta in fine]
         numbers[f"{b}/bias leading"] = np.array(leading)
-    return numbers | _large(everything, keys, config, progress)
+    return numbers | _large(everything, keys, config, session)
 
 
 def exact_floor(problem: theory.Problem, eta: float, sampling: Sampling) -> float:
@@ -150,7 +151,7 @@ def compare(
     }  # fmt: skip
 
 
-def _large(batch: Batch, keys: Any, config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def _large(batch: Batch, keys: Any, config: Config, session: Session) -> dict[str, Any]:
     """Fresh and reshuffled batches on the full data set, pass by pass."""
     b = config.large_b
     n = len(batch.y) // b * b
@@ -168,7 +169,7 @@ def _large(batch: Batch, keys: Any, config: Config, progress: Callable[[str], No
         "large/speed": float(n * eta * problem.eigenvalues[0] / b),
     }  # fmt: skip
     for kind in ("distinct", "reshuffled"):
-        progress(f"{kind}, n = {n}, b = {b}")
+        session.say(f"{kind}, n = {n}, b = {b}")
         sampling, some = KINDS[kind](b), keys[:500]
         runs = runs_of(some, jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=sampling)
         gaps = theory.excess_loss(problem, np.asarray(runs, float).reshape(-1, runs.shape[-1])).reshape(runs.shape[:2])
@@ -382,3 +383,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     large.set(title=f"n = {numbers['large/n']}, b = {numbers['large/b']}", xlabel="passes", ylabel="E L(w) − L*")
     large.legend(loc="upper right", fontsize=8.5)
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

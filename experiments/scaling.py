@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,9 +42,9 @@ from matplotlib.patches import Patch
 from scipy.optimize import nnls
 
 import jaxgrad
-from experiments.engine import machine, plots, work
+from experiments.engine import machine, plots
 from experiments.engine.results import Claim
-from experiments.engine.work import side_by_side
+from experiments.engine.session import Session, side_by_side
 from experiments.recorded import tables
 from experiments.support.exact import geometric, random_keys
 from experiments.support.step_parts import Case, Job, problem, split
@@ -293,8 +293,8 @@ def _ratios(model: Model, of: Sequence[Point], cores: int) -> np.ndarray:
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
-    progress(f"loading {config.images} and diamonds")
+def run(config: Config, session: Session) -> dict[str, Any]:
+    session.say(f"loading {config.images} and diamonds")
     images, stones = data.load(config.images).batch, data.load("diamonds").batch
     images = jax.tree.map(lambda leaf: np.ascontiguousarray(leaf[: config.rows]), images)
     loss, start = problem("net", images.x, config.hidden)
@@ -315,12 +315,12 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
             np.save(folder / f"{name}.y.npy", batch.y[:rows])
 
         def rest() -> dict[str, Any]:
-            progress("the noise scale of the net, and the variance of stratified batches")
+            session.say("the noise scale of the net, and the variance of stratified batches")
             on_device = jax.tree.map(jnp.asarray, (images, stones))
             return _noise(loss, start, on_device[0], config) | _variance(on_device[1], config)
 
         def measure() -> dict[str, Any]:
-            return _measure(config, cases, folder, progress)
+            return _measure(config, cases, folder, session)
 
         # Nobody compares the seconds of a quick run, so that what is not timed need not wait.
         both = [measure, rest]
@@ -337,25 +337,27 @@ def _cases(config: Config) -> list[Case]:
     return [*apart, *large, Case("linear", "stratified", 24, False)]
 
 
-def _measure(config: Config, cases: list[Case], folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+def _measure(config: Config, cases: list[Case], folder: Path, session: Session) -> dict[str, Any]:
     """Seconds of all cases on virtual devices and in processes; why there are none of these, where there are none."""
-    progress(f"steps on up to {max(config.devices)} virtual devices")
+    session.say(f"steps on up to {max(config.devices)} virtual devices")
     job = Job(list(cases), list(config.devices), config.rounds, config.seconds, config.steps, config.hidden)
     virtual = {"JAXGRAD_DEVICES": str(max(config.devices))}
     # Of virtual devices only what is shown: each case is compiled for every number of them.
     shown = [case for case in cases if case.apart]
-    why = _worker(["-m", "experiments.support.step_parts"], folder, job._replace(cases=shown), virtual, config.patience)
+    why = _worker(
+        ["-m", "experiments.support.step_parts"], folder, job._replace(cases=shown), virtual, config.patience, session
+    )
     if why:
         raise RuntimeError(f"a step on virtual devices could not be timed: {why}")
     found = _table([_read(folder, count) for count in config.devices], cases, "devices")
     runs, why = [], "" if config.processes else "left out of a quick run"
     for P in config.processes:
-        progress(f"steps in {P} process{'es' * (P > 1)}")
+        session.say(f"steps in {P} process{'es' * (P > 1)}")
         command = ["-m", "jaxgrad.launch", "-n", str(P), "--logs", str(folder / f"logs-{P}"),
                    "-m", "experiments.support.step_parts"]  # fmt: skip
         for file in folder.glob(f"{P}-*.npz"):
             file.unlink()  # of as many virtual devices
-        why = _worker(command, folder, job._replace(devices=[]), {"NPROC": "1"}, config.patience)
+        why = _worker(command, folder, job._replace(devices=[]), {"NPROC": "1"}, config.patience, session)
         if why:
             break
         runs.append(_read(folder, P))
@@ -363,7 +365,7 @@ def _measure(config: Config, cases: list[Case], folder: Path, progress: Callable
     return found | _table(runs, cases, "processes") | {"processes": done, "why_not": why}
 
 
-def _worker(command: list[str], folder: Path, job: Job, own: dict[str, str], patience: float) -> str:
+def _worker(command: list[str], folder: Path, job: Job, own: dict[str, str], patience: float, session: Session) -> str:
     """Run a worker with the machine to itself; why it failed, or nothing."""
     (folder / "job.json").write_text(json.dumps(job._asdict()))
     root = Path(jaxgrad.__file__).parents[1]
@@ -371,7 +373,7 @@ def _worker(command: list[str], folder: Path, job: Job, own: dict[str, str], pat
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **own}
     for name in ("JAXGRAD_COORDINATOR", "JAXGRAD_NUM_PROCESSES", "JAXGRAD_PROCESS_ID"):
         env.pop(name, None)
-    with work.alone():
+    with session.alone():
         process = subprocess.Popen(
             [sys.executable, *command, str(folder)], env=env, cwd=root, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -782,3 +784,9 @@ def _variances(axis: Any, numbers: dict[str, Any]) -> None:
     axis.set(title="Variance of the gradient", xlabel="b, examples in the batch", ylabel="tr Cov of the batch gradient")
     axis.set_ylim(bottom=numbers["variance/as they lie/exact"].min() / 8)
     axis.legend(loc="lower left", fontsize=8, title="line: exact, point: measured", title_fontsize=8, alignment="left")
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

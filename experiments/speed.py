@@ -39,9 +39,9 @@ import optax
 from matplotlib.figure import Figure
 
 import jaxgrad
-from experiments.engine import machine, plots, work
+from experiments.engine import machine, plots
 from experiments.engine.results import Claim
-from experiments.engine.work import side_by_side
+from experiments.engine.session import Session, side_by_side
 from experiments.support.contenders import (
     CONTENDERS,
     PACKAGES,
@@ -140,30 +140,32 @@ COLUMNS = 64
 PARTS = ("drawing indices", "fetching rows", "gradient", "update", "loop")
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     device = jax.default_backend()
     with tempfile.TemporaryDirectory(prefix="speed-") as scratch:
         folder = Path(scratch)
-        cases = _cases(config, folder, progress)
-        numbers = _race(config, cases, folder, device, progress)
-        progress("many runs at once")
-        numbers |= _many_runs(config)
-        progress("where a step's time goes")
-        numbers |= _profile(config)
-        progress("imports and starts")
-        with work.alone():
+        cases = _cases(config, folder, session)
+        numbers = _race(config, cases, folder, device, session)
+        session.say("many runs at once")
+        numbers |= _many_runs(config, session)
+        session.say("where a step's time goes")
+        numbers |= _profile(config, session)
+        session.say("imports and starts")
+        with session.alone():
             return numbers | _imports(config.import_rounds, folder) | _starts(config, folder)
 
 
 # --- the race ------------------------------------------------------------------------------------------------------
 
 
-def _cases(config: Config, folder: Path, progress: Callable[[str], None]) -> list[Case]:
+def _cases(config: Config, folder: Path, session: Session) -> list[Case]:
     """The cases, and the files of their data; without data beyond cache where the memory cannot hold them."""
     cases, shapes = [], {}
     for problem, name, batch_sizes in config.race:
         if name == "beyond cache" and (needed := COPIES * config.caches * last_level_cache()) > machine.free_memory():
-            progress(f"{name}: left out, since all contenders together would need {needed / 2**30:.0f} GiB of memory")
+            session.say(
+                f"{name}: left out, since all contenders together would need {needed / 2**30:.0f} GiB of memory"
+            )
             continue
         if name not in shapes:
             x, targets = _data(name, config)
@@ -284,9 +286,7 @@ def ask(process: Process, request: dict[str, Any]) -> dict[str, Any]:
     raise Lost(f"its process ended with status {handle.wait()}" + (f": {said[-1][:200]}" if said else ""))
 
 
-def _race(
-    config: Config, cases: list[Case], folder: Path, device: str, progress: Callable[[str], None]
-) -> dict[str, Any]:
+def _race(config: Config, cases: list[Case], folder: Path, device: str, session: Session) -> dict[str, Any]:
     """Seconds per step `[cases, rounds]` of every contender, and what it said of each case."""
     count = len(cases)
     numbers: dict[str, Any] = {
@@ -334,10 +334,10 @@ def _race(
             if any(takes(name, case, device) for case in cases):
                 running[name] = stack.enter_context(contender(name, device, folder, config.patience))
         at = 0
-        with work.alone():
+        with session.alone():
             numbers["peak"] = (tell(FLOOR, {"peak": True}) or {"peak": math.nan})["peak"]
         for at, case in enumerate(cases):
-            progress(f"race {at + 1} of {count}: {_name(case.problem, case.data, case.d, case.b)}")
+            session.say(f"race {at + 1} of {count}: {_name(case.problem, case.data, case.d, case.b)}")
 
             def prepare(name: str, case: Case = case) -> dict[str, Any] | None:
                 return tell(name, {"prepare": case})
@@ -345,7 +345,7 @@ def _race(
             ready = [name for name in CONTENDERS if eligible(name, case)]
             first = zip(ready, side_by_side(prepare, ready), strict=True)
             ready = [name for name, answer in first if _kept(numbers, name, at, answer)]
-            with work.alone():
+            with session.alone():
                 choice = [(name, tell(name, {"choose": True, "min_seconds": config.min_seconds})) for name in ready]
                 ready = [name for name, answer in choice if _kept(numbers, name, at, answer)]
                 for k in range(config.rounds):
@@ -385,7 +385,7 @@ def _start_loss(case: Case, folder: Path) -> float:
 # --- the rest ------------------------------------------------------------------------------------------------------
 
 
-def _many_runs(config: Config) -> dict[str, Any]:
+def _many_runs(config: Config, session: Session) -> dict[str, Any]:
     """Seconds `[rounds]` of many runs (linear, b = 32, d = 64, one pass) in one program and one after the other."""
     x, targets = _data("synthetic", config)
     data = Batch(jnp.asarray(x[: config.run_rows]), jnp.asarray(targets["numbers"][: config.run_rows]))
@@ -400,13 +400,13 @@ def _many_runs(config: Config) -> dict[str, Any]:
 
     for first in (keys, keys[0]):
         seconds(first)  # compiles
-    with work.alone():
+    with session.alone():
         pairs = [(seconds(keys), sum(seconds(key) for key in keys)) for _ in range(config.rounds)]
     together, single = np.array(pairs).T
     return {"together": together, "one_by_one": single, "runs_together": config.runs_together, "run_steps": steps}
 
 
-def _profile(config: Config) -> dict[str, Any]:
+def _profile(config: Config, session: Session) -> dict[str, Any]:
     """Seconds per step `[parts, rounds]` of what a step consists of, found by leaving out one part after another.
 
     Whole, as `descend` runs it; with b rows in a row instead of drawn ones; with one batch that needs no fetching; with
@@ -449,7 +449,7 @@ def _profile(config: Config) -> dict[str, Any]:
             state, key = init(start, optimizer), jax.random.key(0)
             return lambda: go(state, key, data, steps, loss=loss, optimizer=optimizer, sampling=sampling)
 
-        took = work.race(
+        took = session.race(
             {name: thunk(*parts) for name, parts in programs.items()},
             repeats=config.rounds,
             min_seconds=config.min_seconds,
@@ -840,3 +840,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     axis.set_xlabel("our time over theirs, per step")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

@@ -27,8 +27,9 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments.engine import plots, work
+from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import geometric, random_keys
 from experiments.support.loading import load, some_rows
 from experiments.support.shared import brief, first_at_most, label_of, sampling_of
@@ -86,11 +87,11 @@ LOSS = losses.mean_loss(models.linear, losses.squared)
 POINTS = 150
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     dataset = load(config)
     if dataset.task != "regression":
         raise ValueError(f"speed_of_convergence needs a regression data set: {dataset.name} is {dataset.task}")
-    x, y = (jnp.asarray(leaf) for leaf in some_rows(dataset, config.rows, progress).batch)
+    x, y = (jnp.asarray(leaf) for leaf in some_rows(dataset, config.rows, session.say).batch)
     batch, n = Batch(x, y), len(y)
     geometry, start = theory.problem(batch), models.init_linear(x.shape[1])
     certified = optimum.least_squares(batch)
@@ -104,7 +105,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
         "seeds": config.seeds,
     }  # fmt: skip
 
-    progress("exact steps to each target, at the best step size of each batch size")
+    session.say("exact steps to each target, at the best step size of each batch size")
     best = {
         share: [theory.best_step(geometry, start, sampling_of(b), share * gap, most=config.most) for b in sizes]
         for share in {*config.exact_shares, *config.shares}
@@ -113,18 +114,18 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     numbers["exact_etas"] = np.array([[step.eta for step in best[share]] for share in config.exact_shares])
 
     for k, b in enumerate(sizes):
-        progress(f"{config.seeds} runs to each target, {label_of(b)}")
+        session.say(f"{config.seeds} runs to each target, {label_of(b)}")
         numbers |= _runs(config, geometry, batch, {share: (share * gap, best[share][k]) for share in config.shares}, b)
 
-    progress("seconds of a step")
-    took = work.race(
+    session.say("seconds of a step")
+    took = session.race(
         {label_of(b): _loop(batch, b) for b in sizes}, repeats=config.repeats, min_seconds=config.min_seconds
     )
     numbers["seconds"] = np.array(
         [[t / _timed_steps(b) for t in took[label_of(b)][:3]] for b in sizes]
     )  # median and the ends of its interval
 
-    progress("the noise scale along GD's path")
+    session.say("the noise scale along GD's path")
     numbers["noise_scale"] = np.array(
         [_path_noise(geometry, batch, share * gap, config.path_points) for share in config.exact_shares]
     )
@@ -451,3 +452,9 @@ def _points(axis: Any, x: np.ndarray, taken: np.ndarray, colour: str, label: str
     middle, low, high = np.where(np.isfinite(taken), taken, np.nan).T
     axis.errorbar(x, middle, yerr=[middle - low, high - middle], fmt="o", color=colour, markersize=4.5, linewidth=1,
                   label=label)  # fmt: skip
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

@@ -22,8 +22,9 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments.engine import plots, work
+from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import normal
 from jaxgrad import losses, models, timing
 from jaxgrad.descent import advance, init
@@ -83,9 +84,9 @@ ONE_CORE = 1024
 """The largest batch whose step one core takes by itself, with so few columns."""
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     def race(contenders: dict[str, Callable[[], Any]], longer: int = 1) -> dict[str, timing.Timing]:
-        return work.race(contenders, repeats=config.repeats, min_seconds=longer * config.min_seconds)
+        return session.race(contenders, repeats=config.repeats, min_seconds=longer * config.min_seconds)
 
     numbers: dict[str, Any] = {
         "b": config.b, "d": config.d, "rows": np.array(config.rows), "batch_sizes": np.array(config.batch_sizes),
@@ -101,7 +102,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     timed: dict[str, list[timing.Timing]] = {name: [] for name in ("full batch", *KINDS)}
     steps_of: dict[str, list[int]] = {name: [] for name in timed}
     for n in config.rows:
-        progress(f"whole steps at n = {n:,}")
+        session.say(f"whole steps at n = {n:,}")
         data = _data(n, config.d)
         samplings = {"full batch": full_batch(), **{name: kind(config.b) for name, kind in KINDS.items()}}
         steps = {name: _steps(sampling, n) for name, sampling in samplings.items()}
@@ -113,14 +114,14 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     for name in timed:
         keep(f"step/{name}", timed[name], steps_of[name])
 
-    progress(f"whole steps against b at n = {config.rows_for_b:,}")
+    session.say(f"whole steps against b at n = {config.rows_for_b:,}")
     data = _data(config.rows_for_b, config.d)
     for name, kind in KINDS.items():
         sizes = [b for b in config.batch_sizes if b <= config.rows_for_b]
         took = race({str(b): _loop(kind(b), data, _steps(kind(b), config.rows_for_b)) for b in sizes})
         keep(f"batch/{name}", list(took.values()), [_steps(kind(b), config.rows_for_b) for b in sizes])
 
-    progress("drawing indices alone")
+    session.say("drawing indices alone")
     for name, kind in KINDS.items():
         # A draw is microseconds, and a trend in it is what is asked for: each contender runs longer per round.
         draws = {str(n): _draw(kind(config.b), int(n)) for n in numbers["index_rows"]}
@@ -129,7 +130,7 @@ def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
     shuffles = race({str(n): _shuffle(config.b, n) for n in config.shuffle_rows})
     keep("index/shuffle all n", list(shuffles.values()), [1] * len(shuffles))
 
-    progress("the compiled loop against a step called from Python")
+    session.say("the compiled loop against a step called from Python")
     data, steps = _data(config.loop_rows, config.loop_columns), 2000
     pair = race(
         {
@@ -367,3 +368,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     extra_handles, extra_labels = right.get_legend_handles_labels()
     figure.legend([*handles, extra_handles[-1]], [*labels, extra_labels[-1]], loc="outside upper center", ncols=5)
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

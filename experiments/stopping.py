@@ -12,7 +12,6 @@ The lecture names three rules: the step, a budget, metrics on a validation set. 
 with the norm of the full gradient, which is what the first should have been.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 
 from experiments.engine import plots
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, random_keys
 from jaxgrad import data, losses, models, statistics
 from jaxgrad.descent import (
@@ -87,17 +87,17 @@ FEW = ("bmi", "s5")
 RULES = ("budget", "small step", "small gradient", "validation")
 
 
-def run(config: Config, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Config, session: Session) -> dict[str, Any]:
     diabetes = data.load("diabetes")
     with jax.enable_x64(True):
         x, y = (np.asarray(leaf, np.float64) for leaf in diabetes.batch)
         batch = Batch(jnp.asarray(x), jnp.asarray(y))
-        progress("GD until the rule fires")
+        session.say("GD until the rule fires")
         numbers = _gd(config, batch)
-        progress(f"SGD at its floor, {config.seeds} runs watched for {config.watched} steps")
+        session.say(f"SGD at its floor, {config.seeds} runs watched for {config.watched} steps")
         columns = [diabetes.names.index(name) for name in FEW]
         numbers |= _false_stops(config, Batch(batch.x[:, columns], batch.y))
-    progress("the rules compared")
+    session.say("the rules compared")
     return numbers | _compared(config, diabetes)
 
 
@@ -391,3 +391,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     luck.plot([], [], "--", color=plots.GREY, linewidth=1, label="slope min(b, p)")
     luck.legend(loc="lower right")
     return figure
+
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)

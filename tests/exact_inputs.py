@@ -25,6 +25,7 @@ from experiments import (
     step_cost,
 )
 from experiments.engine.catalogue import catalogue
+from experiments.engine.session import Session
 from experiments.recorded import large_file
 from experiments.support import contenders, exact, reported, step_parts
 from experiments.support.loading import few_features, load
@@ -82,7 +83,7 @@ def inputs() -> Iterator[tuple[str, Any]]:
         yield "detection/reported", [case.arguments for case in reported.CASES]
         yield "detection/points", [(p, batch) for _, p, batch in points]
     for name in ("diamonds", "digits"):
-        problem = gd_vs_sgd._problem(name, dataclasses.replace(gd_vs_sgd.QUICK, data=name), lambda text: None)
+        problem = gd_vs_sgd._problem(name, dataclasses.replace(gd_vs_sgd.QUICK, data=name), Session.plain())
         yield f"gd_vs_sgd/{name}", (problem.start, problem.batch, problem.largest)
         noisy = gradient_noise._problem(name, dataclasses.replace(gradient_noise.QUICK, data=name))
         yield f"gradient_noise/{name}", (noisy.start, noisy.batch, noisy.eta)

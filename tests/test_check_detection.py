@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from experiments import detection
+from experiments.engine.session import Session
 from experiments.support import checkers
 
 
 @pytest.fixture(scope="module")
 def numbers():
-    return detection.run(detection.QUICK, lambda _: None)
+    return detection.run(detection.QUICK, Session.plain())
 
 
 def test_the_quick_zoo_is_caught_and_named(numbers):

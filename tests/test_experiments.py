@@ -26,11 +26,12 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import __main__ as command
 from experiments import gd_vs_sgd
-from experiments.engine import environments, lecture_rows, machine, page, plots, provenance, report, results
+from experiments.engine import arguments, environments, lecture_rows, machine, page, plots, provenance, report, results
+from experiments.engine import commands as command
 from experiments.engine.catalogue import catalogue
 from experiments.engine.results import Claim
+from experiments.engine.session import Session
 from experiments.support import loading
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -55,10 +56,10 @@ class Config:
 QUICK = Config(n=5)
 PUBLISHED = {"names": "exact", "*": "rounding"}
 
-def run(config, progress):
+def run(config, session):
     if config.data == "broken":
         raise ValueError("column 'price' has NaN in row 3")
-    progress("drawing a line")
+    session.say("drawing a line")
     x = np.arange(1, config.n + 1.0)
     return {"x": x, "y": 2 * x, "slope": np.float32(2), "names": ["a", "b"], "hole": float("nan")}
 
@@ -95,7 +96,7 @@ class Config:
 QUICK = Config(broken=False)
 PUBLISHED = {"one": "exact"}
 
-def run(config, progress):
+def run(config, session):
     if config.broken:
         raise TypeError("the innards gave way")
     return {"one": 1}
@@ -117,7 +118,7 @@ def study(tmp_path, monkeypatch):
     (package / "bare.py").write_text(BARE)
     (package / "helper.py").write_text('"""Not an experiment."""\n\nclass Config:\n    n: int = 1\n')
     monkeypatch.setattr(experiments, "__path__", [str(package)])
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(arguments, "RESULTS", tmp_path / "results")
     monkeypatch.syspath_prepend(str(package))
     yield tmp_path
     for name in ("line", "bare"):
@@ -489,7 +490,7 @@ class TestCommand:
     @pytest.mark.parametrize("names", [["bare"], ["bare", "line"]])
     def test_where_each_fails_there_is_no_report_and_no_traceback(self, study, capsys, names):
         file = study / "package" / "line.py"
-        file.write_text(FAKE.replace('progress("drawing a line")', 'raise TypeError("no line")'))
+        file.write_text(FAKE.replace('session.say("drawing a line")', 'raise TypeError("no line")'))
         assert command.main([*names, "--out", str(study / "fresh")]) == 1
         err = capsys.readouterr().err
         assert err.splitlines()[-1] == f"failed: {', '.join(names)}"
@@ -551,7 +552,7 @@ class TestCommand:
     def test_a_package_that_is_not_installed_is_named(self, study, capsys):
         file = study / "package" / "line.py"
         file.write_text(
-            FAKE.replace("    progress(", '    raise ModuleNotFoundError("pip install river")\n    progress(')
+            FAKE.replace("    session.say(", '    raise ModuleNotFoundError("pip install river")\n    session.say(')
         )
         assert command.main(["line"]) == 2
         assert capsys.readouterr().err.splitlines()[-1] == "error: line: pip install river"
@@ -560,7 +561,7 @@ class TestCommand:
         (study / "package" / "line.py").write_text(FAKE.replace("import numpy", "import nowhere\nimport numpy"))
         assert command.main(["line"]) == 2
         last = capsys.readouterr().err.splitlines()[-1]
-        assert last == f"error: line: No module named 'nowhere'; {command.INSTALL}"
+        assert last == f"error: line: No module named 'nowhere'; {arguments.INSTALL}"
 
     def test_a_damaged_result_of_another_experiment_is_told_after_a_run(self, study, capsys):
         (study / "results" / "bare").mkdir(parents=True)
@@ -724,7 +725,7 @@ class TestProcess:
     def test_help_is_quick_and_imports_neither_jax_nor_numpy(self, tmp_path):
         code = """
             import sys
-            from experiments.__main__ import main
+            from experiments.engine.commands import main
             try:
                 main(["--help"])
             finally:
@@ -767,10 +768,10 @@ class TestProcess:
     def test_ctrl_c_leaves_the_old_result_and_ends_with_one_line(self, tmp_path):
         """SIGINT while an endless compiled loop runs in chunks, as a descent does."""
         endless = FAKE.replace(
-            '    progress("drawing a line")\n',
+            '    session.say("drawing a line")\n',
             "    import os, jax\n    advance = jax.jit(lambda x: x + 1.0)\n    x = 0.0\n"
             '    while os.environ.get("ENDLESS"):\n'
-            '        x = advance(x)\n        x.block_until_ready() if x > 3 else progress("going")\n',
+            '        x = advance(x)\n        x.block_until_ready() if x > 3 else session.say("going")\n',
         )
         run = copy_of_the_study(tmp_path, formulas=FAKE, line=endless)
         subprocess.run([*run, "line"], cwd=tmp_path, check=True, capture_output=True)
@@ -818,17 +819,16 @@ class TestProcess:
     return {{"one": 1}}
 """
         measures = FAKE.replace("QUICK =", "TIMED = True\nQUICK =").replace(
-            '    progress("drawing a line")\n',
+            '    session.say("drawing a line")\n',
             f"""
     import time
     from pathlib import Path
-    from experiments.engine.work import alone
     while not Path({str(ticks)!r}).exists():
         time.sleep(0.01)
-    with alone():
+    with session.alone():
         time.sleep(0.05)
         span = [time.time()]
-        progress("measuring")
+        session.say("measuring")
         time.sleep(0.4)
         span.append(time.time())
     Path({str(tmp_path / "span")!r}).write_text(" ".join(map(str, span)))
@@ -843,7 +843,7 @@ class TestProcess:
         assert any(t > end for t in times)
 
     def test_a_worker_that_dies_is_named(self, tmp_path):
-        dies = FAKE.replace('    progress("drawing a line")\n', "    import os; os._exit(1)\n")
+        dies = FAKE.replace('    session.say("drawing a line")\n', "    import os; os._exit(1)\n")
         run = copy_of_the_study(tmp_path, line=dies, bare=BARE)
         done = subprocess.run([*run, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2
@@ -910,7 +910,7 @@ def test_classes_on_disk_are_not_run_as_regression(tmp_path, classes):
     np.save(tmp_path / "rows.npy", rows)
     config = dataclasses.replace(gd_vs_sgd.QUICK, data=str(tmp_path / "rows.npy"), target="2", memory=1e-6)
     with pytest.raises(ValueError, match=f"rows.npy: the target looks like {classes} classes, .* only regression"):
-        gd_vs_sgd.run(config, print)
+        gd_vs_sgd.run(config, Session.plain())
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "[x](javascript:1)", "$x_$ | `y`", "__a__", "http://b"])

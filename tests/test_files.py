@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.__main__ import main as study
 from experiments.engine import results
+from experiments.engine.commands import main as study
 from jaxgrad import atomic, commandline, files, stream
 from jaxgrad.check.__main__ import main as check
 from jaxgrad.launch import main as launch

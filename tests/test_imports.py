@@ -109,9 +109,19 @@ ROOMS = sources(HOUSE)
 STUDIES = {name for name in ROOMS if name.count(".") == 1 and f"{name}.__init__" not in ROOMS} - {
     "experiments.__main__", "experiments.engine", "experiments.support", "experiments.recorded",
 }  # fmt: skip
-OPEN_TO_STUDIES = {f"experiments.engine.{room}" for room in ("kinds", "machine", "plots", "results", "work")} | {
+OPEN_TO_STUDIES = {f"experiments.engine.{room}" for room in ("kinds", "machine", "plots", "results", "session")} | {
     "experiments.recorded.tables"
 }
+
+
+LAST_LINES = """
+
+if __name__ == "__main__":
+    from experiments.engine import commands
+
+    commands.run_file(__file__)
+"""
+"""What every study ends with, so that its file can be run."""
 
 
 def room(name):
@@ -138,7 +148,7 @@ def trespasses(modules):
     """`(module, import)` where one room of the study enters another that is closed to it."""
     return [
         (name, other)
-        for name, others in graph(modules).items()
+        for name, others in graph({name: source.removesuffix(LAST_LINES) for name, source in modules.items()}).items()
         for other in sorted(others)
         if not may_import(name, other)
     ]
@@ -205,6 +215,10 @@ def test_every_file_beside_the_engine_is_a_study():
     }  # fmt: skip
 
 
+def test_every_study_can_be_run_as_a_file():
+    assert [name for name in STUDIES if not ROOMS[name].endswith(LAST_LINES)] == []
+
+
 def test_the_study_has_no_import_cycle():
     assert cycle(graph(ROOMS)) is None
 
@@ -235,9 +249,9 @@ def test_the_study_and_the_readme_use_the_faces_of_the_library():
     assert behind_a_face(blocks_of_code((HOUSE.parent / "README.md").read_text(encoding="utf-8"))) == []
 
 
-@pytest.mark.parametrize("statement", ["import experiments.engine.catalogue"])
-def test_what_reads_a_command_line_imports_neither_jax_nor_numpy(statement):
-    assert heavy_after(statement, {"jax", "numpy", "matplotlib", "scipy"}) == "[]\n"
+@pytest.mark.parametrize("name", ["catalogue", "arguments", "commands"])
+def test_what_reads_a_command_line_imports_neither_jax_nor_numpy(name):
+    assert heavy_after(f"import experiments.engine.{name}", {"jax", "numpy", "matplotlib", "scipy"}) == "[]\n"
 
 
 def test_a_contender_of_the_race_imports_no_jax_before_it_must():

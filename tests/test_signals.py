@@ -96,7 +96,7 @@ class Config:
     n: int = 1
 QUICK = Config()
 PUBLISHED = {"*": "exact"}
-def run(config, progress):
+def run(config, session):
     import time, pathlib
     pathlib.Path(__file__).with_suffix(".begun").touch()
     while True:

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import speed
 from experiments.engine import plots, results
+from experiments.engine.session import Session
 from experiments.support import contenders
 from experiments.support.contenders import CONTENDERS, Case
 
@@ -152,8 +153,8 @@ class TestProcesses:
             compiled=(), rows=600, full_steps=5, rounds=2, min_seconds=1e-4,
         )  # fmt: skip
         said = []
-        cases = speed._cases(config, tmp_path, said.append)
-        numbers = results.as_saved(speed._race(config, cases, tmp_path, "cpu", said.append))
+        cases = speed._cases(config, tmp_path, Session.plain(said.append))
+        numbers = results.as_saved(speed._race(config, cases, tmp_path, "cpu", Session.plain(said.append)))
         assert len(said) == 3
         for name in CONTENDERS:
             absent, took = numbers[f"absent/{name}"], numbers[f"seconds/{name}"]
@@ -173,7 +174,7 @@ class TestProcesses:
         for free, expected in ((2**30, ["beyond cache", "synthetic"]), (2**20, ["synthetic"])):
             said = []
             monkeypatch.setattr(speed.machine, "free_memory", lambda free=free: free)
-            assert [case.data for case in speed._cases(config, tmp_path, said.append)] == expected
+            assert [case.data for case in speed._cases(config, tmp_path, Session.plain(said.append))] == expected
             assert len(said) == 2 - len(expected)
 
     def test_a_fault_is_an_answer_and_a_death_is_told(self, tmp_path):

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import __main__ as command
-from experiments.engine import altered, echoes, environments, kinds, machine, proof, results, verify
+from experiments.engine import altered, arguments, echoes, environments, kinds, machine, proof, results, verify, workers
+from experiments.engine import commands as command
 from experiments.engine.catalogue import catalogue
+from experiments.engine.session import Session
 from jaxgrad import data
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -53,7 +54,7 @@ PUBLISHED = {
 }
 ETA, SEED, B = 0.2, 1, 90
 
-def run(config, progress):
+def run(config, session):
     x, y = (np.asarray(leaf[:100], np.float32) for leaf in data.load("diabetes").batch)
     x = x[:, [2, 8]]
     geometry = theory.problem(Batch(x.astype(float), y.astype(float)))
@@ -104,11 +105,11 @@ FAULTS = {
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """An empty package of experiments, whose own results are in `tmp_path / "results"`."""
-    command.start_jax("cpu")
+    machine.start_jax("cpu")
     folder = tmp_path / "package"
     folder.mkdir()
     monkeypatch.setattr(experiments, "__path__", [str(folder)])
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(arguments, "RESULTS", tmp_path / "results")
     yield folder
     forget("planted")
 
@@ -125,7 +126,7 @@ def ran(package, out, source=PLANTED, **changes):
     forget("planted")
     module = importlib.import_module("experiments.planted")
     config = dataclasses.replace(module.QUICK, **changes)
-    numbers = results.as_saved(module.run(config, lambda message: None))
+    numbers = results.as_saved(module.run(config, Session.plain()))
     results.write(out, "planted", "cpu", config, numbers, module.claims(numbers), {"seconds": 1.0})
     return module, results.read(out, "planted", "cpu")
 
@@ -639,7 +640,7 @@ class Config:
 QUICK = Config(n=10)
 PUBLISHED = {{"x": "exact", "total": "rounding"}}
 
-def run(config, progress):
+def run(config, session):
     time.sleep(0.05)
     x = np.random.default_rng({k}).normal(size=config.n)
     return {{"x": x, "total": x.sum()}}
@@ -803,18 +804,18 @@ class TestCommand:
         assert out == ""
 
     @pytest.mark.parametrize(
-        "arguments",
+        "line",
         [
             "verify losses --quick", "verify --quick losses", "--quick verify losses",
             "verify --rerun x --quick losses", "verify --rerun=x --quick losses",
             "verify --all losses --quick --rerun x",
         ],
     )  # fmt: skip
-    def test_names_may_stand_behind_options(self, arguments):
-        found = command.parse(arguments.split())
+    def test_names_may_stand_behind_options(self, line):
+        found = arguments.parse(line.split())
         assert (found.names, found.quick) == (("verify", "losses"), True)
-        assert found.rerun == (Path("x") if "rerun" in arguments else None)
-        assert found.every == ("--all" in arguments)
+        assert found.rerun == (Path("x") if "rerun" in line else None)
+        assert found.every == ("--all" in line)
 
     @pytest.mark.parametrize("name", ["verify", "spread", "power"])
     def test_help_is_a_screen_that_says_what_the_words_mean(self, name, capsys):
@@ -921,7 +922,7 @@ class TestCommand:
             def outcomes(*_):
                 raise KeyboardInterrupt
 
-            monkeypatch.setattr(command, "outcomes", outcomes)
+            monkeypatch.setattr(workers, "outcomes", outcomes)
         if where == "writing":
             write = results.write
             monkeypatch.setattr(results, "write", lambda *a: (os.kill(os.getpid(), signal.SIGINT), write(*a)))

@@ -32,6 +32,15 @@ class Change(NamedTuple):
     """Whether seconds do not matter: experiments that measure them then run beside others."""
 
 
+def read(text: str) -> Change:
+    """A change from its JSON; ValueError where it is none."""
+    try:
+        return Change(**json.loads(text))
+    except (ValueError, TypeError):
+        fields = ", ".join(Change._fields)
+        raise ValueError(f"'altered' needs a change as a JSON object with {fields}; got {text!r}") from None
+
+
 def apply(what: Change) -> None:
     """Let every experiment of this process run so changed."""
     import optax

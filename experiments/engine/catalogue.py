@@ -16,7 +16,9 @@ class Entry(NamedTuple):
     fields: tuple[str, ...]
     """The names of its settings, the fields of its `Config`."""
     timed: bool
-    """Whether it measures seconds: such ones do not run together."""
+    """Whether it measures seconds (`TIMED = True`): such experiments do not run together."""
+    in_parallel: bool
+    """Whether it spreads over processes and devices, and saves itself as it goes (`IN_PARALLEL = True`)."""
 
 
 def catalogue() -> dict[str, Entry]:
@@ -34,9 +36,11 @@ def _entry(file: Path) -> Entry | None:
     if not (isinstance(config, ast.ClassDef) and isinstance(defined.get("run"), ast.FunctionDef)):
         return None
     fields = (node.target for node in config.body if isinstance(node, ast.AnnAssign))
+    flags = {ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)}
     return Entry(
         file.stem,
         (ast.get_docstring(tree) or file.stem).splitlines()[0],
         tuple(field.id for field in fields if isinstance(field, ast.Name)),
-        any(isinstance(node, ast.Assign) and ast.unparse(node) == "TIMED = True" for node in tree.body),
+        "TIMED = True" in flags,
+        "IN_PARALLEL = True" in flags,
     )

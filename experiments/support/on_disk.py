@@ -6,7 +6,6 @@ of the standardised columns to float32). Step sizes are tuned on a sample of row
 over the file, with rows read ahead. A second is one of such a run, waiting for the disk included.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.engine import work
+from experiments.engine.session import Session
 from experiments.support.exact import decimals
 from experiments.support.loading import plain
 from experiments.support.shared import finals, label_of, sampling_of
@@ -27,7 +26,7 @@ TUNING_ROWS = 100_000
 """Step sizes are tuned on so many rows."""
 
 
-def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: Any, session: Session) -> dict[str, Any]:
     """The numbers of `gd_vs_sgd` for one data set on disk; `config` is that experiment's."""
     path = Path(config.data).expanduser()
     if config.target is None:
@@ -46,7 +45,7 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
             f"{path.name}: the target looks like {len(values)} classes, and this experiment runs only regression from "
             "disk; raise --memory to load the file, or call descend on stream.open_rows(..., classes=...)"
         )
-    progress(f"{path.name}: one pass for mean and covariance of {raw.n:,} rows")
+    session.say(f"{path.name}: one pass for mean and covariance of {raw.n:,} rows")
     mean, covariance = stream.moments(raw)
     spread = np.sqrt(np.diag(covariance))
     if not spread.all():
@@ -83,22 +82,22 @@ def run(config: Any, progress: Callable[[str], None]) -> dict[str, Any]:
         steps = 4 * config.epochs if b is None else 2 * config.updates
         sampling = sampling_of(b)
         tuned, runs = (1, 1) if b is None else (config.tuning_seeds, config.seeds)
-        progress(f"{name}, {label_of(b)}: tuning the step size on {len(sample):,} rows under {steps:,} updates")
+        session.say(f"{name}, {label_of(b)}: tuning the step size on {len(sample):,} rows under {steps:,} updates")
         etas = np.ldexp(1 / top, -np.arange(config.halvings))
 
         def scores(sampling: Any = sampling, steps: int = steps, tuned: int = tuned, etas: Any = etas) -> np.ndarray:
             final = finals(loss, start, batch, sampling, steps, jax.random.split(key_tune, tuned), etas, lambda w: w)
             return np.median(np.nan_to_num(gap(final), nan=np.inf, posinf=np.inf), axis=1)
 
-        score = work.kept(f"{name} {label_of(b)} tuning", scores)
+        score = session.keep(f"{name} {label_of(b)} tuning", scores)
         eta = float(etas[np.argmin(score)])
         traces = []
         for i, key in enumerate(jax.random.split(key_order, runs)):
-            progress(f"{name}, {label_of(b)}: run {i + 1} of {runs} with step size {eta:.3g}")
+            session.say(f"{name}, {label_of(b)}: run {i + 1} of {runs} with step size {eta:.3g}")
             record = log_spaced(steps, config.points)
             trace = descend(
                 loss, start, rows, optimizer=eta, sampling=sampling, steps=steps, key=key, record=record,
-                checkpoint=work.checkpoint(f"{name} {label_of(b)} run {i}", steps),
+                checkpoint=session.checkpoint(f"{name} {label_of(b)} run {i}", steps),
             )  # fmt: skip
             traces.append(trace)
         per_update = np.array([trace.seconds[-1] / steps for trace in traces])

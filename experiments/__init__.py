@@ -15,7 +15,8 @@ only what was saved, so that nothing that is published can disagree with it.
 A study defines
 
     Config, QUICK          a frozen dataclass, whose defaults are the full size, and a small instance of it
-    PUBLISHED              what kind of number each of its numbers is: a dict of kinds by name (see below)
+    NUMBERS                what kind of number each of its numbers is, by name: `EXACT`, `ROUNDING`, `Runs(axis=0)`, ...
+                           (`engine/kinds.py`). `verify` needs it to know what a re-run may change
     run(config, session)   measure: the numbers. `session.say` tells what is being done, `session.alone` keeps the
                            others still while something is timed, `session.keep` and `session.checkpoint` save what
                            there is until the study is done (`engine/session.py`)
@@ -31,32 +32,6 @@ order in which they are told.
 
 Who may import whom. A study imports `jaxgrad`, of `engine` only `session`, `kinds`, `results`, `plots` and `machine`,
 and `support`; never another study. `engine` names no study. Every late import counts (`tests/test_imports.py`).
-
-`PUBLISHED` tells `python -m experiments verify` what a re-run may change. Its keys are names of numbers, with `*` for
-anything, and `name[1]` for a column (along the last axis); the first that fits decides, and one must fit. Its values:
-
-    "exact"                                 the same to the last bit: settings, counts, words
-    "exact, same jax"                       the same where JAX is: what its compiler counts
-    "machine"                               what a machine is and has installed, and who won a race on it
-    "rounding"                              computed in floating point without drawing anything, or the same each time
-    "rounding, chosen by SCORES of OPTIONS" the option with the lowest score, which rounding may decide at a tie
-    "rounding, found to SHARE"              what a search ends with, which may be off by that share of it
-    "rounding, off by KEY"                  what may be off by the number KEY, worked out with it: an error that its
-                                            condition explains, a jump where a residual is on the other side of 0
-    "error, unit UNIT"                      an error of rounding: UNIT, a number or the name of one, is what it is
-                                            measured in
-    "count"                                 how many cases pass a threshold, each of which rounding may move across
-    "chaotic, axis K"                       late steps, along axis K, of runs that may wander, or stand still but for
-                                            rounding
-    "statistical, axis K"                   one entry along axis K for each seed
-    "statistical, error KEY"                a mean whose standard error is the number KEY
-    "statistical, deviation KEY"            a mean over the seeds, which scatter by KEY
-    "statistical, count of KEY"             how many of KEY runs
-    "statistical"                           of random numbers, with no interval of its own: a path, an error bar
-    "timing"                                seconds
-    "timing, ratio"                         seconds over seconds of the same run
-
-A `*` in KEY, SCORES, OPTIONS and UNIT stands for what it stood for in the name.
 
 What a study begins with, grids, draws and starts, comes from `experiments.support.exact`. It is the same to the last
 bit on every machine. Whatever differs in a re-run was therefore computed differently.

@@ -20,6 +20,7 @@ from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, MACHINE, RATIO, ROUNDING, SAME_JAX, ErrorOfRounding
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import layers
@@ -47,10 +48,10 @@ class Config:
 
 TIMED = True
 QUICK = Config(chain=(1, 2, 4, 8, 16, 32), depths=(1, 4), rows=1024, deepest_slow=1, repeats=6, min_seconds=0.002)
-PUBLISHED = {
-    "chain": "exact", "depths": "exact", "n": "exact", "width": "exact", "data": "exact", "parameters": "exact",
-    "chain/*": "exact", "dense_ratio": "rounding", "agreement": "error, unit 2.3e-16", "traced/*": "exact, same jax",
-    "compiler/*": "machine", "operations/*": "exact, same jax", "time/*": "timing, ratio",
+NUMBERS = {
+    "chain": EXACT, "depths": EXACT, "n": EXACT, "width": EXACT, "data": EXACT, "parameters": EXACT,
+    "chain/*": EXACT, "dense_ratio": ROUNDING, "agreement": ErrorOfRounding(unit=2.3e-16), "traced/*": SAME_JAX,
+    "compiler/*": MACHINE, "operations/*": SAME_JAX, "time/*": RATIO,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 FORMULAS: dict[str, tuple[str, Callable[[Any], Any]]] = {

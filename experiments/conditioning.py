@@ -22,6 +22,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, ROUNDING
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, normal
@@ -63,12 +64,12 @@ class Config:
 
 
 QUICK = Config(steps=100, kappas=(1.0, 10.0, 100.0), seeds=8, etas=16, most=1000, most_real=4000, rows=4000)
-PUBLISHED = {
-    "data": "exact", "n": "exact", "methods": "exact", "kappas": "exact", "most": "exact", "most_real": "exact",
-    "seeds": "exact", "share": "exact", "fraction": "exact", "record": "exact", "steps/*": "rounding",
-    "predicted/*": "exact", "real/*": "rounding", "real_exact": "exact", "deviation/*": "rounding", "eta": "rounding",
-    "eigenvalues": "rounding", "condition_number": "rounding", "kappa/*": "rounding", "left": "rounding",
-    "left_theory": "rounding",
+NUMBERS = {
+    "data": EXACT, "n": EXACT, "methods": EXACT, "kappas": EXACT, "most": EXACT, "most_real": EXACT,
+    "seeds": EXACT, "share": EXACT, "fraction": EXACT, "record": EXACT, "steps/*": ROUNDING,
+    "predicted/*": EXACT, "real/*": ROUNDING, "real_exact": EXACT, "deviation/*": ROUNDING, "eta": ROUNDING,
+    "eigenvalues": ROUNDING, "condition_number": ROUNDING, "kappa/*": ROUNDING, "left": ROUNDING,
+    "left_theory": ROUNDING,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 METHODS = ("GD", "Jacobi", "Adagrad", "RMSProp", "Adam")

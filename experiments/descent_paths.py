@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, FancyBboxPatch
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, RANDOM, ROUNDING, ErrorOfRounding, Mean, Runs
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import decimals, random_keys
@@ -50,15 +51,15 @@ class Config:
 
 
 QUICK = Config(batch_sizes=(8,), cloud=2000)
-PUBLISHED = {
-    "n": "exact", "batch_sizes": "exact", "fraction": "exact", "steps": "exact", "too_small": "exact",
-    "too_large": "exact", "start": "exact", "stable/*": "exact", "graph/names": "exact",
-    "graph/derivative_names": "exact", "graph/example": "exact", "graph/labels": "exact",
-    "graph/error": "error, unit 2.3e-16", "graph/*": "rounding",
-    "minimiser": "rounding", "minimum": "rounding", "edge": "rounding", "condition_number": "rounding",
-    "hessian": "rounding", "gd": "rounding", "crawl": "rounding", "divergence": "rounding", "spread/*": "rounding",
-    "sgd/*": "statistical", "spread_error/*": "statistical", "cloud/*": "statistical, axis 0",
-    "measured_spread/*": "statistical, error spread_error/*",
+NUMBERS = {
+    "n": EXACT, "batch_sizes": EXACT, "fraction": EXACT, "steps": EXACT, "too_small": EXACT,
+    "too_large": EXACT, "start": EXACT, "stable/*": EXACT, "graph/names": EXACT,
+    "graph/derivative_names": EXACT, "graph/example": EXACT, "graph/labels": EXACT,
+    "graph/error": ErrorOfRounding(unit=2.3e-16), "graph/*": ROUNDING,
+    "minimiser": ROUNDING, "minimum": ROUNDING, "edge": ROUNDING, "condition_number": ROUNDING,
+    "hessian": ROUNDING, "gd": ROUNDING, "crawl": ROUNDING, "divergence": ROUNDING, "spread/*": ROUNDING,
+    "sgd/*": RANDOM, "spread_error/*": RANDOM, "cloud/*": Runs(axis=0),
+    "measured_spread/*": Mean(error="spread_error/*"),
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)

@@ -26,6 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.engine import plots
+from experiments.engine.kinds import COUNT, EXACT, ROUNDING, SECONDS
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support import checkers
@@ -61,11 +62,11 @@ class Config:
 
 TIMED = True
 QUICK = Config(species=("logistic",), seeds=1, train_steps=100, cold=False)
-PUBLISHED = {
-    "seconds_*": "timing", "smallest_detectable": "rounding", "alarms_of_ours": "exact", "judges": "exact",
-    "kinds": "exact", "misjudged": "exact", "misplaced": "exact", "missed_by_us": "exact", "mistakes": "exact",
-    "points": "exact", "right_*": "count", "with_*": "count", "caught": "count", "confusion": "count",
-    "correct": "exact", "false_alarms": "count", "planted": "exact",
+NUMBERS = {
+    "seconds_*": SECONDS, "smallest_detectable": ROUNDING, "alarms_of_ours": EXACT, "judges": EXACT,
+    "kinds": EXACT, "misjudged": EXACT, "misplaced": EXACT, "missed_by_us": EXACT, "mistakes": EXACT,
+    "points": EXACT, "right_*": COUNT, "with_*": COUNT, "caught": COUNT, "confusion": COUNT,
+    "correct": EXACT, "false_alarms": COUNT, "planted": EXACT,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 POINTS = ("random", "trained", "saturated")

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, RANDOM, ROUNDING, CountOf, Runs
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, random_keys, two_layer
@@ -75,15 +76,15 @@ QUICK = Config(
     seeds=500, steps=200, well_with_replacement=(1,), well_distinct=(14,), well_etas=(0.1, 0.2),
     frequency_distinct=(2,), frequency_etas=(0.16,), grid=1024, fine=6, nets=("wide",), starts=40, noisy=300, calm=700,
 )  # fmt: skip
-PUBLISHED = {
-    "names": "exact", "nets": "exact", "seeds": "exact", "steps": "exact", "*/labels": "exact", "*/etas": "exact",
-    "*/n": "exact", "*/shown": "exact", "*/shown steps": "exact", "net/data": "exact", "net/b": "exact",
-    "net/starts": "exact", "net/*/l2": "exact", "net/*/what": "exact", "collapse_b": "exact", "*/gd crossed": "exact",
-    "collapse": "rounding", "*/w": "rounding", "*/loss": "rounding", "*/marks": "rounding", "*/fine": "rounding",
-    "*/lines": "rounding", "*/kramers": "rounding", "*/impossible_at": "rounding", "*/gd impossible_at": "rounding",
-    "*/gd run": "rounding", "*/rows[1]": "statistical, count of seeds", "*/rows[*]": "rounding",
-    "*/runs": "statistical, axis 0", "net/*/slope": "statistical", "net/*/gd": "statistical, axis 0",
-    "net/*/sgd": "statistical, axis 0",
+NUMBERS = {
+    "names": EXACT, "nets": EXACT, "seeds": EXACT, "steps": EXACT, "*/labels": EXACT, "*/etas": EXACT,
+    "*/n": EXACT, "*/shown": EXACT, "*/shown steps": EXACT, "net/data": EXACT, "net/b": EXACT,
+    "net/starts": EXACT, "net/*/l2": EXACT, "net/*/what": EXACT, "collapse_b": EXACT, "*/gd crossed": EXACT,
+    "collapse": ROUNDING, "*/w": ROUNDING, "*/loss": ROUNDING, "*/marks": ROUNDING, "*/fine": ROUNDING,
+    "*/lines": ROUNDING, "*/kramers": ROUNDING, "*/impossible_at": ROUNDING, "*/gd impossible_at": ROUNDING,
+    "*/gd run": ROUNDING, "*/rows[1]": CountOf("seeds"), "*/rows[*]": ROUNDING,
+    "*/runs": Runs(axis=0), "net/*/slope": RANDOM, "net/*/gd": Runs(axis=0),
+    "net/*/sgd": Runs(axis=0),
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LEVEL = 0.99

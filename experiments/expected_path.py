@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, RANDOM, ROUNDING, CountOf, Mean, Runs
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, random_keys
@@ -60,16 +61,16 @@ class Config:
 
 
 QUICK = Config(batch_sizes=(1, 16), steps=120, points=9, seeds=400, floor_fractions=(0.2, 0.4), shown=20)
-PUBLISHED = {
-    "data": "exact", "n": "exact", "features": "exact", "sizes": "exact", "steps": "exact", "every": "exact",
-    "seeds": "exact", "beyond/fraction": "exact", "gd/runs": "rounding", "*/runs": "exact",
-    "*/measured": "statistical, deviation */deviation", "*/square": "statistical, error */square_error",
-    "*/square_error": "statistical", "*/single": "statistical, axis 0", "*/inside": "statistical, count of seeds",
-    "floors[2]": "statistical, deviation floors[4]", "floors[*]": "rounding", "beyond/line": "rounding",
-    "beyond/eta": "rounding", "beyond/*": "statistical", "gd": "rounding", "*edge": "rounding", "eta": "rounding",
-    "value": "rounding", "start": "rounding", "*/deviation": "rounding", "*/fine": "rounding", "*/floor": "rounding",
-    "*/leading": "rounding", "*/line": "rounding", "*/line_deviation": "rounding", "*/mean": "rounding",
-    "*/tame": "rounding",
+NUMBERS = {
+    "data": EXACT, "n": EXACT, "features": EXACT, "sizes": EXACT, "steps": EXACT, "every": EXACT,
+    "seeds": EXACT, "beyond/fraction": EXACT, "gd/runs": ROUNDING, "*/runs": EXACT,
+    "*/measured": Mean(deviation="*/deviation"), "*/square": Mean(error="*/square_error"),
+    "*/square_error": RANDOM, "*/single": Runs(axis=0), "*/inside": CountOf("seeds"),
+    "floors[2]": Mean(deviation="floors[4]"), "floors[*]": ROUNDING, "beyond/line": ROUNDING,
+    "beyond/eta": ROUNDING, "beyond/*": RANDOM, "gd": ROUNDING, "*edge": ROUNDING, "eta": ROUNDING,
+    "value": ROUNDING, "start": ROUNDING, "*/deviation": ROUNDING, "*/fine": ROUNDING, "*/floor": ROUNDING,
+    "*/leading": ROUNDING, "*/line": ROUNDING, "*/line_deviation": ROUNDING, "*/mean": ROUNDING,
+    "*/tame": ROUNDING,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)

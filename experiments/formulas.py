@@ -29,6 +29,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, ROUNDING, ErrorOfRounding, Found, Off
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import decimals, dyadic, geometric, normal, sigmoid
@@ -58,13 +59,13 @@ class Config:
 
 
 QUICK = Config(seeds=3, shapes=((5, 3, 4, 2),), training=50, steps=4, logits=40, curve=600)
-PUBLISHED = {
-    "seeds": "exact", "row/form": "exact", "row/id": "exact", "row/kind": "exact", "row/series": "exact",
-    "row/shape": "exact", "row/ratio": "rounding, off by row/limit", "row/limit": "rounding, found to 1e-3",
-    "row/units": "error, unit 1",
-    "row/*": "error, unit 1e-12", "words/*": "exact", "shapes": "exact", "stopped": "exact", "curve/logit": "exact",
-    "curve/*": "error, unit 2.3e-16", "nan/found": "rounding, found to 2.4e-7", "nan/*": "rounding", "zero/*": "exact",
-    "slopes": "rounding",
+NUMBERS = {
+    "seeds": EXACT, "row/form": EXACT, "row/id": EXACT, "row/kind": EXACT, "row/series": EXACT,
+    "row/shape": EXACT, "row/ratio": Off(by="row/limit"), "row/limit": Found(to=1e-3),
+    "row/units": ErrorOfRounding(unit=1),
+    "row/*": ErrorOfRounding(unit=1e-12), "words/*": EXACT, "shapes": EXACT, "stopped": EXACT, "curve/logit": EXACT,
+    "curve/*": ErrorOfRounding(unit=2.3e-16), "nan/found": Found(to=2.4e-7), "nan/*": ROUNDING, "zero/*": EXACT,
+    "slopes": ROUNDING,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 DEPTHS = 5

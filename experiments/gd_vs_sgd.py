@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments.engine import machine, plots
+from experiments.engine.kinds import EXACT, ROUNDING, SECONDS, Chosen, Runs, Seconds
 from experiments.engine.results import Claim
 from experiments.engine.session import Session, side_by_side
 from experiments.support import on_disk
@@ -80,12 +81,12 @@ QUICK = Config(
     problems=("diamonds", "mnist5k"), seeds=5, batch_sizes=(8,), epochs=4, updates=200, updates_net=60, tuning_seeds=2,
     halvings=7, points=25, rows=4000, hidden=16,
 )  # fmt: skip
-PUBLISHED = {
-    "problems": "exact", "*/what": "exact", "*/n": "exact", "*/labels": "exact", "*/kind": "exact", "*/steps": "exact",
-    "*/examples": "exact", "*/start": "rounding", "*/minimum": "rounding", "*/bound": "rounding", "*/etas": "rounding",
-    "*/eta": "rounding, chosen by */tuning of */etas", "*/tuning": "rounding", "*/diverged": "exact",
-    "*/excess": "statistical, axis 0", "*/test_accuracy": "statistical, axis 0", "*/seconds_per_update": "timing",
-    "*/seconds_per_update_runs": "timing, axis -1",
+NUMBERS = {
+    "problems": EXACT, "*/what": EXACT, "*/n": EXACT, "*/labels": EXACT, "*/kind": EXACT, "*/steps": EXACT,
+    "*/examples": EXACT, "*/start": ROUNDING, "*/minimum": ROUNDING, "*/bound": ROUNDING, "*/etas": ROUNDING,
+    "*/eta": Chosen(by="*/tuning", of="*/etas"), "*/tuning": ROUNDING, "*/diverged": EXACT,
+    "*/excess": Runs(axis=0), "*/test_accuracy": Runs(axis=0), "*/seconds_per_update": SECONDS,
+    "*/seconds_per_update_runs": Seconds(axis=-1),
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, RANDOM, ROUNDING, Mean
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import decimals, random_keys, two_layer
@@ -54,11 +55,11 @@ class Config:
 
 
 QUICK = Config(data="diabetes", rows=60, batch_sizes=(6, 60), path=(0, 10, 60), seeds=400)
-PUBLISHED = {
-    "problems": "exact", "path": "exact", "*/what": "exact", "*/n": "exact", "*/sizes": "exact", "*/gamma": "rounding",
-    "*/trace": "rounding", "*/gradient_squared": "rounding", "*/noise_scale": "rounding", "one/scale": "rounding",
-    "one/expected": "rounding", "*/mean": "statistical, error */error", "*/error": "statistical",
-    "one/*": "statistical", "two": "statistical",
+NUMBERS = {
+    "problems": EXACT, "path": EXACT, "*/what": EXACT, "*/n": EXACT, "*/sizes": EXACT, "*/gamma": ROUNDING,
+    "*/trace": ROUNDING, "*/gradient_squared": ROUNDING, "*/noise_scale": ROUNDING, "one/scale": ROUNDING,
+    "one/expected": ROUNDING, "*/mean": Mean(error="*/error"), "*/error": RANDOM,
+    "one/*": RANDOM, "two": RANDOM,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 THREE = ("diabetes", "breast_cancer", "digits")

@@ -17,6 +17,7 @@ import optax
 from matplotlib.figure import Figure
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, ROUNDING, Found, Runs
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import geometric, random_keys
@@ -60,14 +61,14 @@ QUICK = Config(
     steps=400, fractions=(0.05, 0.2, 0.5, 0.9, 0.99, 1.01), shares=(0.1, 0.03), sgd_steps=300,
     sgd_fractions=(0.01, 0.1, 0.5, 0.9), seeds=5, rows=4000,
 )  # fmt: skip
-PUBLISHED = {
-    "data": "exact", "n": "exact", "d": "exact", "b": "exact", "steps": "exact", "sgd_steps": "exact",
-    "shares": "exact", "fractions": "exact", "sgd_fractions": "exact", "shown": "exact", "shown_steps": "exact",
-    "measured": "exact", "predicted": "exact", "grows": "exact", "predicted_growth": "exact",
-    "sgd_gaps": "statistical, axis 1", "edge": "rounding", "sgd_edge": "rounding", "condition_number": "rounding",
-    "start": "rounding", "etas": "rounding", "sgd_etas": "rounding", "sgd_fine_etas": "rounding, found to 1e-5",
-    "final": "rounding",
-    "sgd_floor": "rounding", "sgd_expected*": "rounding", "shown_gaps": "rounding", "shown_theory": "rounding",
+NUMBERS = {
+    "data": EXACT, "n": EXACT, "d": EXACT, "b": EXACT, "steps": EXACT, "sgd_steps": EXACT,
+    "shares": EXACT, "fractions": EXACT, "sgd_fractions": EXACT, "shown": EXACT, "shown_steps": EXACT,
+    "measured": EXACT, "predicted": EXACT, "grows": EXACT, "predicted_growth": EXACT,
+    "sgd_gaps": Runs(axis=1), "edge": ROUNDING, "sgd_edge": ROUNDING, "condition_number": ROUNDING,
+    "start": ROUNDING, "etas": ROUNDING, "sgd_etas": ROUNDING, "sgd_fine_etas": Found(to=1e-5),
+    "final": ROUNDING,
+    "sgd_floor": ROUNDING, "sgd_expected*": ROUNDING, "shown_gaps": ROUNDING, "shown_theory": ROUNDING,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)

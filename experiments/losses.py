@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import linprog
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, ROUNDING, Off
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import decimals
@@ -58,12 +59,12 @@ class Config:
 
 
 QUICK = Config(steps=10_000, points=7)
-PUBLISHED = {
-    "factor": "exact", "steps": "exact", "record": "exact", "rows": "exact", "start": "exact", "eta/MAE": "exact",
-    "eta/*": "rounding", "bound/*": "rounding", "distance": "rounding", "jump/*": "rounding",
-    "path/MAE*": "rounding, off by jump/path/MAE*", "gap/MAE*": "rounding, off by jump/gap/MAE*", "gap/*": "rounding",
-    "theory/*": "rounding", "path/*": "rounding", "minimum/*": "rounding", "influence/*": "rounding",
-    "influence_theory/*": "rounding", "x": "rounding", "y/*": "rounding",
+NUMBERS = {
+    "factor": EXACT, "steps": EXACT, "record": EXACT, "rows": EXACT, "start": EXACT, "eta/MAE": EXACT,
+    "eta/*": ROUNDING, "bound/*": ROUNDING, "distance": ROUNDING, "jump/*": ROUNDING,
+    "path/MAE*": Off(by="jump/path/MAE*"), "gap/MAE*": Off(by="jump/gap/MAE*"), "gap/*": ROUNDING,
+    "theory/*": ROUNDING, "path/*": ROUNDING, "minimum/*": ROUNDING, "influence/*": ROUNDING,
+    "influence_theory/*": ROUNDING, "x": ROUNDING, "y/*": ROUNDING,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSSES = {"MSE": squared, "MAE": absolute, "logloss": logloss}

@@ -25,6 +25,7 @@ from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, ROUNDING, Chaotic, Runs
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import geometric, random_keys, two_layer
@@ -59,13 +60,13 @@ class Config:
 
 
 QUICK = Config(seeds=23, steps=600, sweep=(1.0, 2.0, 3.0, 5.0), sweep_starts=6)
-PUBLISHED = {
-    "n": "exact", "hidden": "exact", "l2": "exact", "eta": "exact", "b": "exact", "sgd_eta": "exact", "steps": "exact",
-    "record": "exact", "sweep": "exact", "fan": "exact", "zero_moved": "exact", "zero_path": "rounding",
-    "zero_curvature": "rounding", "levels": "rounding", "curvatures": "rounding", "least_curvatures": "rounding",
-    "fan_steps": "chaotic, axis 2", "paths": "statistical, axis 0", "gradient_norms": "statistical, axis 0",
-    "belongs": "statistical, axis 0", "sgd_level": "statistical, axis 0", "sweep_final": "statistical, axis 1",
-    "sweep_step": "statistical, axis 1",
+NUMBERS = {
+    "n": EXACT, "hidden": EXACT, "l2": EXACT, "eta": EXACT, "b": EXACT, "sgd_eta": EXACT, "steps": EXACT,
+    "record": EXACT, "sweep": EXACT, "fan": EXACT, "zero_moved": EXACT, "zero_path": ROUNDING,
+    "zero_curvature": ROUNDING, "levels": ROUNDING, "curvatures": ROUNDING, "least_curvatures": ROUNDING,
+    "fan_steps": Chaotic(axis=2), "paths": Runs(axis=0), "gradient_norms": Runs(axis=0),
+    "belongs": Runs(axis=0), "sgd_level": Runs(axis=0), "sweep_final": Runs(axis=1),
+    "sweep_step": Runs(axis=1),
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 COLUMNS = ("mean radius", "mean texture")

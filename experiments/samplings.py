@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, RANDOM, ROUNDING, Found, Mean
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, random_keys
@@ -56,15 +57,15 @@ class Config:
 
 
 QUICK = Config(examples=10, batch_sizes=(5,), fractions=(0.1, 0.4, 0.8), seeds=1000, large_eta=0.05, passes=4)
-PUBLISHED = {
-    "data": "exact", "features": "exact", "n": "exact", "sizes": "exact", "seeds": "exact", "large/n": "exact",
-    "large/b": "exact", "large/passes": "rounding", "* */measured": "statistical, error * */error",
-    "*/bias error": "rounding", "* */error": "statistical", "* */bias": "statistical, error * */bias error",
-    "large/distinct error": "statistical", "large/reshuffled error": "statistical",
-    "large/distinct": "statistical, error large/distinct error",
-    "large/reshuffled": "statistical, error large/reshuffled error", "large/*": "rounding", "*edge*": "rounding",
-    "*/etas": "rounding", "*/fine": "rounding, found to 1e-5", "*/bias": "rounding", "*/bias leading": "rounding",
-    "*/exact": "rounding", "*/exact bias": "rounding", "*/floor": "rounding", "whole_with_replacement": "rounding",
+NUMBERS = {
+    "data": EXACT, "features": EXACT, "n": EXACT, "sizes": EXACT, "seeds": EXACT, "large/n": EXACT,
+    "large/b": EXACT, "large/passes": ROUNDING, "* */measured": Mean(error="* */error"),
+    "*/bias error": ROUNDING, "* */error": RANDOM, "* */bias": Mean(error="* */bias error"),
+    "large/distinct error": RANDOM, "large/reshuffled error": RANDOM,
+    "large/distinct": Mean(error="large/distinct error"),
+    "large/reshuffled": Mean(error="large/reshuffled error"), "large/*": ROUNDING, "*edge*": ROUNDING,
+    "*/etas": ROUNDING, "*/fine": Found(to=1e-5), "*/bias": ROUNDING, "*/bias leading": ROUNDING,
+    "*/exact": ROUNDING, "*/exact bias": ROUNDING, "*/floor": ROUNDING, "whole_with_replacement": ROUNDING,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 KINDS: dict[str, Callable[[int], Sampling]] = {

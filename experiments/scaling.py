@@ -43,6 +43,7 @@ from scipy.optimize import nnls
 
 import jaxgrad
 from experiments.engine import machine, plots
+from experiments.engine.kinds import EXACT, MACHINE, RANDOM, ROUNDING, Mean, Seconds
 from experiments.engine.results import Claim
 from experiments.engine.session import Session, side_by_side
 from experiments.recorded import tables
@@ -92,16 +93,16 @@ QUICK = Config(
     devices=(1, 2), processes=(), images="digits", rows=960, hidden=16, b=48, rounds=6, seconds=0.005, steps=3,
     path=(30,), batch_sizes=(8, 64), draws=400,
 )  # fmt: skip
-PUBLISHED = {
-    "cores": "machine", "processes": "machine", "why_not": "machine",
-    "devices": "exact", "cases": "exact", "apart": "exact",
-    "images": "exact", "rows": "exact", "hidden": "exact", "b": "exact", "large": "exact", "parameters": "exact",
-    "row_bytes": "exact", "path": "exact", "shares": "exact",
-    "*/arrays": "machine", "*/bytes": "machine", "*/differ": "machine",
-    "*/whole": "timing, axis -1", "*/split": "timing, axis -1",
-    "noise/*": "rounding",
-    "variance/n": "exact", "variance/sizes": "exact", "variance/*/exact": "rounding",
-    "variance/*/mean": "statistical, error variance/*/error", "variance/*/error": "statistical",
+NUMBERS = {
+    "cores": MACHINE, "processes": MACHINE, "why_not": MACHINE,
+    "devices": EXACT, "cases": EXACT, "apart": EXACT,
+    "images": EXACT, "rows": EXACT, "hidden": EXACT, "b": EXACT, "large": EXACT, "parameters": EXACT,
+    "row_bytes": EXACT, "path": EXACT, "shares": EXACT,
+    "*/arrays": MACHINE, "*/bytes": MACHINE, "*/differ": MACHINE,
+    "*/whole": Seconds(axis=-1), "*/split": Seconds(axis=-1),
+    "noise/*": ROUNDING,
+    "variance/n": EXACT, "variance/sizes": EXACT, "variance/*/exact": ROUNDING,
+    "variance/*/mean": Mean(error="variance/*/error"), "variance/*/error": RANDOM,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 

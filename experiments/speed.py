@@ -40,6 +40,7 @@ from matplotlib.figure import Figure
 
 import jaxgrad
 from experiments.engine import machine, plots
+from experiments.engine.kinds import EXACT, MACHINE, Seconds
 from experiments.engine.results import Claim
 from experiments.engine.session import Session, side_by_side
 from experiments.support.contenders import (
@@ -124,11 +125,11 @@ QUICK = Config(
     starts=(),
     import_rounds=0,
 )
-PUBLISHED = {
-    "problem": "exact", "data": "exact", "b": "exact", "d": "exact", "contenders": "exact", "profile_n": "exact",
-    "profiled": "exact", "run_steps": "exact", "runs_together": "exact", "started": "exact",
-    "seconds/*": "timing, axis 1", "together": "timing, axis 0", "one_by_one": "timing, axis 0",
-    "import_*": "timing, axis 0", "*": "machine",
+NUMBERS = {
+    "problem": EXACT, "data": EXACT, "b": EXACT, "d": EXACT, "contenders": EXACT, "profile_n": EXACT,
+    "profiled": EXACT, "run_steps": EXACT, "runs_together": EXACT, "started": EXACT,
+    "seconds/*": Seconds(axis=1), "together": Seconds(axis=0), "one_by_one": Seconds(axis=0),
+    "import_*": Seconds(axis=0), "*": MACHINE,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, RANDOM, ROUNDING, SECONDS, Found, Runs
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import geometric, random_keys
@@ -73,14 +74,14 @@ QUICK = Config(
     batch_sizes=(1, 64), shares=(0.01,), exact_shares=(0.1, 0.01), most=20_000, seeds=20, path_points=3,
     repeats=6, min_seconds=0.001, rows=4000,
 )  # fmt: skip
-PUBLISHED = {
-    "data": "exact", "n": "exact", "labels": "exact", "sizes": "exact", "shares": "exact", "exact_shares": "exact",
-    "most": "exact", "seeds": "exact", "*/steps": "exact", "exact_steps": "exact", "*/record": "exact",
-    "seconds": "timing", "*/first": "statistical, axis 0", "*/mean": "statistical", "*/z": "statistical",
-    "*/eta": "rounding, found to 0.003", "*/expected": "rounding", "exact_etas": "rounding, found to 0.003",
-    "bound": "rounding",
-    "minimum": "rounding", "start": "rounding", "condition_number": "rounding", "gamma": "rounding",
-    "floor_scale": "rounding, found to 0.003", "noise_scale": "rounding",
+NUMBERS = {
+    "data": EXACT, "n": EXACT, "labels": EXACT, "sizes": EXACT, "shares": EXACT, "exact_shares": EXACT,
+    "most": EXACT, "seeds": EXACT, "*/steps": EXACT, "exact_steps": EXACT, "*/record": EXACT,
+    "seconds": SECONDS, "*/first": Runs(axis=0), "*/mean": RANDOM, "*/z": RANDOM,
+    "*/eta": Found(to=0.003), "*/expected": ROUNDING, "exact_etas": Found(to=0.003),
+    "bound": ROUNDING,
+    "minimum": ROUNDING, "start": ROUNDING, "condition_number": ROUNDING, "gamma": ROUNDING,
+    "floor_scale": Found(to=0.003), "noise_scale": ROUNDING,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, RATIO, SECONDS
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import normal
@@ -65,11 +66,11 @@ QUICK = Config(
     repeats=7,
     min_seconds=0.002,
 )
-PUBLISHED = {
-    "b": "exact", "d": "exact", "rows": "exact", "rows_for_b": "exact", "batch_sizes": "exact", "index_rows": "exact",
-    "shuffle_rows": "exact", "loop_rows": "exact", "loop_columns": "exact", "python_over_loop": "timing, ratio",
-    "batch/*": "timing", "index/*": "timing", "step/*": "timing", "called from Python": "timing",
-    "compiled loop": "timing",
+NUMBERS = {
+    "b": EXACT, "d": EXACT, "rows": EXACT, "rows_for_b": EXACT, "batch_sizes": EXACT, "index_rows": EXACT,
+    "shuffle_rows": EXACT, "loop_rows": EXACT, "loop_columns": EXACT, "python_over_loop": RATIO,
+    "batch/*": SECONDS, "index/*": SECONDS, "step/*": SECONDS, "called from Python": SECONDS,
+    "compiled loop": SECONDS,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)

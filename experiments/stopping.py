@@ -22,6 +22,7 @@ import optax
 from matplotlib.figure import Figure
 
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, RANDOM, ROUNDING, CountOf, Runs
 from experiments.engine.results import Claim
 from experiments.engine.session import Session
 from experiments.support.exact import decimals, geometric, random_keys
@@ -69,16 +70,16 @@ QUICK = Config(
     fractions=(0.001, 0.01, 0.1, 0.5, 0.9), thresholds=(1e-2, 1e-3), most=4000, batch_sizes=(1, 2), seeds=100,
     watched=200, budget=500,
 )  # fmt: skip
-PUBLISHED = {
-    "n": "exact", "p": "exact", "p_few": "exact", "seeds": "exact", "budget": "exact", "watched": "exact",
-    "most": "exact", "sgd_fraction": "exact", "fractions": "exact", "shares": "exact", "thresholds": "exact",
-    "batch_sizes": "exact", "diverging": "exact", "diverging_predicted": "exact", "gd_steps": "exact",
-    "GD/*/steps": "exact", "*/fired": "exact", "false/steps": "exact", "fine_time": "exact", "gd_predicted": "exact",
-    "false/stopped": "statistical, count of seeds", "fired/*": "statistical, axis 0", "rms/*[1]": "statistical",
-    "SGD/*": "statistical, axis 0", "GD/*": "rounding", "gd_excess": "rounding", "edge": "rounding",
-    "start": "rounding", "compared_start": "rounding", "condition_number": "rounding", "diverging_excess": "rounding",
-    "at_once": "rounding", "certified": "rounding", "false/predicted": "rounding", "fine": "rounding",
-    "fine_gap": "rounding", "rms/*": "rounding",
+NUMBERS = {
+    "n": EXACT, "p": EXACT, "p_few": EXACT, "seeds": EXACT, "budget": EXACT, "watched": EXACT,
+    "most": EXACT, "sgd_fraction": EXACT, "fractions": EXACT, "shares": EXACT, "thresholds": EXACT,
+    "batch_sizes": EXACT, "diverging": EXACT, "diverging_predicted": EXACT, "gd_steps": EXACT,
+    "GD/*/steps": EXACT, "*/fired": EXACT, "false/steps": EXACT, "fine_time": EXACT, "gd_predicted": EXACT,
+    "false/stopped": CountOf("seeds"), "fired/*": Runs(axis=0), "rms/*[1]": RANDOM,
+    "SGD/*": Runs(axis=0), "GD/*": ROUNDING, "gd_excess": ROUNDING, "edge": ROUNDING,
+    "start": ROUNDING, "compared_start": ROUNDING, "condition_number": ROUNDING, "diverging_excess": ROUNDING,
+    "at_once": ROUNDING, "certified": ROUNDING, "false/predicted": ROUNDING, "fine": ROUNDING,
+    "fine_gap": ROUNDING, "rms/*": ROUNDING,
 }  # fmt: skip
 """What kind of number each one is, by name (`*` for any; the first that fits)."""
 LOSS = losses.mean_loss(models.linear, losses.squared)

@@ -43,6 +43,7 @@ More prose.
 import dataclasses
 import numpy as np
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, ROUNDING
 from experiments.engine.results import Claim
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Config:
     target: str | None = None
 
 QUICK = Config(n=5)
-PUBLISHED = {"names": "exact", "*": "rounding"}
+NUMBERS = {"names": EXACT, "*": ROUNDING}
 
 def run(config, session):
     if config.data == "broken":
@@ -88,13 +89,14 @@ BARE = '''
 """It breaks when asked to."""
 import dataclasses
 from matplotlib.figure import Figure
+from experiments.engine.kinds import EXACT
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     broken: bool = True
 
 QUICK = Config(broken=False)
-PUBLISHED = {"one": "exact"}
+NUMBERS = {"one": EXACT}
 
 def run(config, session):
     if config.broken:

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import experiments
-from experiments.engine import page, plots, report, results, verify
+from experiments.engine import page, plots, report, results, verified, verify
+from experiments.engine.kinds import EXACT
 from experiments.engine.page.inline import inline, small_path
 from experiments.engine.report import Chapter
 from experiments.engine.results import Claim
@@ -108,7 +109,7 @@ class TestDocument:
         assert f"<code>{one.provenance['sha256']}</code></td><td><code>{digest}</code>" in text
         changed = one._replace(provenance=one.provenance | {"code": {"experiments.one": "0" * 16}})
         assert results.code_digest(changed) != digest
-        verify.note(tmp_path, tmp_path, "cpu", [verify.study(tmp_path, tmp_path, "one", "cpu", {"*": "exact"})])
+        verified.note(tmp_path, tmp_path, "cpu", [verify.study(tmp_path, tmp_path, "one", "cpu", {"*": EXACT})])
         text = page.document(tmp_path, chapters)
         assert "Nothing has been verified" not in text
         assert re.search(r"<td>Python [^<]*</td>\n<td>1</td>", text)

@@ -91,11 +91,12 @@ def test_a_check_that_is_interrupted_says_so_in_one_line(tmp_path, signals):
 
 STUDY = '''"""It never ends."""
 import dataclasses
+from experiments.engine.kinds import EXACT
 @dataclasses.dataclass(frozen=True)
 class Config:
     n: int = 1
 QUICK = Config()
-PUBLISHED = {"*": "exact"}
+NUMBERS = {"*": EXACT}
 def run(config, session):
     import time, pathlib
     pathlib.Path(__file__).with_suffix(".begun").touch()

@@ -20,9 +20,40 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments.engine import altered, arguments, echoes, environments, kinds, machine, proof, results, verify, workers
+from experiments.engine import (
+    altered,
+    arguments,
+    echoes,
+    environments,
+    kinds,
+    machine,
+    proof,
+    results,
+    tolerance,
+    verified,
+    verify,
+    workers,
+)
 from experiments.engine import commands as command
 from experiments.engine.catalogue import catalogue
+from experiments.engine.kinds import (
+    COUNT,
+    EXACT,
+    RANDOM,
+    RATIO,
+    ROUNDING,
+    SAME_JAX,
+    SECONDS,
+    Chaotic,
+    Chosen,
+    CountOf,
+    ErrorOfRounding,
+    Found,
+    Mean,
+    Off,
+    Runs,
+    Seconds,
+)
 from experiments.engine.session import Session
 from jaxgrad import data
 
@@ -36,6 +67,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.engine.kinds import EXACT, RANDOM, ROUNDING, Mean, Runs
 from experiments.engine.results import Claim
 from jaxgrad import data, models
 from jaxgrad.descent import trajectory
@@ -48,9 +80,8 @@ class Config:
     seeds: int = 60
 
 QUICK = Config(seeds=30)
-PUBLISHED = {
-    "n": "exact", "minimum": "rounding", "gd": "rounding", "sgd": "statistical, axis 0",
-    "mean": "statistical, error error", "error": "statistical",
+NUMBERS = {
+    "n": EXACT, "minimum": ROUNDING, "gd": ROUNDING, "sgd": Runs(axis=0), "mean": Mean(error="error"), "error": RANDOM,
 }
 ETA, SEED, B = 0.2, 1, 90
 
@@ -139,7 +170,7 @@ def committed(package, folder, monkeypatch):
         monkeypatch.setattr(data, "load", altered.nudged(load, seed))
         heard[str(seed)] = ran(package, folder.parent / f"echo{seed}")[1]
     monkeypatch.setattr(data, "load", load)
-    echoes.write(folder, old, echoes.measure(old, heard, module.PUBLISHED))
+    echoes.write(folder, old, echoes.measure(old, heard, module.NUMBERS))
     return module, old
 
 
@@ -161,7 +192,7 @@ class TestPlanted:
 
         status, said = verified()
         assert status == 0, said
-        found = verify.study(folder, tmp_path / "again", "planted", "cpu", module.PUBLISHED)
+        found = verify.study(folder, tmp_path / "again", "planted", "cpu", module.NUMBERS)
         assert [finding.verdict for finding in found.findings] == 7 * ["identical"]
         assert not found.remarks
         for fault, (was, now, hint, expected) in FAULTS.items():
@@ -183,7 +214,7 @@ class TestPlanted:
         assert next(iter(old.provenance["code"])) == "experiments.planted"
         assert {"jaxgrad.descent", "jaxgrad.data", "jaxgrad.data.dataset"} <= set(old.provenance["code"])
         ran(package, tmp_path / "again", PLANTED + "\n# one comment more\n")
-        found = verify.study(tmp_path / "committed", tmp_path / "again", "planted", "cpu", module.PUBLISHED)
+        found = verify.study(tmp_path / "committed", tmp_path / "again", "planted", "cpu", module.NUMBERS)
         assert found.remarks == ("stale: experiments.planted changed since it was recorded",)
         assert found.count("differs") == 0
 
@@ -202,7 +233,7 @@ class TestPlanted:
         assert was in path.read_text()
         path.write_text(path.read_text().replace(was, now))
         ran(package, tmp_path / "again")
-        found = verify.study(folder, tmp_path / "again", "planted", "cpu", module.PUBLISHED)
+        found = verify.study(folder, tmp_path / "again", "planted", "cpu", module.NUMBERS)
         assert found.hint.startswith(hint)
         assert ("seal", "differs") in [(finding.part, finding.verdict) for finding in found.findings]
 
@@ -212,7 +243,7 @@ class TestPlanted:
         ran(package, tmp_path / "again")
         arrays = {key: value for key, value in old.numbers.items() if isinstance(value, np.ndarray)}
         (folder / "planted" / "cpu.npz").write_bytes(results.npz(arrays | {"gd": arrays["gd"] * 1.001}))
-        found = verify.study(folder, tmp_path / "again", "planted", "cpu", module.PUBLISHED)
+        found = verify.study(folder, tmp_path / "again", "planted", "cpu", module.NUMBERS)
         assert found.hint.startswith("edited")
         assert found.count("differs") == 1
 
@@ -229,7 +260,7 @@ class TestPlanted:
     )
     def test_what_cannot_be_compared_says_what_would_help(self, package, tmp_path, change, words):
         module, old = ran(package, tmp_path / "committed")
-        found = verify.compare(change(old), old, module.PUBLISHED, None)
+        found = verify.compare(change(old), old, module.NUMBERS, None)
         assert {finding.verdict for finding in found.findings} == {"not comparable"}
         assert words in verify.text([found])
         assert all(words in finding.note for finding in found.findings)
@@ -261,7 +292,7 @@ class TestRules:
         curve = np.geomspace(1, 1e-6, 25)
         loud = np.where(np.arange(25) < 20, 1e-7, 0.2)
         heard = [{"curve": curve * (1 + sign * loud)} for sign in (1, -1, 1)]
-        declared = {"curve": "rounding"}
+        declared = {"curve": ROUNDING}
         small = verdicts(tmp_path, declared, {"curve": curve}, {"curve": curve * (1 + 0.5 * loud)}, heard)
         assert small["curve"][0] == "agrees"
         early = np.where(np.arange(25) == 3, 1.01, 1)
@@ -273,20 +304,20 @@ class TestRules:
         old = {"n": 10_000, "sum": 1.0}
         for ulps, verdict in ((50, "agrees"), (500, "differs")):
             new = {"n": 10_000, "sum": 1 + ulps * 2.0**-52}
-            found = verdicts(tmp_path, {"n": "exact", "sum": "rounding"}, old, new, [old])
+            found = verdicts(tmp_path, {"n": EXACT, "sum": ROUNDING}, old, new, [old])
             assert found["sum"][0] == verdict
 
     def test_the_bound_is_that_of_students_distribution(self):
         from scipy import stats
 
         def bound(deviations, runs, level):
-            return verify.bound(echoes._moments(np.asarray(deviations)), runs, level)
+            return tolerance.bound(echoes._moments(np.asarray(deviations)), runs, level)
 
         def of_echoes(*sizes):
             one, *more = (echoes._moments(np.array([size])) for size in sizes)
             for other in more:
                 one = one.plus(other)
-            return verify.bound(one, 1, 0.01)
+            return tolerance.bound(one, 1, 0.01)
 
         assert of_echoes(2.0, -2.0, 2.0) == pytest.approx(2 * stats.t.isf(0.005, 3))
         # Two echoes that hardly move anything are none: one is left, and Student's t is wide.
@@ -303,20 +334,20 @@ class TestRules:
         moved = curve * (1 + 1e-15 * (np.arange(21) > 10))
         old, heard = {"curve": curve, "kin": 0.1}, [{"curve": moved, "kin": 0.1}] * 3
         new = {"curve": curve + 4e-16 * (np.arange(21) < 5), "kin": 0.1 * (1 + 1e-15)}
-        found = verdicts(tmp_path, {"*": "rounding"}, old, new, heard)
+        found = verdicts(tmp_path, {"*": ROUNDING}, old, new, heard)
         assert [found[part][0] for part in ("curve", "kin")] == 2 * ["agrees"], found
-        found = verdicts(tmp_path, {"*": "rounding"}, old, {"curve": curve + 1e-6, "kin": 0.1001}, heard)
+        found = verdicts(tmp_path, {"*": ROUNDING}, old, {"curve": curve + 1e-6, "kin": 0.1001}, heard)
         assert [found[part][0] for part in ("curve", "kin")] == 2 * ["differs"]
 
     def test_a_step_that_is_computed_may_move_by_one(self, tmp_path):
         steps = np.array([10, 200, 3000])
         for by, verdict in ((1, "agrees"), (2, "differs")):
             new = {"steps": steps + np.array([0, by, 0])}
-            assert verdicts(tmp_path, {"steps": "rounding"}, {"steps": steps}, new)["steps"][0] == verdict
+            assert verdicts(tmp_path, {"steps": ROUNDING}, {"steps": steps}, new)["steps"][0] == verdict
 
     def test_an_error_of_rounding_may_be_another_of_its_size(self, tmp_path):
         old = {"units": np.array([0.0, 0.3, 2.0, 1e8]), "eps": 1e-16, "curve": np.array([0.0, 3e-16, 0.1])}
-        declared = {"units": "error, unit 1", "eps": "exact", "curve": "error, unit eps"}
+        declared = {"units": ErrorOfRounding(unit=1), "eps": EXACT, "curve": ErrorOfRounding(unit="eps")}
         sound = {"units": np.array([1.7, 0.0, 3.1, 3e8]), "curve": np.array([2e-16, 0.0, 0.2])}
         found = verdicts(tmp_path, declared, old, old | sound)
         assert [found[part][0] for part in ("units", "curve")] == 2 * ["agrees"]
@@ -329,10 +360,10 @@ class TestRules:
         old = {"eta": np.array([0.0128187698, 0.5])}
         for by, verdict in ((1.0026, "agrees"), (1.01, "differs")):
             new = {"eta": old["eta"] * np.array([by, 1])}
-            assert verdicts(tmp_path, {"eta": "rounding, found to 0.003"}, old, new)["eta"][0] == verdict
+            assert verdicts(tmp_path, {"eta": Found(to=0.003)}, old, new)["eta"][0] == verdict
 
     def test_what_may_be_off_by_a_number_is_held_to_that_number(self, tmp_path):
-        declared = {"path/*": "rounding, off by jump/*", "jump/*": "rounding"}
+        declared = {"path/*": Off(by="jump/*"), "jump/*": ROUNDING}
         old = {"path/MAE": np.array([0.5, 0.7]), "jump/MAE": np.array([1e-3, 1e-5])}
         for away, verdict in (((9e-4, 9e-6), "agrees"), ((9e-4, 1.1e-5), "differs"), ((1.1e-3, 0), "differs")):
             new = old | {"path/MAE": old["path/MAE"] + np.array(away)}
@@ -345,7 +376,7 @@ class TestRules:
         def numbers(by):
             return {"late": np.stack([3e-7 * draw.uniform(1, 2, 32), by * np.exp(draw.normal(4, 2, 32))])}
 
-        declared = {"late": "chaotic, axis 1"}
+        declared = {"late": Chaotic(axis=1)}
         old = numbers(1)
         for by, verdict in ((1, "agrees"), (1e6, "differs"), (np.nan, "differs")):
             assert verdicts(tmp_path, declared, old, numbers(by))["late"][0] == verdict
@@ -355,10 +386,10 @@ class TestRules:
         curve = np.full(50, 0.123604951)
         heard = [{"a": curve * (1 + 1e-8 * (np.arange(50) == i))} for i in range(4)]
         new = {"a": curve * (1 + 2.4e-7 * (np.arange(50) == 7))}
-        assert verdicts(tmp_path, {"a": "rounding"}, {"a": curve}, new, heard)["a"][0] == "agrees"
+        assert verdicts(tmp_path, {"a": ROUNDING}, {"a": curve}, new, heard)["a"][0] == "agrees"
 
     def test_counts_at_a_threshold_are_held_to_all_counts_of_the_experiment(self, tmp_path):
-        declared = {"alarms": "count", "caught": "count"}
+        declared = {"alarms": COUNT, "caught": COUNT}
         old = {"alarms": np.array([178, 0, 252]), "caught": 312}
         for new, verdict in ((177, "agrees"), (170, "differs")):
             assert verdicts(tmp_path, declared, old, old | {"alarms": np.array([new, 0, 252])})["alarms"][0] == verdict
@@ -371,9 +402,9 @@ class TestRules:
     def test_sound_reruns_with_other_seeds_agree_and_shifted_ones_do_not(self, tmp_path):
         """40 pairs of independent runs of every form: no false alarm; a shift by 10 standard errors is seen."""
         declared = {
-            "runs": "statistical, axis 0", "mean": "statistical, error error", "error": "statistical",
-            "scattered": "statistical, deviation deviation", "deviation": "rounding", "k": "exact",
-            "count": "statistical, count of k",
+            "runs": Runs(axis=0), "mean": Mean(error="error"), "error": RANDOM,
+            "scattered": Mean(deviation="deviation"), "deviation": ROUNDING, "k": EXACT,
+            "count": CountOf("k"),
         }  # fmt: skip
         draw = np.random.default_rng(0)
 
@@ -396,7 +427,7 @@ class TestRules:
     def test_the_same_draws_computed_otherwise_differ_within_the_interval(self, tmp_path):
         runs = np.random.default_rng(0).gamma(2.0, size=(20, 10))
         old, new = {"runs": runs}, {"runs": 1.01 * runs}
-        verdict, note = verdicts(tmp_path, {"runs": "statistical, axis 0"}, old, new)["runs"]
+        verdict, note = verdicts(tmp_path, {"runs": Runs(axis=0)}, old, new)["runs"]
         assert verdict == "differs"
         assert "the same random numbers, another computation" in note
 
@@ -404,17 +435,17 @@ class TestRules:
         runs = np.random.default_rng(0).gamma(2.0, size=(20, 10))
         parted = runs.copy()
         parted[3] *= 1.5
-        verdict, note = verdicts(tmp_path, {"runs": "statistical, axis 0"}, {"runs": runs}, {"runs": parted})["runs"]
+        verdict, note = verdicts(tmp_path, {"runs": Runs(axis=0)}, {"runs": runs}, {"runs": parted})["runs"]
         assert (verdict, note) == ("agrees", f"1 of 20 {verify.CHAOS}")
 
     def test_a_tie_that_rounding_decides_is_not_comparable(self, tmp_path):
-        declared = {"eta": "rounding, chosen by tuning of etas", "tuning": "rounding", "etas": "exact"}
+        declared = {"eta": Chosen(by="tuning", of="etas"), "tuning": ROUNDING, "etas": EXACT}
         old = {"eta": 0.5, "tuning": np.array([3.0, 1.0, 1.0 + 1e-15, 2.0]), "etas": np.array([1.0, 0.5, 0.25, 0.125])}
         for eta, verdict in ((0.25, "not comparable"), (0.125, "differs")):
             assert verdicts(tmp_path, declared, old, old | {"eta": eta})["eta"][0] == verdict
 
     def test_times_are_compared_as_ratios_of_one_run(self, tmp_path):
-        declared = {"a": "timing", "b": "timing", "c": "timing", "runs": "timing, axis -1", "r": "timing, ratio"}
+        declared = {"a": SECONDS, "b": SECONDS, "c": SECONDS, "runs": Seconds(axis=-1), "r": RATIO}
         old = {"a": 1.0, "b": 2e-3, "c": np.array([1e-6, 2e-6]), "runs": np.array([1.0, 1.1, 9.0]), "r": 3.0}
         draw = np.random.default_rng(0)
 
@@ -433,7 +464,7 @@ class TestRules:
         assert {verdict for verdict, _ in found.values()} == {"not comparable"}
 
     def test_what_a_compiler_counts_is_compared_on_one_version_only(self, tmp_path):
-        declared = {"count": "exact, same jax"}
+        declared = {"count": SAME_JAX}
         old, new = (result(tmp_path / str(i), {"count": i}) for i in range(2))
         assert verify.compare(old, new, declared, None).findings[0].verdict == "differs"
         versions = old.provenance["versions"] | {"jax": "0.0.1"}
@@ -449,11 +480,11 @@ class TestRules:
             (claim._replace(text="it is thus"), "not comparable"),
         ):  # fmt: skip
             old, new = (result(tmp_path / str(i), {"a": 1}, [c]) for i, c in enumerate((claim, changed)))
-            assert verify.compare(old, new, {"a": "exact"}, None).findings[-1].verdict == verdict
+            assert verify.compare(old, new, {"a": EXACT}, None).findings[-1].verdict == verdict
 
     def test_claims_are_judged_one_by_one_by_what_they_stand_on(self, tmp_path):
         """One flips because of seconds, one because of a table with a column of seconds, one because of a loss."""
-        declared = {"seconds": "timing", "table[1]": "timing", "table[*]": "rounding", "loss": "rounding"}
+        declared = {"seconds": SECONDS, "table[1]": SECONDS, "table[*]": ROUNDING, "loss": ROUNDING}
 
         def claims(numbers):
             told = (numbers["seconds"] < 2, numbers["table"][0, 1] < 2, numbers["loss"] < 2)
@@ -474,13 +505,13 @@ class TestRules:
         flat = {"curve": np.zeros(9)}
         for a, b in ((old, new), (flat, {"curve": np.full(9, 1e-3)}), ({"curve": np.ones(9)}, {"curve": np.zeros(9)})):
             before, after = (result(tmp_path / str(i), numbers) for i, numbers in enumerate((a, b)))
-            found = verify.compare(before, after, {"curve": "rounding"}, None)
+            found = verify.compare(before, after, {"curve": ROUNDING}, None)
             assert "nan" not in found.hint
             assert "inf" not in found.hint
         assert not recwarn.list
 
     def test_a_spread_of_other_numbers_is_not_used(self, tmp_path):
-        declared = {"a": "rounding"}
+        declared = {"a": ROUNDING}
         old = result(tmp_path, {"a": 1.0})
         echoes.write(tmp_path, old, echoes.measure(old, {"one": result(tmp_path / "echo", {"a": 1.1})}, declared))
         assert echoes.read(tmp_path, old).parts["a"]["relative"].squares == pytest.approx(0.01, rel=1e-3)
@@ -587,39 +618,45 @@ class TestDeclarations:
             for saved, device in results.saved(folder):
                 if saved == name:
                     numbers = results.read(folder, name, device).numbers
-                    found = kinds.parts(name, numbers, module.PUBLISHED)
+                    found = kinds.parts(name, numbers, module.NUMBERS)
                     used |= {part.pattern for part in found.values()}
                     for part in found.values():
-                        if part.kind.by in ("error", "deviation", "count"):
-                            kinds.look_up(numbers, part.kind.key)
-        assert set(module.PUBLISHED) == used
+                        for other in vars(part.kind).values():
+                            if isinstance(other, str) and other:
+                                kinds.look_up(numbers, other)
+        assert set(module.NUMBERS) == used
 
     def test_a_number_without_a_declaration_says_what_to_write(self, package, tmp_path, capsys):
-        (package / "planted.py").write_text(PLANTED.replace('"n": "exact", ', ""))
+        (package / "planted.py").write_text(PLANTED.replace('"n": EXACT, ', ""))
         assert command.main(["planted", "--quick"]) == 1
         said = capsys.readouterr().err
         assert "planted does not say what kind of number 'n' is; write in experiments/planted.py, below QUICK" in said
         assert not results.saved(tmp_path / "results-quick")
-        (package / "planted.py").write_text(re.sub(r"PUBLISHED = \{.*?\n\}", "", PLANTED, flags=re.DOTALL))
+        (package / "planted.py").write_text(re.sub(r"NUMBERS = \{.*?\n\}", "", PLANTED, flags=re.DOTALL))
         forget("planted")
         assert command.main(["planted", "--quick"]) == 1
-        assert "PUBLISHED = {" in capsys.readouterr().err
+        assert "NUMBERS = {" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("words", ["exactly", "rounding to 1e-3", "statistical, axis", "timing, axis x", ""])
-    def test_words_that_are_no_kind_are_refused(self, words):
+    @pytest.mark.parametrize("declared", ["exact", "rounding, found to 1e-3", "", None, Runs, Found])
+    def test_what_is_no_kind_is_refused(self, declared):
         with pytest.raises(TypeError, match="which is no kind of number"):
-            kinds.parts("made_up", {"a": 1.0}, {"a": words})
+            kinds.parts("made_up", {"a": 1.0}, {"a": declared})
+
+    @pytest.mark.parametrize("names", [{}, {"error": "a", "deviation": "b"}])
+    def test_a_mean_has_an_error_or_a_deviation(self, names):
+        with pytest.raises(TypeError, match="either error= or deviation="):
+            Mean(**names)
 
     def test_stars_stand_for_what_they_stood_for(self):
         numbers = {"x 1/mean": 0.0, "x 1/error": 1.0, "table": np.zeros((3, 2)), "scatter[0]": 1.0}
         declared = {
-            "* */mean": "statistical, error * */error", "*/error": "rounding",
-            "table[1]": "statistical, deviation table[0]", "table[*]": "rounding", "scatter[0]": "exact",
+            "* */mean": Mean(error="* */error"), "*/error": ROUNDING,
+            "table[1]": Mean(deviation="table[0]"), "table[*]": ROUNDING, "scatter[0]": EXACT,
         }  # fmt: skip
         found = kinds.parts("made_up", numbers, declared)
-        assert found["x 1/mean"].kind == ("statistical", "error", "x 1/error")
-        assert found["table[1]"].kind == ("statistical", "deviation", "table[0]")
-        assert found["table[0]"].kind.name == "rounding"
+        assert found["x 1/mean"].kind == Mean(error="x 1/error")
+        assert found["table[1]"].kind == Mean(deviation="table[0]")
+        assert found["table[0]"].kind == ROUNDING
         assert kinds.look_up(numbers, "table[1]").shape == (3,)
 
 
@@ -631,6 +668,7 @@ import dataclasses
 import time
 import numpy as np
 from experiments.engine import plots
+from experiments.engine.kinds import EXACT, ROUNDING
 from experiments.engine.results import Claim
 
 @dataclasses.dataclass(frozen=True)
@@ -638,7 +676,7 @@ class Config:
     n: int = 20_000
 
 QUICK = Config(n=10)
-PUBLISHED = {{"x": "exact", "total": "rounding"}}
+NUMBERS = {{"x": EXACT, "total": ROUNDING}}
 
 def run(config, session):
     time.sleep(0.05)
@@ -879,14 +917,14 @@ class TestCommand:
         (folder / "again").mkdir()
         ran(package, tmp_path / "again")
         arguments = ["verify", "--rerun", str(tmp_path / "again")]
-        assert verify.noted_table(folder).startswith("Nothing has been verified")
+        assert verified.table(folder).startswith("Nothing has been verified")
         for more in ([], ["--note"], ["--note"]):
             assert command.main([*arguments, *more]) == 0
             assert (folder / "verified.json").is_file() == bool(more)
-        *_, row = verify.noted_table(folder).splitlines()
+        *_, row = verified.table(folder).splitlines()
         assert re.fullmatch(r"\| Python [\d.]+, jax [\d.]+, .+, \d+ cores, [^|]+ \| 1 \| 7 \| 0 \| 0 \| 0 \|", row), row
         ran(package, folder, seeds=29)
-        assert verify.noted_table(folder).startswith("Nothing has been verified")
+        assert verified.table(folder).startswith("Nothing has been verified")
 
     @pytest.mark.parametrize(
         ("trouble", "status"),

@@ -176,6 +176,7 @@ def run_file(file: str) -> None:
     """What `python experiments/<study>.py [OPTIONS]` does: the same as `python -m experiments <study> [OPTIONS]`."""
     from jaxgrad import commandline
 
+    commandline.prepare()  # a Ctrl-C is one line, and so is a reader that goes away
     leave(commandline.outcome(lambda: main([Path(file).stem, *sys.argv[1:]])))
 
 

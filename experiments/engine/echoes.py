@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.engine import results
-from experiments.engine.kinds import Part, parts
+from experiments.engine.kinds import Exact, Kind, Machine, Part, Ratio, Seconds, parts
 from experiments.engine.results import Result
 from jaxgrad import atomic
 
@@ -65,7 +65,7 @@ class Spread(NamedTuple):
     """By part; a part that no echo moved is not in it."""
 
 
-def deviations(old: Result, new: Result, declared: dict[str, str]) -> dict[str, np.ndarray]:
+def deviations(old: Result, new: Result, declared: dict[str, Kind]) -> dict[str, np.ndarray]:
     """By how much each part of a re-run deviates from the saved numbers.
 
     Times deviate by the logarithm, less the median of all: how much faster the machine was.
@@ -73,22 +73,27 @@ def deviations(old: Result, new: Result, declared: dict[str, str]) -> dict[str, 
     before, after = (parts(old.name, result.numbers, declared) for result in (old, new))
     out = {}
     for name, part in before.items():
-        if name in after and comparable(part.value, after[name].value) and part.kind.name not in ("exact", "machine"):
+        if name in after and comparable(part.value, after[name].value) and not isinstance(part.kind, Exact | Machine):
             a, b = (np.asarray(value, float) for value in (part.value, after[name].value))
-            if part.kind.name == "timing":
-                out[name] = log_ratio(part.kind.axis, a, b)
+            if isinstance(part.kind, Seconds):
+                out[name] = log_ratio(part.kind.along, a, b)
             else:
                 with np.errstate(invalid="ignore"):
                     out[name] = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, b - a)
     pace = median_pace(before, out)
-    return {k: v - pace if before[k].kind.name == "timing" and not before[k].kind.by else v for k, v in out.items()}
+    return {k: v - pace if _paced(before[k].kind) else v for k, v in out.items()}
 
 
 def median_pace(before: dict[str, Part], logs: dict[str, np.ndarray]) -> float:
     """The median logarithm over all seconds: how much slower everything was."""
-    seconds = [logs[k].ravel() for k in logs if before[k].kind.name == "timing" and not before[k].kind.by]
+    seconds = [logs[k].ravel() for k in logs if _paced(before[k].kind)]
     finite = [values[np.isfinite(values)] for values in seconds]
     return float(np.median(np.concatenate(finite))) if sum(map(len, finite)) else 0.0
+
+
+def _paced(kind: Kind) -> bool:
+    """Whether a number is of seconds that a slower machine makes longer."""
+    return isinstance(kind, Seconds) and not isinstance(kind, Ratio)
 
 
 def log_ratio(repeats: int | None, old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -140,14 +145,14 @@ def _moments(deviations: np.ndarray) -> Moments:
         return Moments(sizes.size, squares, float(np.sum(sizes**4)), squares**2)
 
 
-def measure(old: Result, echoes: dict[str, Result], declared: dict[str, str], timed: Sequence[str] = ()) -> Spread:
+def measure(old: Result, echoes: dict[str, Result], declared: dict[str, Kind], timed: Sequence[str] = ()) -> Spread:
     """The spread of a result over its echoes; that of its times over those named in `timed`, which were as fast."""
     before = parts(old.name, old.numbers, declared)
     found: dict[str, Pools] = {}
     for label, echo in echoes.items():
         for name, away in deviations(old, echo, declared).items():
             value = np.asarray(before[name].value, float)
-            timing = before[name].kind.name == "timing"
+            timing = isinstance(before[name].kind, Seconds)
             if timing and label not in timed:
                 continue
             # Logarithms of times have a unit of their own.

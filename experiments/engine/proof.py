@@ -27,8 +27,8 @@ def left_out(old: Result, heard: dict[str, Result], module: Any) -> dict[str, ve
     found = {}
     for label, echo in heard.items():
         others = {name: other for name, other in heard.items() if name != label}
-        known = echoes.measure(old, others, module.PUBLISHED)
-        found[label] = verify.compare(old, echo, module.PUBLISHED, known, timed=False, claims=module.claims)
+        known = echoes.measure(old, others, module.NUMBERS)
+        found[label] = verify.compare(old, echo, module.NUMBERS, known, timed=False, claims=module.claims)
     return found
 
 

@@ -105,9 +105,9 @@ def write(folder: str | Path, chapters: list[Chapter]) -> Path:
 
 def _verified(folder: str | Path) -> str:
     """What re-runs found, and what their verdicts are worth."""
-    from experiments.engine import proof, verify
+    from experiments.engine import proof, verified
 
-    parts = ("## Re-runs", verify.noted_table(folder), proof.tables(folder))
+    parts = ("## Re-runs", verified.table(folder), proof.tables(folder))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -119,7 +119,7 @@ def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) ->
     `experiments` (what each measures, with its figure and its time) and `verified` (what re-runs found, and where).
     Links in them are relative to the README.
     """
-    from experiments.engine import verify  # it loads SciPy's distributions, which a worker that draws has no need of
+    from experiments.engine import verified  # it loads SciPy's distributions, which a worker that draws has no need of
 
     readme = Path(path)
     prefix = f"{Path(folder).name}/"
@@ -127,7 +127,7 @@ def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) ->
         "claims": lambda: verdicts_table(chapters, prefix),
         "found": lambda: "\n".join(_bullet(chapter) for chapter in chapters if headline(chapter)),
         "experiments": lambda: _experiments_table(chapters, prefix),
-        "verified": lambda: verify.noted_table(folder),
+        "verified": lambda: verified.table(folder),
     }
     old = readme.read_text(encoding="utf-8")
     new = fill(old, makers, str(path))

@@ -5,10 +5,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from experiments.engine import altered, arguments, echoes, environments, proof, results, study, verify
+from experiments.engine import altered, arguments, echoes, environments, proof, results, study, verified, verify
 from experiments.engine.arguments import Arguments, Plan, Unusable
 from experiments.engine.catalogue import Entry
 from experiments.engine.console import say
+from experiments.engine.kinds import Exact, Machine, Seconds
 from experiments.engine.status import FAILED, INTERRUPTED, OK
 
 
@@ -36,12 +37,12 @@ def verify_numbers(asked: Arguments) -> int:
             module = importlib.import_module(f"experiments.{entry.name}")
             try:
                 found.append(
-                    verify.study(folder, rerun, entry.name, device, module.PUBLISHED, not asked.quick, module.claims)
+                    verify.study(folder, rerun, entry.name, device, module.NUMBERS, not asked.quick, module.claims)
                 )
             except ValueError as error:
                 raise Unusable(str(error)) from None
         if asked.note and ran:
-            say(f"noted: {verify.note(folder, rerun, device, found)}")
+            say(f"noted: {verified.note(folder, rerun, device, found)}")
     if not found and not failed:
         raise Unusable(f"{rerun} and {folder} have no result on {device} in common: nothing was compared")
     print(verify.text(found, asked.every))
@@ -83,7 +84,7 @@ def record_spread(asked: Arguments) -> int:
         counts, wrong = {}, []
         for name, found in heard.items():
             module, old = importlib.import_module(f"experiments.{name}"), results.read(folder, name, device)
-            say(str(echoes.write(folder, old, echoes.measure(old, found, module.PUBLISHED, as_fast))))
+            say(str(echoes.write(folder, old, echoes.measure(old, found, module.NUMBERS, as_fast))))
             verdicts = proof.left_out(old, found, module)
             counts[name] = {label: {v: one.count(v) for v in verify.VERDICTS} for label, one in verdicts.items()}
             wrong += [(f"{name}, {label} left out", one) for label, one in verdicts.items() if one.count("differs")]
@@ -135,7 +136,7 @@ def _seen(asked: Arguments, folder: Path, device: str, kind: str, level: float, 
 def _compared(folder: Path, rerun: Path, name: str, device: str) -> verify.Comparison:
     """The verdicts on a re-run of one experiment, whose seconds do not matter."""
     module = importlib.import_module(f"experiments.{name}")
-    return verify.study(folder, rerun, name, device, module.PUBLISHED, timed=False, claims=module.claims)
+    return verify.study(folder, rerun, name, device, module.NUMBERS, timed=False, claims=module.claims)
 
 
 def _bare(out: Path, device: str, quick: bool) -> list[str]:
@@ -154,7 +155,7 @@ def _there(entries: tuple[Entry, ...], folder: Path, device: str) -> tuple[Entry
 def _computes(entry: Entry) -> bool:
     """Whether an experiment publishes anything that rounding can move: more than seconds."""
     module = importlib.import_module(f"experiments.{entry.name}")
-    return any(words.split(",")[0] not in ("exact", "machine", "timing") for words in module.PUBLISHED.values())
+    return any(not isinstance(kind, Exact | Machine | Seconds) for kind in module.NUMBERS.values())
 
 
 def _committed(asked: Arguments, command: str) -> tuple[Path, tuple[Entry, ...]]:

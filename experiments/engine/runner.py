@@ -84,7 +84,7 @@ def _product(task: Task, status: Callable[[str], None], neighbours: Neighbours |
     name = task.entry.name
     status(name)
     module = importlib.import_module(f"experiments.{name}")
-    declared = getattr(module, "PUBLISHED", None)
+    declared = getattr(module, "NUMBERS", None)
     if declared is None:
         raise TypeError(kinds.undeclared(name))
     config = configure(task.entry, task.overrides, task.quick)

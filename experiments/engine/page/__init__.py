@@ -192,7 +192,7 @@ def _files(folder: Path, chapter: Chapter, result: Result) -> str:
 
 def _origin(folder: Path, chapters: Sequence[Chapter]) -> str:
     """Machines and versions, each with the experiments that ran on it; digests of arrays and code; what verify says."""
-    from experiments.engine import proof, verify  # they load SciPy's distributions, which nothing else here needs
+    from experiments.engine import proof, verified  # they load SciPy's distributions, which nothing else here needs
 
     groups: dict[str, list[str]] = {}
     for chapter in chapters:
@@ -225,7 +225,7 @@ def _origin(folder: Path, chapters: Sequence[Chapter]) -> str:
         "<p><code>python -m experiments</code> runs everything again; <code>python -m experiments report</code> draws "
         "this page from the saved data; <code>python -m experiments verify</code> runs it again elsewhere and says of "
         "every number whether it came out the same. What it found, so far:</p>"
-        f"{markdown(verify.noted_table(folder))}{markdown(proof.tables(folder))}"
+        f"{markdown(verified.table(folder))}{markdown(proof.tables(folder))}"
     )
     return "\n".join(out)
 

@@ -1,9 +1,9 @@
-"""The report as a page: `results/report.html`, one file that opens from disk, on a phone too, without a network.
+"""The report as a page: `results/report.html`, which opens from disk, on a phone too, without a network.
 
-It says what `results/README.md` says, from the same saved data and in the same words, with the figures inside, and
-has one thing more: an explorer, where a person picks step size, batch size and sampling on real data. The same
-results give the same bytes. The page's text is `page.html`, its looks `page.css`; `explorer.js` computes what the
-library computes (`tests/test_explorer.py`), `page.js` draws it.
+It says what `results/README.md` says, from the same saved data and in the same words, shows the figures that lie
+beside it, and has one thing more: an explorer, where a person picks step size, batch size and sampling on real data.
+The same results give the same bytes. The page's text is `page.html`, its looks `page.css`; `explorer.js` computes what
+the library computes (`tests/test_explorer.py`), and `page.js` draws it.
 """
 
 import json
@@ -19,7 +19,6 @@ from markdown_it import MarkdownIt
 
 from experiments.engine import report, results
 from experiments.engine.lecture_rows import ROWS, Row, evidence, settled
-from experiments.engine.page.inline import inline
 from experiments.engine.report import Chapter
 from experiments.engine.results import Claim, Result
 from jaxgrad import atomic, data
@@ -44,18 +43,10 @@ def write(folder: str | Path, chapters: Sequence[Chapter]) -> Path:
 def document(folder: Path, chapters: Sequence[Chapter]) -> str:
     """The page."""
     claims = report.claims_of(chapters)
-    drawn = {
-        chapter.name: file.read_text(encoding="utf-8")
-        for chapter in chapters
-        if (file := folder / chapter.name / f"{report.figure_stem(chapter.results[0].device)}.svg").is_file()
-    }
-    figures = inline(drawn, {chapter.name: f"Figure: {chapter.headline}" for chapter in chapters})
     rows = [row for row in ROWS if settled(row, claims)[2]]
     shown = explorer_data()
     parts = {
         "css": _own("page.css"),
-        "figure_css": figures.css,
-        "glyphs": figures.glyphs,
         "rows": str(len(rows)),
         "held": str(sum(claim.holds for _, _, claim in claims)),
         "checks": str(len(claims)),
@@ -67,7 +58,7 @@ def document(folder: Path, chapters: Sequence[Chapter]) -> str:
         "explorer_code": _code(folder, "experiments/engine/page/explorer.js"),
         "rows_table": _rows_table(folder, rows, claims, chapters),
         "contents": "".join(f"<li>{_link(f'#{c.name}', c.name)}: {inline_markdown(c.headline)}</li>" for c in chapters),
-        "sections": "\n".join(_section(folder, chapter, figures.figures.get(chapter.name)) for chapter in chapters),
+        "sections": "\n".join(_section(folder, chapter) for chapter in chapters),
         "origin": _origin(folder, chapters),
         "explorer_data": _json(shown),
         "explorer_js": _own("explorer.js"),
@@ -153,17 +144,19 @@ def _checks(claims: Iterable[tuple[str, str, Claim]], summary: str, named: bool)
     return f'<details><summary>{escape(summary)}</summary><ul class="checks">{"".join(out)}</ul></details>'
 
 
-def _section(folder: Path, chapter: Chapter, figure: str | None) -> str:
+def _section(folder: Path, chapter: Chapter) -> str:
     first = chapter.results[0]
-    name, stem = escape(chapter.name), report.figure_stem(first.device)
+    name, figure = escape(chapter.name), f"{chapter.name}/{report.figure_stem(first.device)}.svg"
+    drawn = (folder / figure).is_file()
     parts = [f'<article id="{name}"><h3>{inline_markdown(chapter.headline)}</h3>']
     if bullet := report.headline(chapter):
         parts.append(markdown(bullet.strip().removeprefix("- ")))
-    if figure is None:
+    if not drawn:
         parts.append("<p>Its figure is not drawn: <code>python -m experiments report</code> draws it.</p>")
     else:
         swipe = '<p class="small swipe">The figure is wider than this screen: swipe it sideways.</p>'
-        parts.append(f"{_frame(f'Figure of {chapter.name}', 'drawing')}{figure}</div>{swipe}")
+        shown = f'<img src="{escape(figure)}" alt="{escape(f"Figure: {chapter.headline}")}" loading="lazy">'
+        parts.append(f"{_frame(f'Figure of {chapter.name}', 'drawing')}{shown}</div>{swipe}")
     for result in chapter.results:
         if result.device != first.device:
             file = f"{chapter.name}/{report.figure_stem(result.device)}.svg"
@@ -175,8 +168,8 @@ def _section(folder: Path, chapter: Chapter, figure: str | None) -> str:
             checks = [(chapter.name, result.device, claim) for claim in result.claims]
             parts.append(_checks(checks, f"{held} of {len(checks)} checks of this experiment hold", False))
         parts.append(_files(folder, chapter, result))
-    if figure is not None:
-        parts.append(f'<p class="small">The figure alone: {_link(f"{chapter.name}/{stem}.svg", "SVG")}.</p>')
+    if drawn:
+        parts.append(f'<p class="small">The figure alone: {_link(figure, "SVG")}.</p>')
     return "\n".join([*parts, "</article>"])
 
 

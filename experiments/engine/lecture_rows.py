@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from experiments.engine.results import Claim
 
-LECTURE = "tests/test_lecture.py"
+LECTURE = "tests/library/test_lecture.py"
 
 
 class Row(NamedTuple):
@@ -38,7 +38,7 @@ ROWS = (
         "gradient descent, until a step is shorter than ε",
         "holds; the stopping rule is false as stated: too early for GD if η is small, by luck for SGD if b = 1",
         "stopping",
-        "tests/test_theory_stopping.py",
+        "tests/library/test_theory_stopping.py",
     ),
     Row(
         "F4",
@@ -52,7 +52,7 @@ ROWS = (
         "SGD: the mean over b indices drawn at random",
         "holds for all three ways to draw; they are not the same",
         "samplings",
-        "tests/test_sampling.py",
+        "tests/library/test_sampling.py",
     ),
     Row("F6", "SGD on linear regression", "holds", "formulas", LECTURE),
     Row(
@@ -96,56 +96,56 @@ ROWS = (
         "neither GD nor SGD is guaranteed to reach the global minimum, or to converge",
         "holds",
         "no_guarantee",
-        "tests/test_noise_experiments.py",
+        "tests/experiments/test_noise_experiments.py",
     ),
     Row(
         "C2",
         "SGD is faster",
         "holds per second and example if b is chosen well (larger for finer targets); false per update",
         "speed_of_convergence",
-        "tests/test_theory_least_squares.py",
+        "tests/library/test_theory_least_squares.py",
     ),
     Row(
         "C3",
         "SGD's descent is noisier",
         "holds: the gradient's variance is exactly γ tr Σ; except for b = n different examples, which are GD",
         "gradient_noise",
-        "tests/test_noise.py",
+        "tests/library/test_noise.py",
     ),
     Row(
         "C4",
         "a GD step costs O(n), an SGD step O(b)",
         "holds if the indices are drawn in O(b); shuffling all n for them costs O(n)",
         "step_cost",
-        "tests/test_sampling.py",
+        "tests/library/test_sampling.py",
     ),
     Row(
         "C5",
         "noise helps to jump out of local optima",
         "holds if a batch can reach over the wall; false if none can; of two nets it helps one and harms one",
         "escape",
-        "tests/test_theory_escape.py",
+        "tests/library/test_theory_escape.py",
     ),
     Row(
         "C6",
         "too large a step size bounces, too small a one crawls",
         "holds: too small crawls, beyond 2/λmax GD diverges; SGD bounces at a floor that its η sets",
         "learning_rate",
-        "tests/test_descent.py",
+        "tests/library/test_descent.py",
     ),
     Row(
         "C7",
         "all parameters share one step size, though some arrive sooner",
         "holds; step sizes of their own repair it if the valley lies along an axis",
         "conditioning",
-        "tests/test_theory_conditioning.py",
+        "tests/library/test_theory_conditioning.py",
     ),
     Row(
         "C8",
         "derivatives one by one look for the same thing twice; backprop shares the work",
         "holds; in JAX if parameters are not indexed out of one array",
         "backprop_cost",
-        "tests/test_theory_cost.py",
+        "tests/library/test_theory_cost.py",
     ),
 )
 

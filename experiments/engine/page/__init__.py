@@ -3,7 +3,7 @@
 It says what `results/README.md` says, from the same saved data and in the same words, shows the figures that lie
 beside it, and has one thing more: an explorer, where a person picks step size, batch size and sampling on real data.
 The same results give the same bytes. The page's text is `page.html`, its looks `page.css`; `explorer.js` computes what
-the library computes (`tests/test_explorer.py`), and `page.js` draws it.
+the library computes (`tests/experiments/test_explorer.py`), and `page.js` draws it.
 """
 
 import json

@@ -1,7 +1,7 @@
 // GD and SGD on linear regression with two parameters, in float64: what `jaxgrad` computes, for the page to draw.
 //
 // Loss L(w) = (1/n) Σ (yᵢ − xᵢ·w)², x[n, 2] row by row. The names, formulas and ids are those of jaxgrad/sampling.py
-// and jaxgrad/theory/least_squares.py; tests/test_page.py runs this file against them: the same key gives the same
+// and jaxgrad/theory/least_squares.py; tests/experiments/test_page.py runs this file against them: the same key gives the same
 // indices, the same indices the same path, and the exact curves agree.
 "use strict";
 

@@ -14,7 +14,7 @@ from numpy._core import _multiarray_umath as numpy_core
 
 from experiments.support import exact
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MAKER = Path(__file__).with_name("exact_inputs.py")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgrad.check.__main__ import main
 
-DERIVATIONS = Path(__file__).parent.parent / "experiments" / "derivations"
+DERIVATIONS = Path(__file__).resolve().parents[2] / "experiments" / "derivations"
 
 HEAD = """
 import jax.numpy as jnp

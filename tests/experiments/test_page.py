@@ -131,7 +131,7 @@ class TestDocument:
         (tmp_path / "one" / "figure.svg").unlink()
         text = page.document(tmp_path, chapters)
         assert "Its figure is not drawn" in text
-        assert "<code>tests/test_lecture.py</code>" in text
+        assert "<code>tests/library/test_lecture.py</code>" in text
         assert 'href="../tests' not in text
 
     def test_the_margin_names_the_data_by_what_sha256sum_prints(self, tmp_path):

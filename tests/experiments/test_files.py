@@ -17,7 +17,7 @@ from jaxgrad import atomic, commandline, files, stream
 from jaxgrad.check.__main__ import main as check
 from jaxgrad.launch import main as launch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LONG = "n" * 300
 
 

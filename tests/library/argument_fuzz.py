@@ -1,4 +1,4 @@
-"""Wrong arguments to every public function: `python tests/argument_fuzz.py [--all] [--list] [--plant CHECK]`.
+"""Wrong arguments to every public function: `python tests/library/argument_fuzz.py [--all] [--list] [--plant CHECK]`.
 
 One argument at a time of a call that is right is replaced by a value of a pool. What then happens is one of
 

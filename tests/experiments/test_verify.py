@@ -1,6 +1,7 @@
 """`python -m experiments verify`: it names planted mistakes, finds sound re-runs sound, and a killed study is whole.
 
-The 50 kills of `test_fifty_kills` take minutes: JAXGRAD_KILLS=50 python -m pytest tests/test_verify.py -k kills
+The 50 kills of `test_fifty_kills` take minutes:
+JAXGRAD_KILLS=50 python -m pytest tests/experiments/test_verify.py -k kills
 """
 
 import dataclasses

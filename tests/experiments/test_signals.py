@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEEDING = (
     "import os, signal as s, sys; s.signal(s.SIGINT, s.SIG_DFL); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"

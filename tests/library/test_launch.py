@@ -11,7 +11,7 @@ import pytest
 
 from jaxgrad import launch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAXGRAD_HEARTBEAT": "80", "JAXGRAD_START_TIMEOUT": "80"}
 
 WAITS = """

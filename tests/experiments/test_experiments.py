@@ -338,7 +338,7 @@ class TestPlots:
         plots.save(self.drawing(), tmp_path / "here")
         (tmp_path / "matplotlibrc").write_text("font.size: 30\nxtick.direction: in\naxes.linewidth: 5\n")
         code = f"""
-            import sys; sys.path.insert(0, {str(ROOT)!r}); sys.path.insert(0, {str(ROOT / "tests")!r})
+            import sys; sys.path.insert(0, {str(ROOT)!r}); sys.path.insert(0, {str(ROOT / "tests" / "experiments")!r})
             import test_experiments as t
             t.plots.save(t.TestPlots().drawing(), "there")
         """
@@ -975,7 +975,7 @@ class TestCommitted:
     def copy(self, tmp_path):
         shutil.copytree(ROOT / "results", tmp_path / "results")
         shutil.copy(ROOT / "README.md", tmp_path)
-        for name in ("tests", "experiments/engine/page"):
+        for name in ("tests/library", "tests/experiments", "experiments/engine/page"):
             (tmp_path / name).mkdir(parents=True)  # the report links them where they are
         return tmp_path
 

@@ -89,12 +89,15 @@ def run(plan: Plan) -> int:
     Started in several processes (srun, mpirun, `jaxgrad.launch`), each experiment spreads its rows over them; rank 0
     alone writes and talks.
     """
-    from experiments.engine import own_data, provenance, study
+    from experiments.engine import provenance, study
 
     device = study.start_jax(plan.device, join=True)
     if several():
         study.check_processes(plan)
-    plan = plan._replace(columns=own_data.columns_of(plan))
+    if "data" in plan.overrides:
+        from experiments.engine import own_data
+
+        plan = plan._replace(columns=own_data.columns_of(plan))
     with study.writing(plan.out):
         say(f"results go to {plan.out}")
         there = study.finished_before(plan, device) if plan.resume else ()

@@ -690,7 +690,7 @@ def _rarer(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             cost = 11 + m.cost + (8 if restricted else 0)
             if outer is not None:
                 whole = everything and len(leaves) == len(case.problem.leaves)
-                leaf = None if whole or len(leaves) > 1 else leaves[0]
+                leaf = None if whole or len(leaves) > 1 else next(iter(leaves))
                 findings.append(words.scale(case.problem, s, outer, leaf, leaves))
                 cost += 12 + _complexity(outer)
             out.append(Explanation(cost, leaves, tuple(findings)))

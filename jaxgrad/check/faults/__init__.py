@@ -202,11 +202,12 @@ def implausibility(fault: Fault, program: Program, todo: Plan, at: Replay) -> fl
     if np.all(np.isfinite(new)) and new.size > 1 and np.ptp(new) <= 1e-12 * np.max(np.abs(new), initial=0.0):
         return 6.0  # a constant: another fault says the same more simply
     known = known_function(piece, at)
+    name = program.steps[max(fault.members)].name
     extra = 0.0
     if known is None and len(fault.members) > 1:
         extra += 1.2
     if fault.kind == "wrong-derivative" and any(fault.detail[0] == k.name for k in KNOWN):
-        mine = known.name if known is not None else program.steps[fault.members[-1]].name
+        mine = known.name if known is not None else name
         mine = "relu" if len(fault.members) == 1 and mine in NAMED else mine
         family = any(mine in f and fault.detail[0] in f for f in _FAMILIES)
         extra += 0.0 if family else 2.0

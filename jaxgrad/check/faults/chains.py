@@ -162,7 +162,7 @@ def found(at: At) -> Iterator[Mistake]:
         kinds = np.unique(slope)
         if len(kinds) <= 2:
             rows += [("sign", "wrong-argument", 2.8), ("guided", "extra-derivative", 3.2)]
-        name = at.program.steps[piece.members[-1]].name
+        name = at.program.steps[max(piece.members)].name
         if len(piece.members) == 1 and name in ("gelu", "silu", "swish", "hard_swish", "hard_silu", "mish"):
             rows += [("gate", "missing-term", 1.2), ("other term", "missing-term", 1.6)]
         if slope.ndim == 2:

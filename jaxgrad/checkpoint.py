@@ -14,13 +14,11 @@ killed. Where the file system has no locks (Windows, some network drives) two ru
 still whole.
 """
 
-import hashlib
 import io
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad import atomic, checks, files, parallel
-from jaxgrad.parallel import Weighted, digest
-from jaxgrad.types import Loss, Params
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Checkpoint(NamedTuple):
@@ -59,8 +55,10 @@ def save(checkpoint: Checkpoint, tree: Any, fingerprint: dict[str, str]) -> None
 
 
 def _archive(tree: Any, fingerprint: dict[str, str]) -> bytes:
-    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    names = [array.dtype.name for array in arrays]
+    leaves = jax.tree.leaves(tree)
+    kinds = [str(jax.random.key_impl(leaf)) if _is_key(leaf) else "" for leaf in leaves]
+    arrays = [np.asarray(jax.random.key_data(leaf) if kind else leaf) for leaf, kind in zip(leaves, kinds, strict=True)]
+    names = [f"key {kind}" if kind else array.dtype.name for array, kind in zip(arrays, kinds, strict=True)]
     # numpy cannot save the small floats that JAX adds to it (bfloat16, ...), but their bytes.
     plain = [array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array for array in arrays]
     header = json.dumps({"format": _FORMAT, "fingerprint": fingerprint, "dtypes": names}, sort_keys=True)
@@ -153,11 +151,23 @@ def resumed(checkpoint: Checkpoint, like: Any, fingerprint: dict[str, str]) -> A
             f"{'are' if len(other) > 1 else 'is'} not what this one has; give another path, or the same "
             "arguments as then"
         )
-    leaves = [
-        leaf if leaf.dtype.kind == "U" or leaf.dtype.name == name else leaf.view(jnp.dtype(name))
-        for leaf, name in zip(plain, header["dtypes"], strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    structure = jax.tree.structure(like)
+    if structure.num_leaves != len(plain):
+        raise ValueError(
+            f"{path} is a checkpoint of a run that records something else (observe, has_aux, batch_losses, stop): give "
+            "another path, or the same arguments as then"
+        )
+    return jax.tree.unflatten(structure, map(_as_saved, plain, header["dtypes"]))
+
+
+def _as_saved(leaf: np.ndarray, name: str) -> Any:
+    if name.startswith("key "):
+        return jax.random.wrap_key_data(jnp.asarray(leaf), impl=name.removeprefix("key "))
+    return leaf if leaf.dtype.kind == "U" or leaf.dtype.name == name else leaf.view(jnp.dtype(name))
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def plain(checkpoint: Checkpoint) -> Checkpoint:
@@ -198,71 +208,6 @@ def check(checkpoint: Checkpoint) -> None:
         raise OSError(error.errno, f"no checkpoint can be written to {path}: {_reason(error)}") from None
 
 
-def fingerprint(
-    loss: Loss, params: Params, data: Any, n: int, optimizer: Any, sampling: Any, key: Any, rows: str
-) -> dict[str, str]:
-    """Whose checkpoint it is, the same on however many devices and processes: short hashes by name.
-
-    `rows` tells the n rows from others (`rows_hash`); of `data` only shapes and dtypes count.
-    """
-    data = data.batch if isinstance(data, Weighted) else data
-    two = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), data)
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    state = jax.eval_shape(optimizer.init, one)
-    draws = getattr(sampling.draw, "counts", ())
-    return {
-        "data": _short(f"{n} {rows}"),
-        "loss": _program(loss, one, two),
-        "start": digest(jax.tree.map(np.asarray, params))[:16],
-        "optimizer": _program(optimizer.update, one, state, one),
-        "sampling": f"{sampling.name} {sampling.batch_size} {draws if sampling.name == 'stratified' else ''}",
-        "key": digest(key)[:16],
-    }
-
-
-def _program(function: Callable[..., Any], *args: Any) -> str:
-    """A hash of what a function does: its operations and the numbers in them, without names and addresses."""
-    closed = jax.make_jaxpr(function)(*args)
-    return _short(re.sub(r"0x[0-9a-f]+", "", _written_out(closed)))
-
-
-_AROUND = {"compiler_options_kvs", "ctx_mesh", "in_layouts", "in_shardings", "inline", "keep_unused", "name",
-           "out_layouts", "out_shardings"}  # fmt: skip
-"""Settings of a call that hang on where a process stands, not on what is computed."""
-
-
-def _written_out(value: Any) -> str:
-    """The text of a jaxpr with all that it calls in place.
-
-    As JAX prints it, a function that is called twice is written once or twice, depending on what else the process has
-    traced: another process would take the same loss for another one.
-    """
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(_written_out, value))})"
-    jaxpr = getattr(value, "jaxpr", value)
-    if not hasattr(jaxpr, "eqns"):
-        return str(value)
-    numbers: dict[Any, int] = {}
-
-    def name(variable: Any) -> str:
-        if hasattr(variable, "val"):
-            # Printed, a number loses digits; and JAX holds it as this type or that.
-            return f"{np.asarray(variable.val).tobytes().hex()}:{variable.aval}"
-        return f"{numbers.setdefault(variable, len(numbers))}:{variable.aval}"
-
-    lines = [f"{[*map(name, [*jaxpr.constvars, *jaxpr.invars])]}"]
-    for equation in jaxpr.eqns:
-        settings = {key: _written_out(equation.params[key]) for key in sorted(equation.params) if key not in _AROUND}
-        named = [[*map(name, variables)] for variables in (equation.invars, equation.outvars)]
-        lines.append(f"{equation.primitive} {named} {settings}")
-    constants = digest([np.asarray(constant) for constant in getattr(value, "consts", ())])
-    return "\n".join([*lines, f"{[*map(name, jaxpr.outvars)]}", constants])
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def rows_hash(data: Any, counts: tuple[int, ...] | None = None) -> str:
     """A hash of all rows in their order, the same however they lie on devices.
 
@@ -289,6 +234,8 @@ def _rows_hash(data: Any, number: Any) -> jax.Array:
 
     def words(leaf: Any) -> Any:
         leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
         bits = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
         return jax.lax.bitcast_convert_type(leaf, bits).reshape(leaf.shape[0], -1).astype(jnp.uint32)
 

@@ -72,7 +72,11 @@ def shown(value: Any) -> str:
     if isinstance(value, np.ma.MaskedArray):
         return f"a masked array of shape {value.shape}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        if getattr(value, "size", 2) == 1 and not isinstance(value, Tracer) and value.dtype.kind in "biufc":
+        if (
+            getattr(value, "size", 2) == 1
+            and not isinstance(value, Tracer | jax.ShapeDtypeStruct)
+            and value.dtype.kind in "biufc"
+        ):
             return f"an array holding {np.asarray(value).item()!r}"
         return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
     if inspect.isroutine(value):
@@ -346,7 +350,9 @@ def loss(function_: Any, params: Params, data: Any) -> None:
     with saying("loss(params, batch) cannot be evaluated for these params and data"):
         out = jax.eval_shape(function_, params, data)
     if not (hasattr(out, "shape") and hasattr(out, "dtype")):
-        raise TypeError(f"loss must return one number, got {shown(out)}")
+        pair = isinstance(out, tuple | list) and len(out) == 2
+        hint = ": descend takes (value, aux) with has_aux=True, (value, new_state) with loss_state=..." if pair else ""
+        raise TypeError(f"loss must return one number, got {shown(out)}{hint}")
     if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(
             f"loss must return one floating-point number, got {out.dtype}{list(out.shape)}: "
@@ -522,6 +528,12 @@ def _numbers(name: str, value: Any, bools: bool = False) -> Any:
         raise TypeError(f"{name} must be an array without a mask, got {shown(value)}: fill or drop what is masked")
     if isinstance(value, type | str | bytes | dict | set | frozenset | None):
         raise TypeError(f"{name} must be an array of numbers, got {shown(value)}")
+    if is_sparse(value):
+        dense = "toarray" if hasattr(value, "toarray") else "todense"
+        raise TypeError(
+            f"{name} must be a dense array of numbers, got a sparse {type(value).__name__} of shape "
+            f"{tuple(getattr(value, 'shape', ()))}: give x.{dense}()"
+        )
     if isinstance(value, jax.Array) or type(value) in (np.ndarray, np.memmap):
         found = value
     else:
@@ -545,8 +557,12 @@ def _numbers(name: str, value: Any, bools: bool = False) -> Any:
     real = any(jnp.issubdtype(found.dtype, kind) for kind in (jnp.floating, jnp.integer))
     if not real and not (found.dtype == bool and bools and found.ndim > 0):
         hint = ""
-        if found.dtype.kind in "US" or (found.dtype.kind == "O" and any(isinstance(v, str) for v in found.ravel())):
-            hint = ": number the classes, as np.unique(labels, return_inverse=True)[1] does"
+        if found.dtype.kind in "US" or (
+            found.dtype.kind == "O" and any(isinstance(v, str | bytes) for v in found.ravel())
+        ):
+            hint = ", which is text: number the classes, as np.unique(labels, return_inverse=True)[1] does"
+        elif found.dtype.kind in "mM":
+            hint = ": convert dates to numbers, e.g. (dates - dates[0]) / np.timedelta64(1, 'D')"
         elif found.dtype == bool:
             hint = ": if 0 and 1 are meant, convert it, e.g. x.astype(float)"
         what = shown(value) if found.dtype.kind == "O" and np.ndim(found) == 0 else shown(found)
@@ -617,13 +633,25 @@ def params(name: str, value: Any) -> Params:
         plain = isinstance(leaf, float) or (dtype is not None and hasattr(leaf, "shape"))
         if isinstance(leaf, float) and not isinstance(leaf, np.generic):
             continue
+        if isinstance(leaf, complex) or (plain and jnp.issubdtype(dtype, jnp.complexfloating)):  # type: ignore[arg-type]
+            raise TypeError(
+                f"{name} must be real floating-point numbers: {_at(where)} is {dtype or 'complex'}. Give the real and "
+                'the imaginary part as two arrays, e.g. {"re": z.real, "im": z.imag}, and let the loss form '
+                'params["re"] + 1j * params["im"]'
+            )
         if isinstance(leaf, bool | int) or (plain and _is_plain(dtype)):
             raise TypeError(
                 f"{name} must be floating point: {_at(where)} is {dtype or type(leaf).__name__}; convert it, "
                 "e.g. jnp.asarray(w, jnp.float32)"
             )
         if not plain or isinstance(leaf, np.ma.MaskedArray) or not jnp.issubdtype(dtype, jnp.floating):  # type: ignore[arg-type]
-            raise TypeError(f"{name} must be floating-point arrays: {_at(where)} is {shown(leaf)}")
+            hint = ""
+            if callable(leaf) or isinstance(leaf, str):
+                hint = (
+                    ". Keep what is no array out of them: partition the module (in Equinox: params, rest = "
+                    "eqx.partition(module, eqx.is_inexact_array)) and let the loss put it together (eqx.combine)"
+                )
+            raise TypeError(f"{name} must be floating-point arrays: {_at(where)} is {shown(leaf)}{hint}")
     return jax.tree.map(_native, value)
 
 
@@ -680,7 +708,7 @@ def _leaf(name: str, leaf: Any) -> Any:
     """An array of a batch; booleans and complex numbers may be data."""
     if isinstance(leaf, jax.Array):
         return leaf
-    if _is_table(leaf):
+    if _is_table(leaf) and not is_sparse(leaf):
         raise TypeError(
             f"{name} must be arrays, got {shown(leaf)}: give Batch(table[names].to_numpy(), table[target].to_numpy())"
         )
@@ -690,8 +718,17 @@ def _leaf(name: str, leaf: Any) -> Any:
 
 
 def _is_table(leaf: Any) -> bool:
-    """Whether it is a DataFrame, of whatever library."""
-    return type(leaf).__name__ == "DataFrame"
+    """Whether it is a DataFrame, of whatever library, or a sparse matrix: nothing to look into for leaves."""
+    return type(leaf).__name__ == "DataFrame" or is_sparse(leaf)
+
+
+def is_sparse(value: Any) -> bool:
+    """Whether it is a sparse matrix, of SciPy, JAX or whatever library."""
+    if isinstance(value, np.ndarray) or type(value).__name__ == "DataFrame":
+        return False
+    return any(hasattr(value, dense) for dense in ("toarray", "todense")) and any(
+        hasattr(value, count) for count in ("nnz", "nse")
+    )
 
 
 def _native(leaf: Any) -> Any:

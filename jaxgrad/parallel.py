@@ -508,6 +508,11 @@ def together(work: Callable[[], Any]) -> Any:
     return result
 
 
+def of_main(number: float) -> float:
+    """The number that rank 0 gives, on every process; all of them call it."""
+    return float(_from_all(np.array([number]))[0, 0])
+
+
 @checked
 def from_main(read: Callable[[], bytes]) -> bytes:
     """What `read()` returns on rank 0, on every process."""

@@ -66,14 +66,20 @@ def distinct(b: Count) -> Sampling:
 
 
 @checked
-def reshuffled(b: Count) -> Sampling:
+def reshuffled(b: Count, *, drop_last: bool = True) -> Sampling:
     """A new random order each pass; step `t` of a pass takes its t-th `b` indices (random reshuffling).
 
     A pass has `n // b` steps. Where `b` does not divide `n`, the last `n mod b` examples of that pass's order
     form an incomplete batch, which is **dropped**: they are other examples in each pass.
 
+    With `drop_last=False` it is the last step of the pass, whose gradient is the mean over those r = n mod b examples:
+    each pass sees all n. That step's gradient is as noisy as one of r distinct examples (`noise.gamma`), and at the
+    same step size each of its examples counts b/r times as much as the others of the pass.
+
     Raises ValueError if `b < 1`, and on drawing if `b > n`.
     """
+    if not drop_last:
+        return Sampling("reshuffled", b, _whole_pass_order, draw_many=_whole_pass_orders, drop_last=False)
     return Sampling("reshuffled", b, _pass_order, draw_many=_pass_orders)
 
 
@@ -136,6 +142,19 @@ def _pass_orders(key: Key, first: Any, steps: int, n: int, b: int) -> Int[Array,
     words = jnp.where(place > start, words[..., 1:], words[..., :1]) if passes == 2 else words[..., place - start]
     positions = (step % steps_per_pass)[:, None] * b + jnp.arange(b, dtype=jnp.int32)[None, :]
     return _ordered(words[..., None], positions, n)
+
+
+def _whole_pass_order(key: Key, step: Any, n: int, b: int) -> Int[Array, " b"]:
+    """`_pass_order` of passes that go to the last example; behind it the first ones of the order fill up."""
+    key, step, n = *_draw(key, step), _size(reshuffled(b), n)
+    steps_per_pass = -(-n // b)
+    step = jnp.asarray(step, jnp.int32)
+    positions = (step % steps_per_pass) * b + jnp.arange(b, dtype=jnp.int32)
+    return permuted(_stream(key, step // steps_per_pass), positions % n, n)
+
+
+def _whole_pass_orders(key: Key, first: Any, steps: int, n: int, b: int) -> Int[Array, "steps b"]:
+    return _one_by_one(_whole_pass_order, key, first, steps, n, b)
 
 
 def _size(sampling: Sampling, n: int) -> int:

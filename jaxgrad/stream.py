@@ -41,6 +41,9 @@ _LANES = max(2, min(8, os.cpu_count() or 2))
 """Threads of a full pass: one reads while another computes, and each computes on a core of its own."""
 
 
+_DTYPES = tuple(map(np.dtype, ("<f4", "<f8", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4")))
+
+
 class Shard(NamedTuple):
     """One `.npy` file of rows."""
 
@@ -106,15 +109,17 @@ class Rows(NamedTuple):
 def open_rows(
     path: File, *, target: Whole | None = None, classes: Whole | None = None, memory: Positive = MEMORY
 ) -> Rows:
-    """Open one `.npy` table `[n, columns]` of floats, or a folder of them, in the order of their names.
+    """Open one `.npy` table `[n, columns]` of numbers, or a folder of them, in the order of their names.
+
+    Whole numbers (bytes of pixels) reach the loss as they are, as from memory; `scaled` makes float32 of them.
 
     `target` is the number of the column to predict (negative counts from the end). With `classes` it holds class
     numbers, 0 to `classes − 1`, as floats like its neighbours, and the loss sees them as int32; each is checked when
     it is read. (0/1 labels of `losses.logloss` need no `classes`.) Nothing but headers is read here.
 
     Raises FileNotFoundError for no such file or no `.npy` in the folder; ValueError, naming the file, for one that is
-    no npy file, cut off, not a table of float32 or float64 in C order, or that differs from the first in columns or
-    dtype; for a target that is not a column; and for classes that are fewer than two or have no target.
+    no npy file, cut off, not a table of float32, float64 or whole numbers in C order, or that differs from the first
+    in columns or dtype; for a target that is not a column; and for classes that are fewer than two or have no target.
     """
     with files.explained("the rows cannot be opened", path):
         if not path.exists() and not path.is_symlink():
@@ -172,10 +177,16 @@ def _header(path: Path) -> tuple[Shard, np.dtype, int]:
         raise
     except Exception as error:  # damaged bytes make NumPy raise anything
         raise ValueError(f"{path.name} is damaged or not an npy file: {error}") from None
-    if len(shape) != 2 or fortran or dtype not in (np.dtype("<f4"), np.dtype("<f8")) or 0 in shape:
+    if len(shape) != 2 or fortran or dtype not in _DTYPES or 0 in shape:
+        wide = (
+            ". Save whole numbers as int32: table.astype(np.int32)"
+            if dtype.kind in "iu" and dtype.itemsize == 8
+            else ""
+        )
         raise ValueError(
             f"{path.name} has shape {shape}, {dtype}{', Fortran order' if fortran else ''}; rows are read from a table "
-            "[rows, columns] of float32 or float64 in C order (numpy's default)"
+            "[rows, columns] of float32 or float64, or of whole numbers of up to 32 bits (bytes of pixels), in C order "
+            f"(numpy's default){wide}"
         )
     wanted = offset + shape[0] * shape[1] * dtype.itemsize
     if size != wanted:
@@ -201,6 +212,7 @@ class Streamed:
         """Rows as the loss sees them."""
         target = self.target
         if self.shift is not None:
+            rows = rows if jnp.issubdtype(rows.dtype, jnp.floating) else rows.astype(jnp.float32)
             rows = (rows - jnp.asarray(self.shift, rows.dtype)[None, :]) / jnp.asarray(self.scale, rows.dtype)[None, :]
         if target is None:
             return rows
@@ -350,7 +362,7 @@ def _no_class(labels: Any, classes: int) -> Any:
     return (labels < 0) | (labels >= classes) | (labels % 1 != 0)
 
 
-def _few(rows: Rows) -> Rows:
+def few(rows: Rows) -> Rows:
     """Rows so few that they are read at once, of which a full pass runs all programs of a full pass over `rows`."""
     size = _part_rows(rows, _PART)
     few = min(rows.n, size + rows.n % size)
@@ -456,67 +468,20 @@ def in_order(b: int, steps: int, loss: Streamed) -> Sampling:
     return Sampling("in order", b, _InOrder(steps), take=_Take(loss))
 
 
-# --- steps and full passes -------------------------------------------------------------------------------------
+# --- full passes -------------------------------------------------------------------------------------
 
 
-def programs(
-    go: Callable[..., Any],
-    look: Callable[..., Any],
-    judge: Callable[..., Any],
-    rows: Rows,
-    sampling: Sampling,
-    loss: Streamed,
-    reader: Reader | None,
-) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """The three programs of `descend` (steps, record, stopping rule), for rows on disk; `loss` takes raw rows."""
-
-    def sgd(state: Any, key: Key, data: Any, until: Any, *, halt: Any, **how: Any) -> Any:
-        del data
-        assert reader is not None
-        assert sampling.batch_size is not None
-        now, until = int(state.step), int(until)
-        ordered = in_order(sampling.batch_size, reader.steps, loss)
-        if now >= until:
-            # Nothing to do but to compile. To fetch a block here would take it off the clock.
-            nothing = jnp.zeros((reader.steps * sampling.batch_size, rows.columns), rows.dtype)
-            return go(state, key, nothing, np.int32(until), loss=loss.loss, sampling=ordered, halt=halt, **how)
-        while True:
-            number = now // reader.steps
-            now = min(until, (number + 1) * reader.steps)
-            block = reader.block(number)
-            state = go(state, key, block, np.int32(now), loss=loss.loss, sampling=ordered, halt=halt, **how)
-            jax.block_until_ready(state)
-            if now >= until or (halt is not None and bool(state.halted)):
-                return state
-
-    def gd(state: Any, key: Key, data: Any, until: Any, *, halt: Any, **how: Any) -> Any:
-        del data
-        if int(state.step) >= int(until):
-            gradient(loss, state.params, _few(rows))  # nothing to do but to compile
-        for now in range(int(state.step), int(until)):
-            slope = jax.tree.map(lambda leaf: leaf[None], gradient(loss, state.params, rows))
-            # The gradient of ⟨g, w⟩ is g: the same compiled step, with a gradient that is known.
-            state = go(state, key, slope, np.int32(now + 1), loss=_along, halt=halt, **how)
-            if halt is not None and bool(state.halted):
-                break
-        return state
-
-    def recorded(params: Params, update: Params, data: Any) -> Any:
-        _, norm, seen = look(params, update, data)
-        return (value(loss, params, rows) if rows.full is None else rows.full(params)), norm, seen
-
-    def judged(params: Params, data: Any) -> Any:
-        if judge.keywords["metric"] is not None:  # type: ignore[attr-defined]
-            return judge(params, data)
-        slope = jax.tree.leaves(gradient(loss, params, rows))
-        return np.sqrt(sum(float(jnp.sum(leaf.astype(jnp.float32) ** 2)) for leaf in slope))
-
-    return (gd if sampling.batch_size is None else sgd), recorded, judged
-
-
-def _along(params: Params, gradient: Any) -> jax.Array:
+def along(params: Params, gradient: Any) -> jax.Array:
+    """`⟨g, w⟩`, whose gradient is g: a loss for a step whose gradient is known; leaves of g `[1, …]`."""
     parts = jax.tree.map(lambda w, g: jnp.sum(w * jax.lax.stop_gradient(g[0])), params, gradient)
     return sum(jax.tree.leaves(parts), start=jnp.zeros(()))
+
+
+def along_from(params: Params, known: Any) -> jax.Array:
+    """`v + ⟨g, w − w₀⟩` for known `(g, w₀, v)`: also the value is known, at w₀."""
+    gradient, start, value = known
+    parts = jax.tree.map(lambda w, w0, g: jnp.sum((w - w0[0]) * g[0]), params, start, gradient)
+    return sum(jax.tree.leaves(parts), start=jnp.asarray(value[0]))
 
 
 def gradient(loss: Streamed, params: Params, rows: Rows) -> Params:
@@ -571,7 +536,8 @@ def _part(params: Params, part: Any, *, function: Callable[[Loss], Any], loss: S
         bad = jnp.any(~jnp.isfinite(block))
         if loss.classes is not None:
             bad |= jnp.any(_no_class(block[:, loss.target], loss.classes))
-        return function(loss.loss)(params, _by_columns(loss, params, block)), bad.astype(block.dtype)
+        flag = block.dtype if jnp.issubdtype(block.dtype, jnp.floating) else jnp.float32
+        return function(loss.loss)(params, _by_columns(loss, params, block)), bad.astype(flag)
 
     return blocks.mean(of_block, _block_rows(part.shape[0], part.shape[1], part.dtype))(params, part)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 Params: TypeAlias = Any
@@ -80,10 +81,38 @@ class Sampling(NamedTuple):
     """`take(data, indices) -> batch`, pure; None: those rows of every array."""
     parts: int = 1
     """Of the full batch: evaluate its gradient over so many equal parts of the rows at once (`jaxgrad.blocks`)."""
+    drop_last: bool = True
+    """Whether a pass drops what is left of its order when b does not divide n; else that is its last, smaller batch."""
+    n: int | None = None
+    """How many examples there are, where the data do not tell: rows that are filled up, or a block of them."""
 
     def indices(self, key: Key, step: Any, n: int) -> Int[Array, " b"]:
-        """The examples of step `step` out of `n`: `int32[b]`, a pure function of `(key, step)`."""
-        return self.draw(key, step, n, n if self.batch_size is None else self.batch_size)
+        """The examples of step `step` out of `n`: `int32[b]`, a pure function of `(key, step)`.
+
+        Of a smaller last batch of a pass, as many as it has; where JAX traces `step`, b of them, the first of which
+        count (`last_of_pass`).
+        """
+        found = self.draw(key, step, n, n if self.batch_size is None else self.batch_size)
+        last = self.last_of_pass(n)
+        if last is None or isinstance(step, Tracer):
+            return found
+        per_pass, left = last
+        return found[:left] if int(step) % per_pass == per_pass - 1 else found
+
+    def last_of_pass(self, n: int) -> tuple[int, int] | None:
+        """Steps of a pass, and examples in its last batch where that is smaller than the others; else None."""
+        n = self.n or n
+        if self.drop_last or self.batch_size is None or n % self.batch_size == 0:
+            return None
+        return n // self.batch_size + 1, n % self.batch_size
+
+    def examples(self, steps: Any, n: int) -> Any:
+        """How many examples the first `steps` steps see, counting repeats."""
+        last = self.last_of_pass(n)
+        if last is None:
+            return steps * (n if self.batch_size is None else self.batch_size)
+        per_pass, _ = last
+        return steps // per_pass * n + steps % per_pass * self.batch_size
 
     def batch(self, data: Any, indices: Any) -> Any:
         """The rows `indices` of `data`, which are in range."""

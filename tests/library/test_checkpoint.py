@@ -15,8 +15,9 @@ import pytest
 from parallel_worker import LOSS, problem, resumable, saved, start
 
 from jaxgrad import parallel, stream
-from jaxgrad.checkpoint import Checkpoint, _program, rows_hash
+from jaxgrad.checkpoint import Checkpoint, rows_hash
 from jaxgrad.descent import descend, no_improvement
+from jaxgrad.fingerprints import fingerprint as _program
 from jaxgrad.losses import absolute, mean_loss
 from jaxgrad.models import linear
 from jaxgrad.sampling import distinct, full_batch

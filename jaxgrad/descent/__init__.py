@@ -1,0 +1,39 @@
+"""The descent loop (F2, F3, F5) over any optax transformation, for one run or many, wherever the rows are.
+
+    run = descend(loss, params, data, optimizer=0.1, sampling=distinct(32), steps=1000, key=jax.random.key(0))
+
+step          the algorithm: `init`, `advance`, `trajectory`, pure functions of a `State`
+objective     the forms that a loss may have: plain, with a key, with a state, with other numbers beside its value
+optimizers    what an optimizer asks for, which ones are equal, whose noise is whose
+stopping      when to end a run, and what to keep of it
+schedule      at which steps a run pauses
+runs          settings x keys side by side
+programs      what is compiled
+placement     where the rows are: in memory, on a mesh, on disk
+log           what has happened to each run
+trace         what a run did: table, picture, text
+run           `descend`
+"""
+
+from jaxgrad.checkpoint import Checkpoint
+from jaxgrad.descent.objective import loss_key, recorded_key
+from jaxgrad.descent.optimizers import StepSize
+from jaxgrad.descent.run import descend
+from jaxgrad.descent.schedule import log_spaced
+from jaxgrad.descent.step import State, advance, init, trajectory
+from jaxgrad.descent.stopping import (
+    Stop,
+    keep_best,
+    no_improvement,
+    small_gradient,
+    small_step,
+    target_loss,
+    time_limit,
+)
+from jaxgrad.descent.trace import Best, Trace
+
+__all__ = [
+    "Best", "Checkpoint", "State", "StepSize", "Stop", "Trace", "advance", "descend", "init", "keep_best",
+    "log_spaced", "loss_key", "no_improvement", "recorded_key", "small_gradient", "small_step", "target_loss",
+    "time_limit", "trajectory",
+]  # fmt: skip

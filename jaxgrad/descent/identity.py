@@ -1,0 +1,66 @@
+"""Whose checkpoint it is: of which data, loss, start, optimizer, sampling and key."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgrad import parallel
+from jaxgrad.descent import optimizers
+from jaxgrad.descent.objective import Objective
+from jaxgrad.fingerprints import fingerprint as program
+from jaxgrad.fingerprints import short
+from jaxgrad.parallel import digest
+from jaxgrad.types import Params, Sampling
+
+
+def fingerprint(
+    objective: Objective,
+    params: Params,
+    model: Any,
+    data: Any,
+    n: int,
+    optimizer: Any,
+    settings: Any,
+    sampling: Sampling,
+    key: Any,
+    rows: str,
+) -> dict[str, str]:
+    """Whose checkpoint it is, the same on however many devices and processes: short hashes by name.
+
+    `rows` tells the n rows from others (`checkpoint.rows_hash`); of `data` only shapes and dtypes count.
+    """
+    data = data.batch if isinstance(data, parallel.Weighted) else data
+    two = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), data)
+    one = _shapes(params)
+    told = _of_optimizer(optimizer, one)
+    counts = getattr(sampling.draw, "counts", ()) if sampling.name == parallel.STRATIFIED else ""
+    return {
+        "data": short(f"{n} {rows}"),
+        "loss": _of_loss(objective, optimizers.trained(one), _shapes(model), two),
+        "start": digest(jax.tree.map(np.asarray, params if model is None else (params, model)))[:16],
+        "optimizer": told if isinstance(settings, tuple) else digest((told, settings))[:16],
+        "sampling": f"{sampling.name} {sampling.batch_size} {counts}{'' if sampling.drop_last else ' to the last'}",
+        "key": digest(key)[:16],
+    }
+
+
+def _of_loss(objective: Objective, params: Params, model: Any, data: Any) -> str:
+    if objective.plain and objective.evaluate is None:
+        return program(objective.loss, params, data)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return short(
+        program(objective.of_batch, params, model, data, key) + program(objective.recorded, params, model, data, key)
+    )
+
+
+def _of_optimizer(optimizer: Any, params: Params) -> str:
+    state = jax.eval_shape(optimizer.init, params)
+    at = optimizers.trained(params)
+    if optimizers.asked(optimizer, params, state).needed:
+        return program(optimizers.with_placeholders(optimizer), at, state, params)
+    return program(optimizer.update, at, state, params)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)

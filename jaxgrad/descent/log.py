@@ -1,0 +1,163 @@
+"""What has happened to each run so far: its losses at the record points, and how and when it ended."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.descent.runs import Runs, chosen
+from jaxgrad.descent.step import State
+from jaxgrad.descent.stopping import Judged, NoImprovement, memory
+from jaxgrad.descent.trace import Best, Trace
+from jaxgrad.types import Params
+
+GREW, LEAST = 1000, 1e-6
+"""A run whose loss ends `GREW` times as far from 0 as it started, or as `LEAST`, has not merely finished."""
+
+
+class Log:
+    """The state of all runs after the last pause, and the record of all before."""
+
+    def __init__(self, state: State, shape: tuple[int, ...], steps: int, rules: list[Judged], point: Params):
+        self.state = state
+        self.active = np.ones(shape, bool)
+        self.reason = np.full(shape, "finished", dtype=object)
+        self.ended = np.full(shape, steps, dtype=np.int64)
+        self.memory = [memory(rule, shape) for rule in rules]
+        best = any(isinstance(rule, NoImprovement) for rule in rules)
+        self.best = Best(point, np.full(shape, np.inf), np.zeros(shape, np.int64)) if best else None
+        self.seconds = 0.0
+        self.seen: list[tuple[Any, ...]] = []
+        self._nothing: tuple[Any, ...] = ()
+
+    def expect(self, aux: Any, observed: Any) -> None:
+        """The structure of what will be recorded, so that a checkpoint may come before it."""
+        self._nothing = jax.tree.map(lambda _: np.zeros(0), (0, 0.0, 0.0, 0.0, aux, observed))
+
+    @property
+    def over(self) -> bool:
+        """Whether every run has ended."""
+        return not self.active.any()
+
+    def end(self, which: Any, why: Any, at: Any) -> None:
+        """These runs ended, for a reason, at a step."""
+        shape = self.active.shape
+        self.reason[which], self.ended[which] = np.broadcast_to(why, shape)[which], np.broadcast_to(at, shape)[which]
+        self.active[which] = False
+
+    def judge(self, number: int, rule: Judged, value: np.ndarray, at: int, point: Params) -> None:
+        """End the runs for which a rule is met; keep the best parameters where the rule has a metric."""
+        met, self.memory[number] = rule.met(value, self.memory[number])
+        if self.best is not None and isinstance(rule, NoImprovement):
+            better = self.active & (value < self.best.value)
+            self.best = Best(
+                chosen(better, point, self.best.params),
+                np.where(better, value, self.best.value),
+                np.where(better, at, self.best.step),
+            )
+        if (met := self.active & met).any():
+            self.end(met, f"stopped: {rule.reason}", np.asarray(at))
+
+    def record(self, mark: int, loss: Any, norm: Any, aux: Any, observed: Any) -> None:
+        """What was seen at a record point, or where the last run ended."""
+        at = int(self.ended.max()) if self.over else mark
+        lost = is_lost(self.reason)
+        self.seen.append((at, self.seconds, np.where(lost, np.nan, loss), np.asarray(norm), aux, observed))
+
+    # --- a checkpoint ---
+
+    def saved(self) -> Any:
+        """All of it as arrays."""
+        stacked = (lambda *leaves: np.stack(leaves)) if self.seen else (lambda leaf: leaf)
+        columns = jax.tree.map(stacked, *(self.seen or [self._nothing]))
+        told = self.reason.astype("U") if self.reason.ndim else np.array(str(self.reason))
+        return (self.state, columns, self.active, told, self.ended, self.memory, self.best, self.seconds)
+
+    def resume(self, found: Any, put: Callable[[Any], Any]) -> None:
+        """Go on from what `saved` told."""
+        state, columns, active, reason, ended, memory, best, seconds = found
+        if state.batch_loss is not None:
+            room = np.array(self.state.batch_loss)
+            most = min(room.shape[-1], state.batch_loss.shape[-1])
+            room[..., :most] = state.batch_loss[..., :most]
+            state = state._replace(batch_loss=room)
+        self.state, self.best = put(state), best if best is None else best._replace(params=put(best.params))
+        self.seen = [jax.tree.map(lambda leaf, i=i: leaf[i], columns) for i in range(len(columns[0]))]
+        # The budget of steps may be another one now.
+        self.active, self.reason, self.ended = active, reason.astype(object), np.where(active, self.ended, ended)
+        self.memory, self.seconds = memory, float(seconds)
+
+    # --- the end ---
+
+    def trace(
+        self, runs: Runs, first: int, examples: Callable[[Any], Any], loss_first: Any, at_start: Any, compiled: float
+    ) -> Trace:
+        """The trace. `loss_first()` is the loss at the start, `at_start(which)` what is not finite there in words."""
+        axes = len(self.active.shape)
+        at, clock, losses, norms, aux, observed = zip(*self.seen, strict=True)
+        loss_at = np.stack(losses, axes)
+        start = loss_at[..., 0] if at[0] == first else loss_first()
+        start = loss_at[..., 0] if start is None else start
+        reason = self.reason
+        if (never := (reason == "finished") & ~np.isfinite(start)).any():
+            reason = np.where(never, at_start(never), reason)
+        grown = _growth(start, loss_at[..., -1])
+        reason = np.where((reason == "finished") & (grown != ""), grown, reason)
+        pairs = zip(reason.reshape(-1).tolist(), self.ended.reshape(-1).tolist(), strict=True)
+        status = [f"diverged at step {t}" if why == "diverged" else str(why) for why, t in pairs]
+        together = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves, axes), *trees)  # noqa: E731
+        state = self.state
+        batch_loss = None if state.batch_loss is None else np.asarray(state.batch_loss)[..., first : max(at)]
+        return Trace(
+            steps=np.asarray(at, np.int64),
+            examples=examples(np.asarray(at, np.int64)),
+            seconds=np.asarray(clock),
+            loss=loss_at,
+            step_norm=np.stack(norms, axes),
+            observed=together(observed),
+            params=state.params,
+            state=state._replace(examples=examples(np.asarray(state.step, np.int64)), batch_loss=None),
+            status=_tuples(np.array(status, object).reshape(self.active.shape).tolist()),
+            stopped_at=self.ended,
+            compile_seconds=compiled,
+            aux=together(aux),
+            batch_loss=batch_loss,
+            best=self.best,
+            settings=runs.settings,
+        )
+
+
+def is_lost(reason: np.ndarray) -> np.ndarray:
+    """Which runs have parameters that are not finite."""
+    return np.vectorize(lambda why: str(why).startswith(("diverged", "not finite")), otypes=[bool])(reason)
+
+
+def _growth(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Of each run, what is to be said of its last loss; empty where nothing is."""
+
+    def words(first: float, last: float) -> str:
+        if not np.isfinite(last):
+            return f"grew: the loss ended at {last}"
+        if last > GREW * max(abs(first), LEAST):
+            return f"grew: the loss went from {first:.3g} to {last:.3g}"
+        return ""
+
+    return np.vectorize(words, otypes=[object])(first, last)
+
+
+def of_starts(words: Callable[[Params], str], params: Params, which: Any, one: bool) -> np.ndarray:
+    """`words(start)` of each run in `which`; of `one` run for all if they have one start."""
+    found = np.full(np.shape(which), "", dtype=object)
+    for place in np.argwhere(which):
+        index = tuple(place)
+        found[index] = words(jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf)[index], params))
+        if one:
+            found[which] = found[index]
+            break
+    return found
+
+
+def _tuples(nested: Any) -> Any:
+    return tuple(map(_tuples, nested)) if isinstance(nested, list) else nested

@@ -1,0 +1,414 @@
+"""`descend`: the loop over the pauses of a run, wherever its rows are."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgrad import checkpoint as saved
+from jaxgrad import checks, parallel, stream, tiles
+from jaxgrad.checkpoint import Checkpoint
+from jaxgrad.checks import Natural, Positive, checked
+from jaxgrad.descent import optimizers, programs, stopping
+from jaxgrad.descent.identity import fingerprint
+from jaxgrad.descent.log import Log, of_starts
+from jaxgrad.descent.objective import Objective, hashable
+from jaxgrad.descent.optimizers import Optimizer
+from jaxgrad.descent.placement import Job, Placement, leaf_name, place
+from jaxgrad.descent.runs import Runs, continued, copies, first_state, keep
+from jaxgrad.descent.schedule import marks
+from jaxgrad.descent.step import State
+from jaxgrad.descent.stopping import Stop
+from jaxgrad.descent.trace import Trace
+from jaxgrad.types import Key, Params, Sampling
+
+
+def _data(name: str, value: Any) -> Any:
+    """Rows on disk, on many devices, or in arrays, whose numbers are looked at where they are placed."""
+    return value if isinstance(value, stream.Rows | parallel.Sharded) else checks.batch(name, value, finite=False)
+
+
+def _start(name: str, value: Any) -> Any:
+    """Parameters, or the state of an earlier run."""
+    return value if isinstance(value, State) else checks.params(name, value)
+
+
+Data = Annotated[Any, _data]
+
+
+@checked
+def descend(
+    loss: Any,
+    params: Annotated[Params, _start],
+    data: Data,
+    *,
+    optimizer: Optimizer | float | Sequence[float] | np.ndarray | jax.Array | Callable[..., Optimizer],
+    sampling: Sampling,
+    steps: Natural,
+    key: Annotated[Key, partial(checks.key, many=True)],
+    record: int | Sequence[int] | np.ndarray = 50,
+    stop: Stop | Sequence[Stop] | None = None,
+    observe: Callable[..., Any] | None = None,
+    params_axis: Natural | None = None,
+    progress: bool | Callable[[int, int], None] = False,
+    mesh: jax.sharding.Mesh | None = None,
+    checkpoint: Checkpoint | None = None,
+    memory: Positive = tiles.MEMORY,
+    sweep: Mapping[str, Any] | None = None,
+    random: bool = False,
+    loss_state: Any = None,
+    has_aux: bool = False,
+    evaluate: Callable[..., Any] | None = None,
+    evaluate_at: Callable[[State], Params] | None = None,
+    batch_losses: bool = False,
+) -> Trace:
+    """Run `steps` steps of descent on a loss and say what happened (F3, F5).
+
+    Args:
+      loss: `loss(params, batch) -> scalar`. It may be any function of the batch. One that is known to be a mean over
+        the examples (made by `losses.mean_loss` or `losses.mean_of`, or proved by `jaxgrad.means`) may be evaluated
+        in blocks; any other is evaluated on all rows at once. `random`, `loss_state` and `has_aux` allow other forms.
+      params: the start, a pytree of floating-point arrays; or the `State` of an earlier trace, to go on from.
+      data: all n examples, a pytree whose leaves share their leading axis; or rows that lie on many devices
+        (`jaxgrad.parallel.shard`) or on disk (`jaxgrad.stream.open_rows`).
+      optimizer: an optax transformation (schedules give `η_t`), or a number: plain descent with that step size; or m
+        numbers: then a run with each of them, with every key, goes in one compiled program. One that asks for the loss
+        (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, …) gets `value`, `grad` and `value_fn` of the step's batch.
+        `optax.lookahead` makes a fast and a slow copy of the parameters: gradients are taken at the fast ones, the
+        loss is recorded at the slow ones. Random keys in its state are folded with the run's key, for each run noise
+        of its own. Two equal transformations compile once.
+      sampling: `full_batch()` is GD; `with_replacement(b)`, `distinct(b)`, `reshuffled(b)` are SGD.
+      steps: the budget, counted from the very first step also when a run goes on.
+      key: a JAX key for the order of examples; or an array of s keys: then s runs go in one compiled program.
+      record: how many evenly spaced record points (0 and `steps` are two of them), or the steps themselves;
+        see `log_spaced`. The full loss is evaluated there, off the clock.
+      stop: a stopping rule besides the budget, or a list of them (`small_step`, `small_gradient`, `target_loss`,
+        `no_improvement`, `keep_best`, `time_limit`).
+      observe: `observe(params) -> pytree` of whatever else to record, e.g. accuracy; or `observe(params, state)` with
+        the `State` of the run: its step, the optimizer's state, the last update, the state of the loss. Off the clock.
+      params_axis: 0 if `params` has a leading axis of s starts, one per key; all step sizes share them.
+      progress: True shows a line on stderr; or a function of `(step, steps)`.
+      mesh: spread the rows over its devices (`jaxgrad.parallel.mesh()`). The step is the same.
+      checkpoint: save the run as it goes, and go on from what was saved. SIGTERM and Ctrl-C then end it at the next
+        record point or checkpoint, the same on every process, with `parallel.Preempted` (exit status 75).
+      memory: GiB that the program may take beside the data and what it returns. Runs that need more together go in
+        equal tiles, one after the other, through the same program (`jaxgrad.tiles`).
+      sweep: m numbers of each of some settings of the optimizer, `{"learning_rate": [m], "b1": [m]}`: then run i has
+        the i-th of each, with every key, in one compiled program. The optimizer is then the function that makes it
+        from these settings (`optax.adam`, or a function of your own), or `optax.inject_hyperparams(...)(...)`.
+      random: the loss draws something: it is called as `loss(params, batch, key=...)`, with `loss_key(key, t − 1)` at
+        step t. Recorded is the loss with one key of the run for all record points, unless `evaluate` says otherwise.
+      loss_state: the first state of a loss that has one (running statistics): it is called as `loss(params, batch,
+        state=...)` and returns `(value, new_state)`. Each run has its own, in `Trace.state.model`; a checkpoint saves
+        it. Recorded is the loss with the state as it is, whose new state is dropped, unless `evaluate` says otherwise.
+      has_aux: the loss returns `(value, aux)`, or `(value, (new_state, aux))` with a state; `Trace.aux` has what it
+        returned at the record points.
+      evaluate: what is recorded in place of the loss: `evaluate(params, data)`, with the arguments `key` and `state` if
+        it takes them; with `has_aux` it returns `(value, aux)` too. Without the loss's own noise, or at its averages.
+      evaluate_at: `evaluate_at(state) -> params` at which the loss is recorded and rules and `observe` look, such as
+        `lambda state: optax.contrib.schedule_free_eval_params(state.optimizer, state.params)`, or an average.
+      batch_losses: record the loss of each step's own batch too, in `Trace.batch_loss`.
+
+    Raises:
+      ValueError, TypeError: for anything that cannot run (shapes, NaN in the data, `b > n`, a loss that is not
+        a scalar, integer parameters, a step size that is not finite and positive, labels that the loss has no meaning
+        for), before anything compiles. Rows on disk, and rows that do not divide evenly over devices, need a loss
+        that is known to be a mean.
+
+    A run that diverges is a result: its status says at which step its parameters ceased to be finite, and the
+    runs beside it are untouched. A run among others equals that run alone to rounding.
+    """
+    runs = Runs.of(optimizer, sweep, key)
+    objective = Objective.of(loss, random, _has_state(params, loss_state), has_aux, evaluate)
+    rules = stopping.rules("stop", stop)
+    checkpoint = None if checkpoint is None else saved.plain(checkpoint)
+    earlier = params if isinstance(params, State) else None
+    state = None if earlier is None else continued(earlier, runs)
+    start = jax.tree.map(jnp.asarray, params) if state is None else state.params
+    _check_start(start, runs, params_axis if state is None else None)
+    ahead = len(runs.shape) if state else 0 if params_axis is None else 1
+    one = lambda tree: jax.tree.map(lambda leaf: leaf[(0,) * ahead], tree)  # noqa: E731
+    model = jax.tree.map(jnp.asarray, loss_state) if state is None else one(state.model)
+    known, twice = optimizers.usable(runs.optimizer, one(start))
+    runs = runs._replace(optimizer=known)
+    start = optax.LookaheadParams.init_synced(start) if twice else start
+    judged = stopping.judged(rules)
+    job = Job(
+        objective=objective,
+        runs=runs,
+        sampling=sampling,
+        observe=_observer(observe),
+        observes_state=observe is not None and programs.two_arguments(observe),
+        evaluate_at=evaluate_at and hashable(checks.function("evaluate_at", evaluate_at, 1)),
+        params=one(start),
+        model=model,
+        batch_losses=batch_losses,
+        rules=tuple(
+            rule._replace(metric=hashable(rule.metric)) if isinstance(rule, stopping.NoImprovement) else rule
+            for rule in judged
+        ),
+        memory=memory,
+        steps=steps,
+    )
+    rows = place(job, data, mesh)
+    first, before = (
+        (0, 0) if earlier is None else (int(earlier.step if state is None else state.step), _examples(earlier))
+    )
+    pauses = marks(record, first, steps, judged, checkpoint.every if checkpoint else None)
+    whose = _fingerprint(checkpoint, job, rows)
+    halt = stopping.halting(rules)
+
+    if rows.mesh is not None:
+        settings = (steps, pauses.steps_of_all, sampling.name, sampling.batch_size, memory)
+        parallel.agree(start=state or start, key=key, settings=settings, optimizer=runs.digest_settings())
+        start, key = rows.put((start, key))
+        runs = runs._replace(key=key)
+    if state is None:
+        state = first_state(runs, start, params_axis)._replace(model=copies(model, runs.shape))
+    if batch_losses:
+        state = state._replace(batch_loss=_room(runs, steps))
+    if rows.mesh is not None:
+        state = rows.put(state)
+    begin = state
+
+    def at_start(which: Any) -> np.ndarray:
+        words = lambda start: _at_start(start, rows, key)  # noqa: E731
+        return of_starts(words, (begin.params, begin.model), which, one=ahead == 0)
+
+    with closing(_Open(rows)):
+        began = time.perf_counter()
+        jax.block_until_ready(rows.advance(state, key, first, halt=halt))
+        compile_seconds = time.perf_counter() - began
+        log = Log(state, runs.shape, steps, judged, _points(state, job) if _keeps(judged) else None)
+        done = -1
+        with saved.held(checkpoint), parallel.Interruption() if checkpoint else nullcontext() as asked:
+            if checkpoint is not None:
+                log.expect(*rows.recorded(state, key))
+                if (found := saved.resumed(checkpoint, log.saved(), whose)) is not None:
+                    log.resume(found, rows.put)
+                    done = int(np.max(log.state.step))
+            show = _progress(progress if callable(progress) or parallel.is_main() else False)
+            clock = _Clock(stopping.limit(rules))
+            for step in pauses.steps_of_all:
+                if step <= done or log.over:
+                    continue
+                mark = pauses.at(step)
+                lost = _take(log, rows, key, step, halt, clock)
+                _date(log, lost, first, at_start, one_start=ahead == 0)
+                for number in mark.judged if not log.over else ():
+                    _judge(log, rows, key, number, job, step)
+                if mark.recorded or log.over:
+                    log.record(step, *rows.look(log.state, key))
+                show(step, steps)
+                if checkpoint is not None and (log.over or mark.saved):
+                    saved.save(checkpoint, log.saved(), whose)
+                if checkpoint is not None and asked is not None and not log.over and asked() and step < steps:
+                    saved.save(checkpoint, log.saved(), whose)
+                    raise parallel.Preempted(step, checkpoint.path)
+        return log.trace(
+            runs,
+            first,
+            lambda at: before + sampling.examples(at, rows.n) - sampling.examples(first, rows.n),
+            # Of rows on disk, the loss at the start would take another pass.
+            lambda: None if isinstance(data, stream.Rows) else np.asarray(rows.look(begin, key)[0]),
+            at_start,
+            compile_seconds,
+        )
+
+
+# --- what happens at a pause ------------------------------------------------------------------------------------
+
+
+def _take(log: Log, rows: Placement, key: Key, until: int, halt: Any, clock: "_Clock") -> tuple[Any, Any]:
+    """Take the steps to `until`, on the clock; which runs were lost on the way, and at which step.
+
+    Where a limit of time is met the runs end early.
+    """
+    shape = log.active.shape
+    lost_at, lost_of_all = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    for to in clock.parts(log, until):
+        before, began = log.state, time.perf_counter()
+        state = jax.block_until_ready(rows.advance(before, key, to, halt=halt))
+        log.seconds += time.perf_counter() - began
+        log.state = state if log.active.all() else keep(log.active, state, before)
+        if (lost := log.active & ~np.asarray(rows.finite(log.state.params))).any():
+            # Nothing is checked inside the loop; the chunk is run again, watching, to find the step.
+            watched = np.asarray(rows.advance(before, key, to, halt=programs.not_finite).step)
+            log.end(lost, "diverged", watched)
+            lost_of_all, lost_at = lost_of_all | lost, np.where(lost, watched, lost_at)
+        if halt is not None and (small := log.active & np.asarray(log.state.halted)).any():
+            log.end(small, f"stopped: {halt.reason}", np.asarray(log.state.step))
+        if not log.over and clock.is_over(log.seconds):
+            log.end(log.active.copy(), f"stopped: {stopping.TimeLimit.reason}", to)
+        if log.over:
+            break
+    return lost_of_all, lost_at
+
+
+def _date(log: Log, lost: tuple[Any, Any], first: int, at_start: Any, one_start: bool) -> None:
+    """Say of the runs that were lost if they had no chance from the start."""
+    which, at = lost
+    # One start is looked at however late it was lost: a minibatch may meet a bad row late.
+    if (doubted := which & (one_start | (at <= first + 1))).any():
+        words = at_start(doubted)
+        log.end(doubted & (words != ""), words, first)
+
+
+def _judge(log: Log, rows: Placement, key: Key, number: int, job: Job, at: int) -> None:
+    """Ask one rule, on the clock."""
+    rule, began = job.rules[number], time.perf_counter()
+    value = np.asarray(rows.judge(number, log.state, key))
+    log.seconds += time.perf_counter() - began
+    log.judge(number, rule, value, at, _points(log.state, job) if log.best is not None else None)
+
+
+class _Clock:
+    """Cuts the way to the next pause into parts, so that a limit of time is met soon after it is over."""
+
+    def __init__(self, limit: float):
+        self._limit, self._part = limit, 1
+
+    def parts(self, log: Log, until: int) -> Any:
+        """The steps to go to, one after the other."""
+        now = int(np.max(log.state.step))
+        if np.isinf(self._limit):
+            yield until
+            return
+        while True:
+            to, began = min(until, now + self._part), log.seconds
+            yield to
+            if to >= until:
+                return
+            # On rank 0's clock: all processes must take the same steps.
+            took, now = parallel.of_main(log.seconds - began), to
+            self._part = max(1, 2 * self._part if took < self._limit / 100 else self._part)
+
+    def is_over(self, seconds: float) -> bool:
+        """Whether the time is up, on rank 0's clock."""
+        return not np.isinf(self._limit) and parallel.of_main(seconds) >= self._limit
+
+
+class _Open(NamedTuple):
+    rows: Placement
+
+    def close(self) -> None:
+        self.rows.close()
+
+
+# --- what is given ----------------------------------------------------------------------------------------------
+
+
+def _has_state(params: Any, loss_state: Any) -> bool:
+    if isinstance(params, State):
+        if loss_state is not None:
+            raise ValueError("loss_state comes with the state of the earlier run: leave it out where params is a State")
+        return params.model is not None
+    if loss_state is not None and not jax.tree.leaves(loss_state):
+        raise ValueError("loss_state holds no arrays: leave it out, or give the first state of the loss")
+    return loss_state is not None
+
+
+@dataclass(frozen=True)
+class _OfParams:
+    """`observe(params)` as a function of params and state."""
+
+    observe: Any
+
+    def __call__(self, params: Params, state: Any) -> Any:
+        return self.observe(params)
+
+
+def _observer(observe: Any) -> Any:
+    if observe is None:
+        return None
+    two = programs.two_arguments(observe)
+    return hashable(observe) if two else _OfParams(hashable(observe))
+
+
+def _keeps(rules: Sequence[Any]) -> bool:
+    return any(isinstance(rule, stopping.NoImprovement) for rule in rules)
+
+
+def _points(state: State, job: Job) -> Params:
+    """The parameters of all runs at which the loss is recorded."""
+    if job.evaluate_at is None:
+        return optimizers.evaluated(state.params)
+    return programs.points(programs.seen_state(state, True), evaluate_at=job.evaluate_at, over=job.runs.over)
+
+
+def _room(runs: Runs, steps: int) -> Any:
+    """Room for the loss of each step's batch, NaN until it is taken."""
+    shape, dtype = (*runs.shape, steps), jax.dtypes.canonicalize_dtype(float)
+    return np.full(shape, np.nan, dtype) if runs.shape else jnp.full(shape, jnp.nan, dtype)
+
+
+def _fingerprint(checkpoint: Checkpoint | None, job: Job, rows: Placement) -> dict[str, str]:
+    """Whose checkpoint it is; raises where none can be written."""
+    if checkpoint is None:
+        return {}
+    parallel.together(lambda: saved.check(checkpoint) if parallel.is_main() else None)
+    objective, data, told = rows.identity
+    runs = job.runs
+    return fingerprint(
+        objective, job.params, job.model, data, rows.n, runs.optimizer, runs.digest_settings(), job.sampling, runs.key,
+        told(),
+    )  # fmt: skip
+
+
+def _at_start(start: tuple[Params, Any], rows: Placement, key: Key) -> str:
+    params, model = start
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if bad := [leaf_name(path) for path, leaf in leaves if not jnp.isfinite(leaf).all()]:
+        return f"not finite at the start: the parameters have NaN or infinite entries in {', '.join(bad)}"
+    return rows.at_start(params, model, key if key.ndim == 0 else key[0])
+
+
+def _examples(state: State) -> int:
+    """How many gradients of examples a state stands for."""
+    if state.examples is None and int(np.max(state.step)) > 0:
+        raise ValueError(
+            "this state comes from `advance`, which does not count the gradients of examples that it takes: give "
+            "state._replace(examples=...) with their number so far (steps times batch size)"
+        )
+    return 0 if state.examples is None else int(np.max(state.examples))
+
+
+def _check_start(params: Params, runs: Runs, axis: int | None) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params hold no arrays: there is nothing to learn")
+    seeds = len(runs.key) if runs.many_keys else None
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"params must be floating point: {leaf_name(path)} is {leaf.dtype}; convert it, "
+                "e.g. jnp.asarray(w, jnp.float32)"
+            )
+        if axis is not None and (axis != 0 or seeds is None or leaf.shape[:1] != (seeds,)):
+            raise ValueError(
+                f"params_axis={axis} needs an array of keys and a leading axis of as many starts: {leaf_name(path)} "
+                f"has shape {leaf.shape}, keys: {seeds}"
+            )
+
+
+def _progress(progress: bool | Callable[[int, int], None]) -> Callable[[int, int], None]:
+    if callable(progress) and not isinstance(progress, type):
+        return checks.function("progress", progress, 2)
+    if not isinstance(progress, bool | np.bool_):
+        raise TypeError(f"progress must be True, False or a function of (step, steps), got {checks.shown(progress)}")
+    if not progress:
+        return lambda step, steps: None
+
+    def line(step: int, steps: int) -> None:
+        end = "\n" if step == steps else ""
+        print(f"\rstep {step:,} of {steps:,}", end=end, file=sys.stderr, flush=True)
+
+    return line

@@ -12,6 +12,7 @@ yet: then shapes and dtypes are checked, when the function is traced, and a comp
 """
 
 import difflib
+import dis
 import functools
 import inspect
 import math
@@ -337,11 +338,13 @@ def saying(sentence: str) -> Iterator[None]:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether a line of this package raised the error, outside what it calls."""
+    """Whether a `raise` of this package made the error: what it calls may leave no frame of its own behind."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
+    if trace is None or not Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE):
+        return False
+    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
 
 
 def loss(function_: Any, params: Params, data: Any) -> None:

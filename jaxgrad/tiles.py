@@ -49,13 +49,14 @@ def in_tiles(
         tile = chosen[which]
         if tile == shape:
             return program(*args, **static)
-        whole = None
+        whole, found = None, None
         for place in places(shape, tile):
             own = [_cut(arg, place, ahead) for arg, ahead in zip(args, axes, strict=True)]
-            part = jax.tree.map(np.asarray, program(*own, **static))
+            found = program(*own, **static)
+            part = jax.tree.map(_on_host, found)
             whole = jax.tree.map(partial(_room, shape), part) if whole is None else whole
             jax.tree.map(lambda all, some, place=place: all.__setitem__(place if all.ndim else (), some), whole, part)
-        return whole
+        return jax.tree.map(_as_it_was, whole, found)
 
     return call
 
@@ -88,6 +89,23 @@ def _cut(tree: Any, place: tuple[slice, ...], axes: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda leaf: leaf[own] if np.ndim(leaf) else leaf, tree)
 
 
+def _nbytes(leaf: Any) -> int:
+    return (jax.random.key_data(leaf) if _is_key(leaf) else leaf).nbytes
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """The leaf as NumPy; of random keys their words."""
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _as_it_was(leaf: np.ndarray, like: Any) -> Any:
+    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if _is_key(like) else leaf
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def _room(shape: tuple[int, ...], part: np.ndarray) -> np.ndarray:
     """An array for all runs of what `part` is for a tile."""
     return np.empty((*shape, *part.shape[len(shape) :]) if part.ndim else (), part.dtype)
@@ -103,4 +121,4 @@ def _bytes_of_runs(program: Any, args: Any, axes: Any, static: Any) -> int:
     if told is None:  # a backend that does not say
         return 0
     given = [leaf for arg, ahead in zip(args, axes, strict=True) if ahead for leaf in jax.tree.leaves(arg)]
-    return told.temp_size_in_bytes + told.output_size_in_bytes + sum(leaf.nbytes for leaf in given)
+    return told.temp_size_in_bytes + told.output_size_in_bytes + sum(map(_nbytes, given))

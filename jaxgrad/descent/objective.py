@@ -57,10 +57,12 @@ class Objective(NamedTuple):
     def of(cls, loss: Any, random: bool, stateful: bool, has_aux: bool, evaluate: Any) -> "Objective":
         """The objective that `descend` is asked for."""
         names = [name for name, there in (("key", random), ("state", stateful)) if there]
-        takes = () if evaluate is None else tuple(name for name in names if takes(evaluate, name))
         if evaluate is not None:
             checks.function("evaluate", evaluate)
-        return cls(hashable(loss), random, stateful, has_aux, evaluate and hashable(evaluate), takes)
+        if isinstance(loss, type) or not callable(loss):
+            checks.function("loss", loss, 2)
+        own = () if evaluate is None else tuple(name for name in names if takes(evaluate, name))
+        return cls(hashable(loss), random, stateful, has_aux, evaluate and hashable(evaluate), own)
 
     @property
     def plain(self) -> bool:

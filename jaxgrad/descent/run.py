@@ -178,6 +178,9 @@ def descend(
     if rows.mesh is not None:
         state = rows.put(state)
     begin = state
+    if observe is not None or evaluate_at is not None:
+        with checks.saying("observe (or evaluate_at) cannot be evaluated for these params"):
+            rows.recorded(state, key)
 
     def at_start(which: Any) -> np.ndarray:
         words = lambda start: _at_start(start, rows, key)  # noqa: E731

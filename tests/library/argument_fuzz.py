@@ -502,6 +502,16 @@ def cases():
     case(descent.small_step, below=positive(0.1))
     case(descent.small_gradient, below=positive(0.1), every=count(2))
     case(descent.no_improvement, metric=function(lambda p: jnp.sum(p.w**2)), patience=count(2), every=count(2))
+    case(
+        descent.no_improvement,
+        _name="no_improvement.min_delta",
+        metric=function(lambda p: jnp.sum(p.w**2)),
+        patience=count(2),
+        min_delta=number(0.1, 0, closed="l"),
+    )
+    case(descent.keep_best, metric=function(lambda p: jnp.sum(p.w**2)), every=count(2))
+    case(descent.target_loss, at_most=number(0.1), every=count(2))
+    case(descent.time_limit, seconds=positive(0.1))
     case(descent.log_spaced, steps=count(50), points=count(5, 2))
     sgd = optax.sgd(0.05)
     optimizer = exactly(sgd, more={"uncalled": optax.sgd, "number": "0.1"})
@@ -599,8 +609,11 @@ def cases():
                 "uncalled": descent.small_step,
                 "below 0": stop._replace(below=-1.0),
                 "every 0": stop._replace(every=0),
-                "reason": stop._replace(reason="text"),
-                "no metric": stop._replace(reason="validation", patience=1),
+                "no metric": descent.keep_best(lambda p: 0.0)._replace(metric=None),
+                "patience 0": descent.no_improvement(lambda p: 0.0, patience=1)._replace(patience=0),
+                "seconds": descent.time_limit(1.0)._replace(seconds=math.nan),
+                "one of two": [stop, "validation"],
+                "none": [],
             },
         )
     )
@@ -614,6 +627,12 @@ def cases():
         params_axis=Kind(None, lambda v: ANY if v is None else REFUSED, {"1": 1}),
     )
     descend_case(mesh=exactly(None, optional=True), memory=positive(1.0))
+    descend_case(
+        batch_losses=flag(False),
+        evaluate=function(None, optional=True),
+        evaluate_at=function(None, optional=True),
+        sweep=exactly(None, optional=True, more={"list": [0.1], "no names": {}, "number": {1: [0.1]}}),
+    )
     good = checkpoint.Checkpoint(here / "run.npz", 2)
     descend_case(
         checkpoint=exactly(

@@ -5,8 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import placements
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def settings_of_a_user():
+    """Optax mixes dtypes and ranks, which the other tests forbid."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.mark.parametrize("place", placements.HERE, ids=lambda place: place.__name__)

@@ -27,7 +27,7 @@ def test_wrong_arguments_are_answered_by_a_sentence():
     assert found["right"] >= 200
 
 
-@pytest.mark.parametrize(("check", "where"), [("positive", "descent.small"), ("sampling", "noise.gamma")])
+@pytest.mark.parametrize(("check", "where"), [("positive", "descent.stopping.small"), ("sampling", "noise.gamma")])
 def test_a_check_that_refuses_nothing_is_seen(check, where):
     assert fuzz("--all", "--only", where)["bad"] == []
     found = fuzz("--all", "--only", where, "--plant", check)

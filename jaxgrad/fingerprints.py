@@ -45,6 +45,8 @@ def written_out(value: Any, without: tuple[str, ...] = ()) -> str:
     As JAX prints it, a function that is called twice is written once or twice, depending on what else the process has
     traced: another process would take the same loss for another one.
     """
+    if type(value).__name__ == "PRNGImpl":  # a tuple of functions, each printed with its address
+        return f"{value.name} {value.key_shape}"
     if isinstance(value, tuple | list):
         return f"({', '.join(written_out(each, without) for each in value)})"
     jaxpr = getattr(value, "jaxpr", value)

@@ -392,12 +392,13 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
             if all(id(e) in distant for e, _ in firm) and findings[0].kind == "unknown":
                 noisy += [(e, leaves[0]) for e, leaves in firm]
                 findings, ok = [], True
-    unstable, alone = numerics.unstable(
-        problem, store, evaluations + saturated, noisy if not findings else [], tol.noise > 1e-11
-    )
-    if unstable:
+    if ok:
+        # Of a formula with a mistake in it nobody knows whether it is right on paper: the mistake comes first.
+        unstable, alone = numerics.unstable(
+            problem, store, evaluations + saturated, noisy if not findings else [], tol.noise > 1e-11
+        )
         # Where the loss fails in the same way the gradient is as right as its loss, and only told so.
-        ok = ok and not alone
+        ok = not (unstable and alone)
         findings += unstable
     if options.accept_rules:
         places = numerics.rules(program_at(store, problem.leaves, problem.data))

@@ -446,3 +446,27 @@ def test_a_mean_over_outputs_too_is_noted():
     report = check_gradient(loss, by_examples, p, batch)
     assert not report
     assert any("divides by 40, not by 10" in note for note in report.notes)
+
+
+def test_a_mistake_comes_before_what_floating_point_does_to_it():
+    """The sign is wrong, and it also turns NaN for large parameters: it is not called right on paper."""
+    x = np.array([[0.5, -1.0], [1.5, 0.25], [-0.75, 2.0], [0.1, 0.9]])
+    y = np.array([1.0, 0.0, 1.0, 0.0])
+
+    def loss(w, batch):
+        h = batch[0] @ w
+        return jnp.mean(jnp.logaddexp(0.0, h) - batch[1] * h)
+
+    def by_hand(sign):
+        def gradient(w, batch):
+            with np.errstate(all="ignore"):
+                grown = np.exp(batch[0] @ w)
+                return sign * batch[0].T @ (grown / (1 + grown) - batch[1]) / len(batch[1])
+
+        return gradient
+
+    wrong, right = (check_gradient(loss, by_hand(sign), np.array([0.1, 0.2]), (x, y)) for sign in (-1, 1))
+    assert [finding.kind for finding in wrong.findings] == ["sign"]
+    assert [finding.kind for finding in right.findings] == ["unstable"]
+    assert not wrong.ok
+    assert not right.ok

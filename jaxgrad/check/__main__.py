@@ -127,7 +127,8 @@ def _check(module: ModuleType, path: Path, name: str, several: bool, color: bool
 def _failed(error: Exception, path: Path) -> int:
     """Their traceback if it is their exception, then one line of ours."""
     frames = _their_frames(error)
-    notes = list(getattr(error, "__notes__", []))
+    # JAX adds notes of its own to what a traced loss raises.
+    notes = [note for note in getattr(error, "__notes__", []) if note.startswith("jaxgrad: ")]
     if notes or frames:
         _print_theirs(error)
     message = notes[0].removeprefix("jaxgrad: ") if notes else str(error)
@@ -148,9 +149,10 @@ def _print_theirs(error: BaseException) -> None:
     frames = _their_frames(error)
     if frames:
         sys.stderr.write("Traceback (most recent call last):\n" + "".join(traceback.format_list(frames)))
-    sys.stderr.write(
-        "".join(traceback.format_exception_only(type(error), error)).split("\njaxgrad:")[0].rstrip() + "\n"
-    )
+    bare = "".join(traceback.format_exception_only(type(error), error))
+    for note in getattr(error, "__notes__", []):
+        bare = bare.replace(f"{note}\n", "")
+    sys.stderr.write(bare.rstrip() + "\n")
 
 
 def _unusable(message: str) -> int:

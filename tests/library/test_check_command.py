@@ -104,7 +104,7 @@ def test_several_by_suffix(tmp_path, capsys):
         ("raise SystemExit(3)\n", "ended the program"),
         (HEAD + "def gradient(w, X):\n    return w[7]\n", "your gradient raised this at the given point"),
         (HEAD.replace("jnp.mean", "") + "def gradient(w, X):\n    return w\n", "array of shape (6,)"),
-        (HEAD.replace("X @ w", "X @ np.asarray(w)") + "def gradient(w, X):\n    return w\n", "cannot trace"),
+        (HEAD.replace("X @ w", "X @ w.wall") + "def gradient(w, X):\n    return w\n", "wall"),
         (HEAD.replace("reshape(6, 2)", "reshape(6, 2)[:0]") + "def gradient(w, X):\n    return w\n", "empty"),
     ],
 )
@@ -151,3 +151,11 @@ def test_the_command_itself_and_its_help(tmp_path):
     )
     assert done.returncode == 0
     assert "exit status: 0 right, 1 wrong, 2 unusable" in done.stdout
+
+
+def test_a_loss_in_numpy_gets_a_verdict_by_numbers(tmp_path, capsys):
+    body = HEAD.replace("X @ w", "X @ np.asarray(w)") + "def gradient(w, X):\n    return w\n"
+    assert main([write(tmp_path, body)]) == 1
+    out, _ = capsys.readouterr()
+    assert "WRONG" in out
+    assert "complex steps" in out

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgrad.check.faults import algebra, chains, jacobians, partners, selections
-from jaxgrad.check.faults.mistake import At, Mistake
+from jaxgrad.check.faults.mistake import Array, At, Mistake
 from jaxgrad.check.replay import Piece, Plan, Product, Replay, partner
 from jaxgrad.check.steps import NAMED, Program
 
@@ -91,7 +91,7 @@ def catalogue(program: Program, todo: Plan) -> tuple[Fault, ...]:
     return (*found, *_extra(program))
 
 
-def changes(program: Program, todo: Plan, faults: Sequence[Fault], at: Replay) -> np.ndarray:
+def changes(program: Program, todo: Plan, faults: Sequence[Fault], at: Replay) -> Array:
     """[fault, direction]: what each fault adds to the gradient at one point."""
     by_slot: dict[int, list[tuple[int, Any]]] = {}
     with np.errstate(all="ignore"):
@@ -157,7 +157,7 @@ def sent(program: Program, at: Replay, term: Term) -> Any:
     return sum(parts[1:], parts[0]) if parts else None
 
 
-def shares(program: Program, at: Replay) -> np.ndarray:
+def shares(program: Program, at: Replay) -> Array:
     """[term, direction]: what each step's contribution to each value adds to the gradient."""
     rows = []
     for term in terms(program):
@@ -167,7 +167,7 @@ def shares(program: Program, at: Replay) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, _width(program, at)))
 
 
-def project(at: Replay, slot: int, delta: Any) -> np.ndarray:
+def project(at: Replay, slot: int, delta: Any) -> Array:
     """J_vᵀ Δ along the directions (of a complex value, the real part of it: the loss is real)."""
     if slot not in at.tangents:
         return np.zeros(_any_width(at))
@@ -175,7 +175,7 @@ def project(at: Replay, slot: int, delta: Any) -> np.ndarray:
     return np.real(tangents.reshape(tangents.shape[0], -1) @ _wide(delta).reshape(-1))
 
 
-def _wide(x: Any) -> np.ndarray:
+def _wide(x: Any) -> Array:
     """An array in double precision, real or complex."""
     x = np.asarray(x)
     return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
@@ -383,7 +383,7 @@ def _extra(program: Program) -> list[Fault]:
     return found
 
 
-def local_change(todo: Plan, at: Replay, fault: Fault) -> np.ndarray:
+def local_change(todo: Plan, at: Replay, fault: Fault) -> Array:
     """What a fault in an elementwise piece adds to its local derivative: D' − D."""
     with np.errstate(all="ignore"):
         return np.asarray(_slope(fault, todo.pieces[fault.piece], at) - at.derivatives[fault.piece][0])

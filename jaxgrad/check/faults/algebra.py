@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrad.check.faults.mistake import At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
 
 
-def _low(m: np.ndarray) -> np.ndarray:
+def _low(m: Array) -> Array:
     """The lower triangle with half the diagonal."""
     return np.tril(m) - np.diag(np.diag(m)) / 2
 
 
-def _cholesky(L: np.ndarray, d: np.ndarray, phi: Callable[[Any], Any], both: bool) -> np.ndarray:
+def _cholesky(L: Array, d: Array, phi: Callable[[Any], Any], both: bool) -> Array:
     inverse = np.linalg.inv(L)
     middle = phi(L.T @ d)
     middle = (middle + middle.T) / 2 if both else middle
@@ -183,7 +183,7 @@ FORMULAS: Mapping[str, Mapping[str, tuple[str, float, str, Sent]]] = {
 }
 
 
-def _outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _outer(a: Array, b: Array) -> Array:
     """a bᵀ, summed over the columns where both have several."""
     return np.outer(a, b) if a.ndim == 1 else a @ b.T
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jaxgrad.check.faults.mistake import At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
 from jaxgrad.check.replay import Piece, run_piece
 
 
@@ -56,7 +56,7 @@ _WORDS = {
 }
 
 
-def _through(at: At, piece: Piece, how: str, slope: np.ndarray, d: np.ndarray) -> np.ndarray | None:
+def _through(at: At, piece: Piece, how: str, slope: Array, d: Array) -> Array | None:
     z, a = at.values[piece.start], at.values[piece.end]
     with np.errstate(all="ignore"):
         if how == "ignored":
@@ -178,7 +178,7 @@ def found(at: At) -> Iterator[Mistake]:
             yield Side(number, piece.members, False, cost=3.4 + extra)
 
 
-def _kinked(slope: np.ndarray, z: np.ndarray) -> bool:
+def _kinked(slope: Array, z: Array) -> bool:
     """Whether the slope is one number on one side of zero at least, and another on the other."""
     if slope.shape != z.shape:
         return False

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgrad.check.faults.mistake import At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
 from jaxgrad.check.replay import run_piece
 
 Formula = Callable[[Any, Any, Any, Callable[[Any], Any], Callable[[Any], Any]], Any]
@@ -419,7 +419,7 @@ def _sums(axes: tuple[int, ...]) -> tuple[Callable[[Any], Any], Callable[[Any], 
     return lambda v: np.sum(v, axis=axes, keepdims=True), lambda v: np.mean(v, axis=axes, keepdims=True)
 
 
-def _back(at: At, start: int, end: int, members: tuple[int, ...], d: Any) -> np.ndarray:
+def _back(at: At, start: int, end: int, members: tuple[int, ...], d: Any) -> Array:
     """What the right derivative of the function sends back."""
     from jaxgrad.check.replay import Piece
 
@@ -432,7 +432,7 @@ def _back(at: At, start: int, end: int, members: tuple[int, ...], d: Any) -> np.
     return np.asarray(jax.vjp(lambda x: run_piece(at.program, piece, at.values, x), at.values[start])[1](d)[0])
 
 
-def family_of(x: np.ndarray, a: np.ndarray) -> Iterator[tuple[str, tuple[int, ...]]]:
+def family_of(x: Array, a: Array) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The functions that take x to a, each with its axes."""
     for axis in range(x.ndim):
         if x.shape[axis] < 2:

@@ -8,7 +8,7 @@ be the same at every point.
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,11 @@ import numpy as np
 from jaxgrad.check.replay import Plan, Replay, forward
 from jaxgrad.check.steps import Program, Step
 
+if TYPE_CHECKING:
+    Array = np.ndarray
+else:
+    # NumPy makes a scalar of an array without axes, which a type checker does not let pass for one.
+    Array = np.ndarray | np.generic
 Change = Mapping[int, Any] | None
 
 
@@ -93,16 +98,16 @@ class At:
     def shape(self, slot: int) -> tuple[int, ...]:
         return tuple(self.program.avals[slot].shape)
 
-    def adjoint(self, slot: int) -> np.ndarray | None:
+    def adjoint(self, slot: int) -> Array | None:
         found = self.replay.adjoints.get(slot)
         return None if found is None else np.asarray(found)
 
-    def out(self, k: int) -> np.ndarray | None:
+    def out(self, k: int) -> Array | None:
         """The adjoint of a step's only output."""
         outputs = self.program.steps[k].outputs
         return self.adjoint(outputs[0]) if len(outputs) == 1 else None
 
-    def contribution(self, k: int, operand: int) -> np.ndarray | None:
+    def contribution(self, k: int, operand: int) -> Array | None:
         found = self.replay.contributions.get((k, operand))
         return None if found is None else np.asarray(found)
 
@@ -113,7 +118,7 @@ class At:
         adjoint: Any,
         instead: Mapping[int, Any] | None = None,
         call: Callable[..., Any] | None = None,
-    ) -> np.ndarray | None:
+    ) -> Array | None:
         """What step k sends to an operand for this adjoint, with other values of its operands or another function.
 
         None if a shape does not fit.
@@ -135,7 +140,7 @@ class At:
         except (TypeError, ValueError):
             return None
 
-    def moved(self, k: int, operand: int, tangent: Any) -> np.ndarray | None:
+    def moved(self, k: int, operand: int, tangent: Any) -> Array | None:
         """The derivative of step k's only output along a direction of one operand."""
         step = self.program.steps[k]
         arguments = [jnp.asarray(self.values[s]) for s in step.inputs]

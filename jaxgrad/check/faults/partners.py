@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check.faults.mistake import At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
 
 _PRODUCTS = ("mul", "dot_general", "conv_general_dilated", "div")
 _SWAPPED = {"mul": "div", "div": "mul", "add": "sub", "sub": "add"}
@@ -81,7 +81,7 @@ class Partner:
         )
 
 
-def _remade(at: At, slot: int) -> np.ndarray | None:
+def _remade(at: At, slot: int) -> Array | None:
     """A value made with the opposite operation."""
     maker = at.makers.get(slot)
     if maker is None:
@@ -97,7 +97,7 @@ def _remade(at: At, slot: int) -> np.ndarray | None:
     return inverse[step.primitive]()
 
 
-def step_rest(at: At, k: int) -> list[np.ndarray]:
+def step_rest(at: At, k: int) -> list[Array]:
     return [at.values[s] for s in at.program.steps[k].inputs[1:]]
 
 

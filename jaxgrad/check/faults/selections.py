@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxgrad.check.faults.mistake import At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
 
 _PICKS = ("gather", "repeat", "tile", "reduce_window_max", "broadcast_in_dim", "dynamic_slice", "reduce_max", "sort")
 
@@ -108,7 +108,7 @@ class ToAll:
         return f"In {say.at(self.step)} you {how} all entries; only the largest one gets it"
 
 
-def sources(at: At, k: int, operand: int) -> np.ndarray | None:
+def sources(at: At, k: int, operand: int) -> Array | None:
     """For each entry of the output the flat index of the entry of the operand that it is; None if it is none."""
     step = at.program.steps[k]
     shape = at.shape(step.inputs[operand])

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxgrad.check.problem import Kernel, program_at, shape_key
 from jaxgrad.check.replay import forward, quick_jit
-from jaxgrad.check.steps import Program, Step
+from jaxgrad.check.steps import Program, Step, scan_counts
 
 SETTLED = 1e-6
 """An iteration whose last sweep changes its state by less than this, relatively, has found its fixed point."""
@@ -82,7 +82,7 @@ def _one_more(step: Step, inputs: list[Any], outputs: list[Any]) -> tuple[list[A
     else:
         if step.params["length"] < _FEWEST_SWEEPS:
             return [], []
-        constants, carried = step.params["num_consts"], step.params["num_carry"]
+        constants, carried = scan_counts(step.params)
         consts, state = inputs[:constants], outputs[:carried]
         last = 0 if step.params["reverse"] else -1
         body, rest = step.params["jaxpr"], [x[last] for x in inputs[constants + carried :]]

@@ -9,7 +9,7 @@ is one step too. All use of JAX's private source information is in this file.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +94,14 @@ def jaxpr_of(function: Callable[..., Any], leaves: Sequence[Any], data: Sequence
     return jax.make_jaxpr(lambda leaves, data: function(leaves, data))(list(leaves), list(data))
 
 
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of a scan's arguments are constants, and how many are carried, whichever way this JAX says it."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].elts  # newer JAX: a tree of each
+    return len(tuple(constants)), len(tuple(carried))
+
+
 def flatten(closed: Any, n_leaves: int, opened: bool = True) -> Program:
     """The jaxpr as numbered slots with every `jit` opened, and with `opened` every short `scan` and `cond` too."""
     avals: list[Any] = []
@@ -124,7 +132,7 @@ def flatten(closed: Any, n_leaves: int, opened: bool = True) -> Program:
     def unrolled(eqn: Any, arguments: Sequence[int], of: Step) -> list[int]:
         """A scan written out."""
         body, length = eqn.params["jaxpr"], eqn.params["length"]
-        held, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+        held, carried = scan_counts(eqn.params)
         consts, carry, rows = arguments[:held], list(arguments[held : held + carried]), arguments[held + carried :]
         inner_consts = [constant(c, v.aval) for c, v in zip(body.consts, body.jaxpr.constvars, strict=True)]
         found: dict[int, list[int]] = {}

@@ -38,7 +38,7 @@ def worker(folder, task, *, processes=1, devices=None, expect=0, **environment):
         command[1:1] = ["-m", "jaxgrad.launch", "-n", str(processes), "--logs", str(folder / "logs")]
     elif devices:
         environment["JAXGRAD_DEVICES"] = str(devices)
-    root = {"PYTHONPATH": os.pathsep.join([str(WORKER.parent.parent), os.environ.get("PYTHONPATH", "")])}
+    root = {"PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")])}
     # A machine that is busy, or suspended, is no failure; deadlocks of collectives (jax 0.10) show as timeouts.
     # One that is killed while it writes to a shared cache of compiled programs would spoil it for the other tests.
     environment = {
@@ -174,7 +174,7 @@ def test_the_study_in_two_processes_stops_when_asked_and_goes_on_in_one(tmp_path
         "out",
     ]
     environment = os.environ | {
-        "PYTHONPATH": str(WORKER.parent.parent), "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXGRAD_HEARTBEAT": "80"
+        "PYTHONPATH": str(WORKER.parents[2]), "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXGRAD_HEARTBEAT": "80"
     }  # fmt: skip
     kept = tmp_path / "out" / "gd_vs_sgd" / "unfinished"
     launched = subprocess.Popen([sys.executable, "-m", "jaxgrad.launch", "-n", "2", *study], cwd=tmp_path,
@@ -219,7 +219,7 @@ def test_no_process_outlives_a_launcher_that_is_killed(tmp_path):
         "time.sleep(600) if rank == '0' else multihost_utils.sync_global_devices('never')\n"
     )
     command = [sys.executable, "-m", "jaxgrad.launch", "-n", "2", "--logs", "logs", "waits.py"]
-    root = {"PYTHONPATH": os.pathsep.join([str(WORKER.parent.parent), os.environ.get("PYTHONPATH", "")])}
+    root = {"PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")])}
     launched = subprocess.Popen(command, cwd=tmp_path, env=os.environ | root, stderr=subprocess.DEVNULL)
     notes = [tmp_path / "pid0", tmp_path / "pid1"]
     until(lambda: all(note.exists() and note.read_text() for note in notes))
@@ -466,10 +466,10 @@ def test_a_stratified_sampling_knows_its_shares():
 
 
 def test_pmean_in_shard_map_is_caught_as_a_scale(tmp_path):
-    page = WORKER.parent.parent / "experiments" / "derivations" / "pmean.md"
+    page = WORKER.parents[2] / "experiments" / "derivations" / "pmean.md"
     done = subprocess.run(
         [sys.executable, WORKER.with_name("pmean_worker.py"), page], capture_output=True, text=True, timeout=TIMEOUT,
-        env=os.environ | {"PYTHONPATH": str(WORKER.parent.parent), "JAX_ENABLE_X64": "1"},
+        env=os.environ | {"PYTHONPATH": str(WORKER.parents[2]), "JAX_ENABLE_X64": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     verdicts = json.loads(done.stdout.splitlines()[-1])

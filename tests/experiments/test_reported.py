@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.support.reported import CASES
+from experiments.engine import plots
+from experiments.support.reported import CASES, table
 from experiments.support.reported.score import outcome
 from jaxgrad.check.report import Finding, Leaf, Report
 
@@ -172,3 +173,38 @@ def test_a_finding_that_names_the_causes_in_full_is_worth_the_most(case):
         for leaf in (cause.leaves or (None,))
     ]
     assert said(case, *findings, off=[f.leaf for f in findings if f.leaf]) == "cause and line"
+
+
+def test_the_claims_on_reported_mistakes_can_fail_and_the_table_and_figure_follow_the_numbers():
+    numbers = {
+        "reported_wrong": ["a", "b", "c"], "reported_areas": ["linear", "linear", "nets"],
+        "reported_words": ["cause and line", "missed", "crash"], "reported_right": ["d", "e"],
+        "reported_right_words": ["right", "false alarm"], "reported_others": list(table.OTHERS),
+        "reported_others_wrong": np.array([[3, 0, 0], [2, 1, 0], [1, 1, 1], [0, 3, 0], [0, 0, 3]]),
+        "reported_others_right": np.array([[0, 2, 0], [0, 2, 0], [1, 1, 0], [0, 2, 0], [0, 0, 2]]),
+    }  # fmt: skip
+    assert [claim.holds for claim in table.claims(numbers)] == [False, False, False]
+    better = {**numbers, "reported_words": ["unknown"] * 3, "reported_right_words": ["right"] * 2}
+    assert all(claim.holds for claim in table.claims(better))
+    text = "\n".join(table.report(numbers))
+    assert "| linear | 2 | 1 | 0 | 1 | 0 |" in text
+    assert "| jaxgrad | 1 of 3 | 1 | 1 | 1 of 2 | 0 |" in text
+    assert f"| {table.OTHERS[2]} | 1 of 3 | 1 | 1 | 1 of 2 | 0 |" in text
+    assert "False alarm: e." in text
+    figure, (axis,) = plots.figure()
+    table.draw(axis, numbers)
+    assert [label.get_text() for label in axis.get_legend().get_texts()] == [
+        "cause and line (1)",
+        "missed (1)",
+        "crash (1)",
+    ]
+    assert figure.axes
+
+
+@pytest.mark.parametrize("name", ["complex_by_real_parts", "springs_by_a_matrix", "bias_summed_to_one_number"])
+def test_other_checkers_judge_complex_nested_and_malformed_gradients(name):
+    with jax.enable_x64(True):
+        verdicts = table.others(case_named(name))
+    expected = "refused" if case_named(name).causes else "accepted"
+    unable = {"scipy check_grad < 1e-6"} if name.startswith("complex") else set()
+    assert verdicts == {judge: "cannot take it" if judge in unable else expected for judge in table.OTHERS}

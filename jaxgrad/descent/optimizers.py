@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,11 @@ import optax
 from jaxgrad import checks, fingerprints
 from jaxgrad.types import Key, Params
 
-Optimizer = optax.GradientTransformation
+if TYPE_CHECKING:
+    Optimizer = optax.GradientTransformation
+else:
+    # Whatever has `init` and `update`, as optax.MultiSteps has; anything else is refused in words.
+    Optimizer = Any
 
 _USUAL, _RARE = ("value", "grad", "value_fn"), ("obj_fn", "grad_fn")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,10 @@ def _start(name: str, value: Any) -> Any:
 
 
 Data = Annotated[Any, _data]
+if TYPE_CHECKING:
+    Stops = Stop | Sequence[Stop] | None
+else:
+    Stops = Any  # what is no rule is refused in words
 
 
 @checked
@@ -55,7 +59,7 @@ def descend(
     steps: Natural,
     key: Annotated[Key, partial(checks.key, many=True)],
     record: int | Sequence[int] | np.ndarray = 50,
-    stop: Stop | Sequence[Stop] | None = None,
+    stop: Stops = None,
     observe: Callable[..., Any] | None = None,
     params_axis: Natural | None = None,
     progress: bool | Callable[[int, int], None] = False,

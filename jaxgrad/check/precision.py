@@ -206,7 +206,8 @@ def _program(
 
     start = [jnp.asarray(p, np.float64) for p in leaves]
     held = [jnp.asarray(d) for d in data]
-    return flatten(jaxpr_of(function, start, held), len(leaves)), len(leaves)
+    # In decimals a softmax is run exponential by exponential.
+    return flatten(jaxpr_of(function, start, held), len(leaves), named=False), len(leaves)
 
 
 def _flat(result: Any) -> np.ndarray:

@@ -102,8 +102,11 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(tuple(constants)), len(tuple(carried))
 
 
-def flatten(closed: Any, n_leaves: int, opened: bool = True) -> Program:
-    """The jaxpr as numbered slots with every `jit` opened, and with `opened` every short `scan` and `cond` too."""
+def flatten(closed: Any, n_leaves: int, opened: bool = True, named: bool = True) -> Program:
+    """The jaxpr as numbered slots with every `jit` opened, and with `opened` every short `scan` and `cond` too.
+
+    With `named` a call of a library function in `NAMED` is one step, without it the steps that it is made of.
+    """
     avals: list[Any] = []
     constants: dict[int, Any] = {}
     steps: list[Step] = []
@@ -176,7 +179,7 @@ def flatten(closed: Any, n_leaves: int, opened: bool = True) -> Program:
         def read(atom: Any) -> int:
             return constant(atom.val, atom.aval) if isinstance(atom, jex.Literal) else names[atom]
 
-        for part in _calls(jaxpr):
+        for part in _calls(jaxpr) if named else jaxpr.eqns:
             if isinstance(part, _Call):
                 of = Step(part.name, part.call, (), (), _frames(part.eqns[0], outer), {}, part.name, part.inner, moment)
                 outputs = [slot(v.aval) for v in part.outvars]
@@ -186,7 +189,7 @@ def flatten(closed: Any, n_leaves: int, opened: bool = True) -> Program:
             eqn = part
             arguments = [read(atom) for atom in eqn.invars]
             frames = _frames(eqn, outer)
-            name = _library_name(eqn)
+            name = _library_name(eqn) if named else None
             if name is None and eqn.primitive.name in OPENED:
                 inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
                 if hasattr(inner, "consts"):

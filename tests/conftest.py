@@ -47,7 +47,7 @@ def pytest_collection_finish():
     from jaxgrad.theory import escape
 
     for step in (
-        agreement._norm, agreement.Tolerance.allowed, diagnosis._allowed, faults._sigmoid, faults._slope,
+        agreement.norm, agreement.Tolerance.allowed, diagnosis._allowed, faults._sigmoid, faults._slope,
         faults.change, faults.extra_factor, problem._convert, cells.number, cells.is_number,
         cells.is_missing, cells._proves, cells._value, escape._compositions,
     ):  # fmt: skip

@@ -71,7 +71,7 @@ def evaluate(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wron
 
 def scales(evaluations: Sequence[Evaluation]) -> list[float]:
     """The usual norm of each leaf of the true gradient."""
-    norms = np.array([[_norm(g) for g in e.true] for e in evaluations if e.true_finite])
+    norms = np.array([[norm(g) for g in e.true] for e in evaluations if e.true_finite])
     return [float(np.median(column)) for column in norms.T] if len(norms) else []
 
 
@@ -97,7 +97,7 @@ def wider(tol: Tolerance, tolerance: float, sizes: Sequence[float]) -> Tolerance
 def errors(evaluation: Evaluation) -> list[float]:
     """‖hand − true‖ of each leaf (nan where either is not finite)."""
     with np.errstate(all="ignore"):
-        return [_norm(h - t) for h, t in zip(evaluation.hand, evaluation.true, strict=True)]
+        return [norm(h - t) for h, t in zip(evaluation.hand, evaluation.true, strict=True)]
 
 
 def wrong_leaves(evaluation: Evaluation, tol: Tolerance) -> list[int]:
@@ -105,7 +105,7 @@ def wrong_leaves(evaluation: Evaluation, tol: Tolerance) -> list[int]:
     out = []
     for i, (error, true) in enumerate(zip(errors(evaluation), evaluation.true, strict=True)):
         rounding = evaluation.rounding[i] if evaluation.rounding else 0.0
-        if not error <= max(tol.allowed(i, _norm(true)), rounding):
+        if not error <= max(tol.allowed(i, norm(true)), rounding):
             out.append(i)
     return out
 
@@ -115,7 +115,7 @@ def relative_errors(evaluation: Evaluation, sizes: Sequence[float], dead: Sequen
     out = []
     total = float(np.sqrt(np.sum(np.square(sizes))))
     for i, (error, true, size) in enumerate(zip(errors(evaluation), evaluation.true, sizes, strict=True)):
-        scale = total if (dead and dead[i]) else max(_norm(true), FLOOR * size)
+        scale = total if (dead and dead[i]) else max(norm(true), FLOOR * size)
         out.append(error / scale if scale > 0 else (0.0 if error == 0 else float("inf")))
     return out
 
@@ -130,9 +130,9 @@ def smallest_detectable(evaluations: Sequence[Evaluation], tol: Tolerance, dead:
         if dead and dead[i]:
             continue
         best = [
-            max(tol.allowed(i, _norm(e.true[i])), e.rounding[i] if e.rounding else 0.0) / _norm(e.true[i])
+            max(tol.allowed(i, norm(e.true[i])), e.rounding[i] if e.rounding else 0.0) / norm(e.true[i])
             for e in evaluations
-            if e.true_finite and _norm(e.true[i]) > 0
+            if e.true_finite and norm(e.true[i]) > 0
         ]
         if best:
             worst = max(worst, min(best))
@@ -163,8 +163,8 @@ def noise_of(problem: Problem, store: Kernel, points: Sequence[Point]) -> tuple[
                 return 0.0, [0.0] * len(problem.leaves)
             runs_hand.append(got)
         theirs.append(_third(runs_true))
-        mine.append(max(_live(_third(runs_hand), [_norm(g) for g in runs_hand[0]])))
-        norms = [_norm(g) for g in runs_true[0]]
+        mine.append(max(_live(_third(runs_hand), [norm(g) for g in runs_hand[0]])))
+        norms = [norm(g) for g in runs_true[0]]
     usual = [float(np.median(column)) for column in np.array(theirs).T]
     worst = [float(np.max(column)) for column in np.array(theirs).T]
     return max(float(np.median(mine)), *_live(usual, norms)), worst
@@ -194,8 +194,8 @@ def local_noise(problem: Problem, store: Kernel, point: Point, trials: int = 2) 
                     for i, g in enumerate(gradient):
                         total[i] = total[i] + weight * g
         size = float(np.linalg.norm(weights))
-        true[trial] = [_norm(x) / size for x in total_true]
-        mine[trial] = [_norm(x) / size for x in total_mine]
+        true[trial] = [norm(x) / size for x in total_true]
+        mine[trial] = [norm(x) / size for x in total_mine]
     clean = lambda x: [float(v) if np.isfinite(v) else 0.0 for v in x.max(axis=0)]  # noqa: E731
     return clean(true), clean(mine)
 
@@ -210,8 +210,8 @@ def _third(runs: Sequence[Sequence[Any]]) -> list[float]:
     out = []
     with np.errstate(all="ignore"):
         for a, b, c, d in zip(*runs, strict=True):
-            size = _norm(a)
-            value = _norm(a - 3 * b + 3 * c - d) / np.sqrt(20.0)
+            size = norm(a)
+            value = norm(a - 3 * b + 3 * c - d) / np.sqrt(20.0)
             rough = float(value / size) if size > 0 else float(value > 0)
             out.append(rough if np.isfinite(rough) else 0.0)
     return out
@@ -231,9 +231,9 @@ def compare(
             h_shown, t_shown = (as_complex(h), as_complex(t)) if pair else (h, t)
             difference = np.abs(h_shown - t_shown)
             worst = np.unravel_index(int(np.argmax(np.where(np.isnan(difference), np.inf, difference))), h_shown.shape)
-            cosine = float(np.vdot(h, t) / (_norm(h) * _norm(t))) if _norm(h) * _norm(t) > 0 else float("nan")
-            size = _norm(t)
-            ratio = _norm(h) / size if size > 0 else float("inf") if _norm(h) > 0 else 1.0
+            cosine = float(np.vdot(h, t) / (norm(h) * norm(t))) if norm(h) * norm(t) > 0 else float("nan")
+            size = norm(t)
+            ratio = norm(h) / size if size > 0 else float("inf") if norm(h) > 0 else 1.0
             ratio = -ratio if cosine < -1 + 1e-9 else ratio
             error = relative_errors(evaluation, sizes, dead)[i] if len(sizes) else float("nan")
             index = tuple(int(j) for j in worst)
@@ -259,7 +259,8 @@ def as_complex(pairs: np.ndarray) -> np.ndarray:
     return np.asarray(pairs[..., 0] - 1j * pairs[..., 1])
 
 
-def _norm(x: Any) -> float:
+def norm(x: Any) -> float:
+    """The Euclidean norm, without overflow; NaN or infinite where an entry is."""
     with np.errstate(all="ignore"):
         peak = float(np.max(np.abs(x))) if np.size(x) else 0.0
         if peak == 0 or not np.isfinite(peak):

@@ -31,8 +31,8 @@ from jaxgrad.check.known import (
     alike,
     arrangements,
     facts_at,
+    in_words,
     is_variable,
-    leaf_name,
     name_of,
 )
 from jaxgrad.check.problem import Kernel, Problem, Wrong, assemble, match_tree
@@ -1053,7 +1053,7 @@ class _Search:
         return None
 
     def leaf_name(self, leaf: int) -> str:
-        return leaf_name(self.problem.paths[leaf])
+        return in_words(self.problem.paths[leaf])
 
     def maker(self, event: Event, text: str, array: np.ndarray) -> Site | None:
         """The site that made what a statement reads."""

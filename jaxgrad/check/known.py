@@ -294,7 +294,7 @@ def arrangements(known: np.ndarray, shape: tuple[int, ...]) -> list[tuple[np.nda
 def name_of(problem: Problem, program: Program, slot: int) -> str:
     """A value of the loss as its source names it."""
     if slot in program.leaves:
-        return leaf_name(problem.paths[program.leaves.index(slot)])
+        return in_words(problem.paths[program.leaves.index(slot)])
     if slot in program.data:
         return problem.names[program.data.index(slot)]
     maker = next((k for k, step in enumerate(program.steps) if slot in step.outputs), None)
@@ -319,7 +319,7 @@ def _inside(program: Program, maker: int, slot: int) -> bool:
     return here and bool(mine.frames) and any(step.primitive != mine.primitive for step in users)
 
 
-def leaf_name(path: str) -> str:
+def in_words(path: str) -> str:
     return f"leaf {path}" if path[:1].isdigit() else path
 
 

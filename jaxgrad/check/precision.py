@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad import checks
+from jaxgrad.check.agreement import norm
 from jaxgrad.check.problem import NO_BATCH
 from jaxgrad.check.report import colored, painter
 from jaxgrad.check.steps import Program, Step, flatten, jaxpr_of
@@ -109,7 +110,7 @@ def stability(
         for scale in ordered:
             true = truth(scale)
             d32 = _digits(run(gradient, scale, np.float32), true, 7.2)
-            rows.append(Row(scale, d32, _digits(run(gradient, scale, np.float64), true, 15.7), _norm(true)))
+            rows.append(Row(scale, d32, _digits(run(gradient, scale, np.float64), true, 15.7), norm(true)))
         half: dict[str, float | None] = {}
         fails: dict[str, float | None] = {}
         for name, dtype, full in (("float32", np.float32, 7.2), ("float64", np.float64, 15.7)):
@@ -214,19 +215,14 @@ def _flat(result: Any) -> np.ndarray:
     return np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree_util.tree_leaves(result)])
 
 
-def _norm(x: np.ndarray) -> float:
-    peak = float(np.max(np.abs(x))) if x.size else 0.0
-    return peak * float(np.linalg.norm(x / peak)) if peak > 0 and math.isfinite(peak) else peak
-
-
 def _digits(got: np.ndarray, true: np.ndarray, full: float) -> float:
     """Digits of agreement in norm; nan or -inf where the value is."""
     if np.any(np.isnan(got)):
         return math.nan
     if np.any(np.isinf(got)):
         return -math.inf
-    size = _norm(true)
-    error = _norm(got - true)
+    size = norm(true)
+    error = norm(got - true)
     if error == 0:
         return full
     return max(0.0, min(full, -math.log10(error / size))) if size > 0 else 0.0

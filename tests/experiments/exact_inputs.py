@@ -27,7 +27,7 @@ from experiments import (
 from experiments.engine.catalogue import catalogue
 from experiments.engine.session import Session
 from experiments.recorded import large_file
-from experiments.support import contenders, exact, reported, step_parts
+from experiments.support import contenders, exact, reported, step_parts, zoo
 from experiments.support.loading import few_features, load
 from jaxgrad import data
 from jaxgrad.descent import log_spaced
@@ -76,10 +76,10 @@ def inputs() -> Iterator[tuple[str, Any]]:
         }.items():
             yield f"formulas/{name}", (family.moving, family.fixed)
         for seed in range(3):
-            for species in detection.SPECIES:
+            for species in zoo.SPECIES:
                 random = np.random.default_rng(seed)
                 yield f"detection/{species.name} {seed}", species.draw(random, 200)
-        points = detection._points(detection.SPECIES[0], 0, detection.QUICK)
+        points = detection._points(zoo.SPECIES[0], 0, detection.QUICK)
         yield "detection/reported", [case.arguments for case in reported.CASES]
         yield "detection/points", [(p, batch) for _, p, batch in points]
     for name in ("diamonds", "digits"):

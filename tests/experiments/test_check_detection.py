@@ -6,6 +6,8 @@ import pytest
 from experiments import detection
 from experiments.engine.session import Session
 from experiments.support import checkers
+from experiments.support.reported import CASES
+from experiments.support.zoo import SPECIES, right_gradients
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,10 @@ def test_the_quick_zoo_is_caught_and_named(numbers):
     assert held["power"]
     assert held["cause"]
     assert held["line"]
-    assert numbers["planted"].sum() == 3 * len(detection.SPECIES[1].bugs)
+    assert numbers["planted"].sum() == 3 * len(SPECIES[1].bugs)
+    assert all(held[f"reported: {what}"] for what in ("detection", "false alarms", "crashes"))
+    names = numbers["reported_wrong"] + numbers["reported_right"]
+    assert sorted(names) == sorted(case.name for case in CASES[:: detection.QUICK.reported])
 
 
 def test_claims_and_figure_and_report_follow_the_numbers(numbers):
@@ -35,18 +40,23 @@ def test_claims_and_figure_and_report_follow_the_numbers(numbers):
     assert "1" in words
     assert "1 false alarm" in figure.axes[0].get_yticklabels()[0].get_text()
     assert "| jaxgrad | 1 |" in detection.report(worse)
+    *_, below = figure.axes
+    assert below.get_title(loc="left").startswith(f"{len(numbers['reported_wrong'])} mistakes as people report them")
+    assert f"| all | {len(numbers['reported_wrong'])} |" in detection.report(worse)
 
 
 def test_the_full_zoo_is_as_large_as_promised():
     config = detection.Config()
-    wrong = 3 * config.wrong_seeds * sum(len(s.bugs) for s in detection.SPECIES)
-    right = 3 * config.seeds * sum(len(detection.right_gradients(s)) for s in detection.SPECIES)
-    kinds = {kinds[0] for s in detection.SPECIES for kinds, _ in s.bugs.values()}
+    wrong = 3 * config.wrong_seeds * sum(len(s.bugs) for s in SPECIES)
+    right = 3 * config.seeds * sum(len(right_gradients(s)) for s in SPECIES)
+    kinds = {kinds[0] for s in SPECIES for kinds, _ in s.bugs.values()}
     assert wrong >= 300
     assert right >= 1000
-    assert len(detection.SPECIES) >= 6
+    assert len(SPECIES) >= 6
+    assert config.reported == 1
+    assert sum(bool(case.causes) for case in CASES) >= 60
     assert len(kinds) >= 12
-    assert set(config.species) == {s.name for s in detection.SPECIES}
+    assert set(config.species) == {s.name for s in SPECIES}
 
 
 def test_the_others_criteria_accept_the_truth_and_refuse_a_sign():

@@ -76,7 +76,7 @@ STARTS = {"init_two_layer", "init_deep"}
 ALLOWED = {
     ("exact.py", "geometric", "geomspace"): "rounded there",
     ("exact.py", "normal", "standard_normal"): "rounded there",
-    ("detection.py", "_classes", "gumbel"): "decides only which class is the largest",
+    ("zoo.py", "_classes", "gumbel"): "decides only which class is the largest",
     ("descent_paths.py", "_levels", "geomspace"): "the levels that a figure's contours are drawn at",
 }
 

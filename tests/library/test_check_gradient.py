@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from experiments import detection
+from experiments.support import zoo
 from jaxgrad.check import assert_gradient, check_backprop, check_gradient
 
-SPECIES = {s.name: s for s in detection.SPECIES}
-MISTAKES = [(s.name, bug) for s in detection.SPECIES for bug in s.bugs]
+SPECIES = {s.name: s for s in zoo.SPECIES}
+MISTAKES = [(s.name, bug) for s in zoo.SPECIES for bug in s.bugs]
 
 
 def drawn(species, seed=0, n=20):
@@ -23,14 +24,14 @@ def drawn(species, seed=0, n=20):
 def test_every_mistake_of_the_zoo_is_named_and_placed(name, bug):
     species = SPECIES[name]
     params, batch = drawn(species)
-    report = check_gradient(species.loss, detection.wrong_gradient(species, bug), params, batch)
+    report = check_gradient(species.loss, zoo.wrong_gradient(species, bug), params, batch)
     kinds, tags = species.bugs[bug]
     assert not report.ok
     assert report.findings[0].kind in kinds, str(report)
     lines = detection._lines(species.loss)
     if tags:
         assert int(report.findings[0].where.split(":")[1]) in {lines[t] for t in tags}, str(report)
-        assert report.findings[0].where.startswith("detection.py:")
+        assert report.findings[0].where.startswith("zoo.py:")
     assert report.notes == ()
     assert len(str(report).splitlines()) < 45
 
@@ -42,7 +43,7 @@ def test_right_gradients_pass_at_trained_and_saturated_points(name):
     with jax.enable_x64(True):
         points = detection._points(species, 3, config)
     for point, params, batch in points[1:]:  # the zoo's mistakes are drawn at random points
-        for route, gradient in detection.right_gradients(species).items():
+        for route, gradient in zoo.right_gradients(species).items():
             report = check_gradient(species.loss, gradient, params, batch)
             assert report.ok, f"{route} at {point}\n{report}"
             if point != "saturated" and "float32" not in route:  # there digits, and points, are lost, and it says so
@@ -90,7 +91,7 @@ FACTORS = {
 def test_leaf_and_factor_are_exact(case):
     species = SPECIES[case[0]]
     params, batch = drawn(species)
-    report = check_gradient(species.loss, detection.wrong_gradient(species, case[1]), params, batch)
+    report = check_gradient(species.loss, zoo.wrong_gradient(species, case[1]), params, batch)
     assert {f[:3] for f in report.findings} == set(FACTORS[case]), str(report)
 
 

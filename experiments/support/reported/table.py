@@ -1,7 +1,4 @@
-"""A second table for the study `detection`: how checkers do on mistakes as people report them.
-
-`detection` takes it up at its next recording.
-"""
+"""The second table of the study `detection`: how checkers do on mistakes as people report them."""
 
 import time
 from collections.abc import Callable, Sequence

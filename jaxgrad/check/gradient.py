@@ -483,11 +483,15 @@ def _call(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wrong:
 
 
 def _unit(problem: Problem, store: Kernel, evaluations: Sequence[Evaluation], tol: Tolerance) -> float:
-    """The unit roundoff of the coarser of the two functions; asked only where they differ somewhere."""
+    """The unit roundoff of the coarser of the two functions. The gradient's is asked only where the two differ.
+
+    The loss's is always asked: a gradient that rounds as the loss does agrees with it to the last bit, and an error
+    below the rounding would all the same have been forgiven.
+    """
+    unit = max(rounding.DOUBLE, rounding.unit_of(low_precision(traced(store, problem.leaves, problem.data))))
     differing = [e for e in evaluations if e.hand_finite and agreement.wrong_leaves(e, tol)]
     if not differing:
-        return rounding.DOUBLE
-    unit = max(rounding.DOUBLE, rounding.unit_of(low_precision(traced(store, problem.leaves, problem.data))))
+        return unit
     if tol.noise > 1e-9 or any(
         rounding.written_in_single([e.hand[i] for e in evaluations if e.hand_finite])
         and not rounding.written_in_single([e.true[i] for e in evaluations])

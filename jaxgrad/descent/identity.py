@@ -1,4 +1,4 @@
-"""Whose checkpoint it is: of which data, loss, start, optimizer, sampling and key."""
+"""The fingerprint of a run, by which its checkpoint is known: data, loss, start, optimizer, sampling and key."""
 
 from typing import Any
 
@@ -26,21 +26,22 @@ def fingerprint(
     key: Any,
     rows: str,
 ) -> dict[str, str]:
-    """Whose checkpoint it is, the same on however many devices and processes: short hashes by name.
+    """Short hashes by name, the same on however many devices and processes.
 
-    `rows` tells the n rows from others (`checkpoint.rows_hash`); of `data` only shapes and dtypes count.
+    `rows` is a hash of the n rows (`checkpoint.rows_hash`); of `data` only shapes and dtypes count.
     """
     data = data.batch if isinstance(data, parallel.Weighted) else data
     two = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), data)
     one = _shapes(params)
-    told = _of_optimizer(optimizer, one)
-    counts = getattr(sampling.draw, "counts", ()) if sampling.name == parallel.STRATIFIED else ""
+    program_of_optimizer = _of_optimizer(optimizer, one)
     return {
         "data": short(f"{n} {rows}"),
         "loss": _of_loss(objective, optimizers.trained(one), _shapes(model), two),
         "start": digest(jax.tree.map(np.asarray, params if model is None else (params, model)))[:16],
-        "optimizer": told if isinstance(settings, tuple) else digest((told, settings))[:16],
-        "sampling": f"{sampling.name} {sampling.batch_size} {counts}{'' if sampling.drop_last else ' to the last'}",
+        "optimizer": (
+            program_of_optimizer if isinstance(settings, tuple) else digest((program_of_optimizer, settings))[:16]
+        ),
+        "sampling": _of_sampling(sampling),
         "key": digest(key)[:16],
     }
 
@@ -60,6 +61,12 @@ def _of_optimizer(optimizer: Any, params: Params) -> str:
     if optimizers.asked(optimizer, params, state).needed:
         return program(optimizers.with_placeholders(optimizer), at, state, params)
     return program(optimizer.update, at, state, params)
+
+
+def _of_sampling(sampling: Sampling) -> str:
+    shares = parallel.shares_of(sampling)
+    last = "" if sampling.drop_last else " to the last"
+    return f"{sampling.name} {sampling.batch_size} {'' if shares is None else shares}{last}"
 
 
 def _shapes(tree: Any) -> Any:

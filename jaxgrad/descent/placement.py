@@ -125,7 +125,7 @@ def _over_devices(job: Job, sharded: parallel.Sharded) -> tuple[Objective, Any, 
         loss, data, sampling = parallel.on(sharded, own.loss, sampling)
         own = own._replace(loss=loss)
     else:
-        if sampling.name == parallel.STRATIFIED:
+        if parallel.shares_of(sampling) is not None:
             raise ValueError(
                 "shares of different sizes are weighted, example by example, which a loss with random, loss_state or "
                 "has_aux is not known to allow: give rows that divide evenly over the devices, or distinct(b)"

@@ -23,6 +23,7 @@ from parallel_worker import LOSS, problem, resumable, runs, saved, start
 
 from experiments.engine import results
 from jaxgrad import launch, noise, parallel
+from jaxgrad.parallel import processes
 from jaxgrad.sampling import distinct
 from jaxgrad.types import Batch, Sampling
 
@@ -284,7 +285,7 @@ def test_a_process_that_never_joins_is_named_on_all_others():
 
     def join(rank):
         with pytest.raises(ConnectionError) as error:
-            parallel._roll_call(where, 4, rank, 1.5)
+            processes.roll_call(where, 4, rank, 1.5)
         said[rank] = str(error.value)
 
     others = [threading.Thread(target=join, args=(rank,)) for rank in (1, 3)]
@@ -304,7 +305,7 @@ def test_two_processes_of_one_rank_are_found():
 
     def join(rank):
         with pytest.raises(ConnectionError) as error:
-            parallel._roll_call(where, 3, rank, 5)
+            processes.roll_call(where, 3, rank, 5)
         said.append(str(error.value))
 
     others = [threading.Thread(target=join, args=(1,)) for _ in range(2)]

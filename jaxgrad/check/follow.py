@@ -10,6 +10,7 @@ reported. Where nothing can be shown nothing is said.
 import ast
 import copy
 import linecache
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -72,12 +73,20 @@ def first_wrong_line(
     `evaluations` are points in generic position, `wrong` the leaves that are wrong there. The gradient is run
     again, a few dozen times, with what it prints thrown away; nothing that it raises is passed on.
     """
-    if noise > 1e-11 or any(problem.complex):
+    if noise > 1e-11 or any(problem.complex) or _derived_by_jax(problem.gradient):
         return None
     try:
         return _Search(problem, store, evaluations, wrong, seconds).answer()
     except Exception:  # whatever happens in a person's code while it is followed, the verdict stands without it
         return None
+
+
+def _derived_by_jax(gradient: Any) -> bool:
+    """Whether it is `jax.grad` of something, compiled or not: it has no line of the person's own to follow."""
+    if type(gradient).__name__ == "PjitFunction":
+        gradient = gradient.__wrapped__
+    code = getattr(gradient, "__code__", None)
+    return code is not None and code.co_filename.startswith(os.path.dirname(jax.__file__) + os.sep)
 
 
 class Status(NamedTuple):

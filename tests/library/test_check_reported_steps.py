@@ -537,7 +537,7 @@ for how, (back, kinds, leaf) in CONVS.items():
 def test_the_cause_and_its_line_are_named(name):
     loss, right, wrong, params, batch, kinds, line, leaf = CASES[name]
     taught = lambda p, batch: loss(p, batch, *right)  # noqa: E731
-    gradient = jax.grad(lambda p, batch: loss(p, batch, *wrong))
+    gradient = jax.jit(jax.grad(lambda p, batch: loss(p, batch, *wrong)))
     report = check_gradient(taught, gradient, params, batch)
     assert not report.ok
     assert {f.kind for f in report.findings} <= kinds, str(report)

@@ -94,7 +94,7 @@ def lengths(p, batch):
     lengths, {"w": draw(3), "length": np.abs(draw(3)) + 1}, (X, y), {("extra-derivative", "length", None)}, "jnp.cos"
 )
 def derivative_by_log_length(p, batch):
-    g = jax.grad(lengths)(p, batch)
+    g = jax.jit(jax.grad(lengths))(p, batch)
     return {**g, "length": g["length"] * p["length"]}
 
 
@@ -110,7 +110,7 @@ NET = {"W1": draw(3, 5), "b1": draw(5), "w2": draw(5), "b2": np.float64(0.2)}
 
 @wrong(deep, NET, (X, y), {("scale", None, "n")})
 def weights_not_averaged(p, batch):
-    g = jax.grad(deep)(p, batch)
+    g = jax.jit(jax.grad(deep))(p, batch)
     n = len(batch[1])
     return {**g, "W1": n * g["W1"], "w2": n * g["w2"]}
 
@@ -241,7 +241,7 @@ def slope_missing_before_a_transform(p, batch):
         power = jnp.abs(jnp.fft.rfft(a, axis=1)) ** 2
         return jnp.mean((power @ p["v"] - y) ** 2)
 
-    return jax.grad(without)(p, batch)
+    return jax.jit(jax.grad(without))(p, batch)
 
 
 def settled(p, batch):
@@ -310,7 +310,7 @@ def test_what_is_right_for_every_example_alone_is_said_to_be():
 
 def test_columns_with_factors_of_their_own_are_listed():
     def scaled(p, batch):
-        g = jax.grad(deep)(p, batch)
+        g = jax.jit(jax.grad(deep))(p, batch)
         return {**g, "W1": g["W1"] * jnp.array([1.0, 1.0, 3.0, 5.0, 1.0])[None, :]}
 
     report = check_gradient(deep, scaled, NET, (X, y))

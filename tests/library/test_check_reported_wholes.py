@@ -1,5 +1,6 @@
 """Mistakes in whole derivations as people report them: penalties, parameters, time steps, two mistakes at once."""
 
+import functools
 import inspect
 
 import jax
@@ -11,6 +12,10 @@ from jax import lax
 from jaxgrad.check import check_gradient
 
 rng = np.random.default_rng(99)
+
+
+derived = functools.cache(lambda loss: jax.jit(jax.grad(loss)))
+"""Autodiff's gradient of a loss, compiled once."""
 
 
 def draw(*shape, scale=1.0):
@@ -94,7 +99,7 @@ def lengths(p, batch):
     lengths, {"w": draw(3), "length": np.abs(draw(3)) + 1}, (X, y), {("extra-derivative", "length", None)}, "jnp.cos"
 )
 def derivative_by_log_length(p, batch):
-    g = jax.jit(jax.grad(lengths))(p, batch)
+    g = derived(lengths)(p, batch)
     return {**g, "length": g["length"] * p["length"]}
 
 
@@ -110,7 +115,7 @@ NET = {"W1": draw(3, 5), "b1": draw(5), "w2": draw(5), "b2": np.float64(0.2)}
 
 @wrong(deep, NET, (X, y), {("scale", None, "n")})
 def weights_not_averaged(p, batch):
-    g = jax.jit(jax.grad(deep))(p, batch)
+    g = derived(deep)(p, batch)
     n = len(batch[1])
     return {**g, "W1": n * g["W1"], "w2": n * g["w2"]}
 
@@ -226,6 +231,14 @@ def spectrum(p, batch):
     return jnp.mean((power @ p["v"] - y) ** 2)
 
 
+def spectrum_without_slope(p, batch):
+    x, y = batch
+    z = x * p["w"][None, :]
+    a = z + lax.stop_gradient(jax.nn.softplus(z) - z)
+    power = jnp.abs(jnp.fft.rfft(a, axis=1)) ** 2
+    return jnp.mean((power @ p["v"] - y) ** 2)
+
+
 @wrong(
     spectrum,
     {"w": draw(6), "v": draw(4, scale=0.1)},
@@ -234,14 +247,7 @@ def spectrum(p, batch):
     "a = jax.nn.softplus",
 )
 def slope_missing_before_a_transform(p, batch):
-    def without(p, batch):
-        x, y = batch
-        z = x * p["w"][None, :]
-        a = z + lax.stop_gradient(jax.nn.softplus(z) - z)
-        power = jnp.abs(jnp.fft.rfft(a, axis=1)) ** 2
-        return jnp.mean((power @ p["v"] - y) ** 2)
-
-    return jax.jit(jax.grad(without))(p, batch)
+    return derived(spectrum_without_slope)(p, batch)
 
 
 def settled(p, batch):
@@ -310,7 +316,7 @@ def test_what_is_right_for_every_example_alone_is_said_to_be():
 
 def test_columns_with_factors_of_their_own_are_listed():
     def scaled(p, batch):
-        g = jax.jit(jax.grad(deep))(p, batch)
+        g = derived(deep)(p, batch)
         return {**g, "W1": g["W1"] * jnp.array([1.0, 1.0, 3.0, 5.0, 1.0])[None, :]}
 
     report = check_gradient(deep, scaled, NET, (X, y))

@@ -46,7 +46,7 @@ MADE_BY = {
     "TwoLayer": "such as models.init_two_layer(key, d, h, k)",
     "PointNoise": "as noise.measure makes it",
     "Problem": "as least_squares.problem(batch) makes it",
-    "Rows": 'as stream.open_rows("big.npy") makes it',
+    "Rows": 'as open_rows("big.npy") makes it',
     "Sharded": "as parallel.shard makes it",
     "State": "as descent.init makes it, or the state of a trace",
     "Stop": "made by small_step(...), small_gradient(...) or no_improvement(...)",

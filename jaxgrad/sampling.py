@@ -38,7 +38,7 @@ def full_batch(rows: Count | None = None) -> Sampling:
     """Every example, in order, every step: the gradient is exact and the descent is GD (F3).
 
     With `rows`, that gradient is evaluated over blocks of so many rows and added up: the same to rounding, for a loss
-    that is a mean over examples, in one pass over the data and in bounded memory (`jaxgrad.blocks`). `descend`
+    that is a mean over examples, in one pass over the data and in bounded memory (`descent.row_blocks`). `descend`
     chooses it by itself where it pays.
     """
     return Sampling("full batch", None, _every, rows)

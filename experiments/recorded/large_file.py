@@ -113,10 +113,10 @@ def _sgd(data: Any, steps: int) -> dict[str, Any]:
 
 
 def _disk(file: Path, steps: int) -> dict[str, Any]:
-    from jaxgrad import stream
+    from jaxgrad import open_rows
 
     # The full loss is no part of this: a record point would be a pass over the file.
-    return _sgd(stream.open_rows(file, target=-1)._replace(full=lambda params: np.float32(np.nan)), steps)
+    return _sgd(open_rows(file, target=-1)._replace(full=lambda params: np.float32(np.nan)), steps)
 
 
 def _memory(file: Path, steps: int) -> dict[str, Any]:
@@ -132,14 +132,15 @@ def _gradient(file: Path, steps: int) -> dict[str, Any]:
     del steps
     import jax
 
-    from jaxgrad import losses, models, stream
+    from jaxgrad import losses, models, open_rows
+    from jaxgrad.descent import full_gradient
 
-    rows = stream.open_rows(file, target=-1)
-    loss = stream.of_rows(losses.mean_loss(models.linear, losses.squared), rows)
+    rows = open_rows(file, target=-1)
+    loss = losses.mean_loss(models.linear, losses.squared)
     start, seconds = models.init_linear(COLUMNS - 1), []
     for _ in range(1 + PASSES):  # the first compiles
         began = time.perf_counter()
-        jax.block_until_ready(stream.gradient(loss, start, rows))
+        jax.block_until_ready(full_gradient(loss, start, rows))
         seconds.append(time.perf_counter() - began)
     return {"seconds": seconds[1:], "gigabytes_per_second": rows.nbytes / min(seconds[1:]) / 1e9}
 

@@ -17,9 +17,10 @@ from experiments.engine.session import Session
 from experiments.support.exact import decimals
 from experiments.support.loading import plain
 from experiments.support.shared import finals, label_of, sampling_of
-from jaxgrad import losses, models, stream
+from jaxgrad import losses, models
 from jaxgrad.data import are_classes
 from jaxgrad.descent import descend, log_spaced
+from jaxgrad.rows import MEMORY, moments, open_rows, pick
 from jaxgrad.types import Linear
 
 TUNING_ROWS = 100_000
@@ -37,16 +38,16 @@ def run(config: Any, session: Session) -> dict[str, Any]:
         raise ValueError(
             f"{path.name} has no names: the target is a number of a column, got {config.target!r}"
         ) from None
-    raw = stream.open_rows(path, target=target, memory=stream.MEMORY if config.memory is None else config.memory / 4)
+    raw = open_rows(path, target=target, memory=MEMORY if config.memory is None else config.memory / 4)
     some = np.unique(np.arange(10_000) * (raw.n - 1) // 9_999)
-    values = np.unique(stream.pick(raw, some)[:, raw.target])
+    values = np.unique(pick(raw, some)[:, raw.target])
     if len(values) <= 2 or are_classes(values, len(some)):
         raise ValueError(
             f"{path.name}: the target looks like {len(values)} classes, and this experiment runs only regression from "
-            "disk; raise --memory to load the file, or call descend on stream.open_rows(..., classes=...)"
+            "disk; raise --memory to load the file, or call descend on open_rows(..., classes=...)"
         )
     session.say(f"{path.name}: one pass for mean and covariance of {raw.n:,} rows")
-    mean, covariance = stream.moments(raw)
+    mean, covariance = moments(raw)
     spread = np.sqrt(np.diag(covariance))
     if not spread.all():
         raise ValueError(f"{path.name}: column {int(np.argmin(spread))} is constant; leave it out")
@@ -74,7 +75,7 @@ def run(config: Any, session: Session) -> dict[str, Any]:
         f"{name}/bound": float(np.sum((2 * (R @ best - r)) ** 2) / (4 * np.linalg.eigvalsh(R)[0])),
     }  # fmt: skip
     rng = np.random.default_rng(2021)
-    sample = np.asarray(stream.pick(rows, np.sort(rng.integers(0, n, min(n, TUNING_ROWS)))))
+    sample = np.asarray(pick(rows, np.sort(rng.integers(0, n, min(n, TUNING_ROWS)))))
     batch = jax.tree.map(jnp.asarray, rows.as_batch(jnp.asarray(sample)))
     key_tune, key_order = jax.random.split(jax.random.key(2021))
     for b in sizes:

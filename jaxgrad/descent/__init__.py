@@ -9,13 +9,20 @@ stopping      when to end a run, and what to keep of it
 schedule      at which steps a run pauses
 runs          settings x keys side by side
 programs      what is compiled
-placement     where the rows are: in memory, on a mesh, on disk
+placement     where the rows are, as a value; made by in_memory, on_mesh, on_disk
+row_blocks    a full gradient in blocks of rows that fit the cache
+small_steps   a loop of small steps as one function on one core
+run_tiles     many runs in one program, in tiles that fit memory
+full_pass     the full loss of rows on disk, and its gradient
+at_start      what is not finite at the start
+identity      the fingerprint of a run, for its checkpoint
 log           what has happened to each run
 trace         what a run did: table, picture, text
 run           `descend`
 """
 
 from jaxgrad.checkpoint import Checkpoint
+from jaxgrad.descent.full_pass import full_gradient, full_loss
 from jaxgrad.descent.objective import loss_key, recorded_key
 from jaxgrad.descent.optimizers import StepSize
 from jaxgrad.descent.run import descend
@@ -33,7 +40,7 @@ from jaxgrad.descent.stopping import (
 from jaxgrad.descent.trace import Best, Trace
 
 __all__ = [
-    "Best", "Checkpoint", "State", "StepSize", "Stop", "Trace", "advance", "descend", "init", "keep_best",
-    "log_spaced", "loss_key", "no_improvement", "recorded_key", "small_gradient", "small_step", "target_loss",
-    "time_limit", "trajectory",
+    "Best", "Checkpoint", "State", "StepSize", "Stop", "Trace", "advance", "descend", "full_gradient", "full_loss",
+    "init", "keep_best", "log_spaced", "loss_key", "no_improvement", "recorded_key", "small_gradient", "small_step",
+    "target_loss", "time_limit", "trajectory",
 ]  # fmt: skip

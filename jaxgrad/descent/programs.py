@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrad import blocks, checks
-from jaxgrad.descent import optimizers
+from jaxgrad import checks
+from jaxgrad.descent import optimizers, row_blocks
 from jaxgrad.descent.objective import Objective, recorded_key
 from jaxgrad.descent.step import State, one_step, take_steps
 from jaxgrad.types import Key, Params
@@ -81,7 +81,7 @@ def judge(state, key, data, *, objective, measured, metric, evaluate_at, over, r
             return _recorded(objective, at, state.model, data, key, rows)[0]
         two = objective.of_two()
         if two is not None:
-            slope = jax.grad(two) if rows is None else blocks.mean(jax.grad(two), rows)
+            slope = jax.grad(two) if rows is None else row_blocks.mean(jax.grad(two), rows)
             return optax.tree.norm(slope(at, data))
         slope = jax.grad(lambda at: _recorded(objective, at, state.model, data, key, None)[0])
         return optax.tree.norm(slope(at))
@@ -118,7 +118,7 @@ def value_and_gradient(params, model, key, data, *, objective, rows):
     """The full loss and its gradient as the first full-batch step would see them."""
     if objective.plain:
         both = jax.value_and_grad(objective.loss)
-        return (both if rows is None else blocks.mean(both, rows))(params, data)
+        return (both if rows is None else row_blocks.mean(both, rows))(params, data)
     of_batch = lambda params: objective.of_batch(params, model, data, key)[0]  # noqa: E731
     return jax.value_and_grad(of_batch)(params)
 
@@ -155,7 +155,7 @@ def two_arguments(observe: Any) -> bool:
 def _recorded(objective: Objective, at: Params, model: Any, data: Any, key: Any, rows: int | None) -> tuple[Any, Any]:
     two = objective.of_two()
     if two is not None:
-        return (two if rows is None else blocks.mean(two, rows))(at, data), None
+        return (two if rows is None else row_blocks.mean(two, rows))(at, data), None
     own = recorded_key(key) if objective.draws_when_recorded else None
     return objective.recorded(at, model, data, own)
 

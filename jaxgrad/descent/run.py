@@ -14,26 +14,31 @@ import numpy as np
 import optax
 
 from jaxgrad import checkpoint as saved
-from jaxgrad import checks, parallel, stream, tiles
+from jaxgrad import checks, parallel
 from jaxgrad.checkpoint import Checkpoint
 from jaxgrad.checks import Natural, Positive, checked
-from jaxgrad.descent import optimizers, programs, stopping
+from jaxgrad.descent import optimizers, programs, run_tiles, stopping
+from jaxgrad.descent.at_start import leaf_name
 from jaxgrad.descent.identity import fingerprint
+from jaxgrad.descent.in_memory import in_memory
 from jaxgrad.descent.log import Log, of_starts
 from jaxgrad.descent.objective import Objective, hashable
+from jaxgrad.descent.on_disk import on_disk
+from jaxgrad.descent.on_mesh import on_mesh
 from jaxgrad.descent.optimizers import Optimizer
-from jaxgrad.descent.placement import Job, Placement, leaf_name, place
+from jaxgrad.descent.placement import Job, Placement
 from jaxgrad.descent.runs import Runs, continued, copies, first_state, keep
 from jaxgrad.descent.schedule import marks
 from jaxgrad.descent.step import State
 from jaxgrad.descent.stopping import Stop
 from jaxgrad.descent.trace import Trace
+from jaxgrad.rows import Rows
 from jaxgrad.types import Key, Params, Sampling
 
 
 def _data(name: str, value: Any) -> Any:
     """Rows on disk, on many devices, or in arrays, whose numbers are looked at where they are placed."""
-    return value if isinstance(value, stream.Rows | parallel.Sharded) else checks.batch(name, value, finite=False)
+    return value if isinstance(value, Rows | parallel.Sharded) else checks.batch(name, value, finite=False)
 
 
 def _start(name: str, value: Any) -> Any:
@@ -65,7 +70,7 @@ def descend(
     progress: bool | Callable[[int, int], None] = False,
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: Checkpoint | None = None,
-    memory: Positive = tiles.MEMORY,
+    memory: Positive = run_tiles.MEMORY,
     sweep: Mapping[str, Any] | None = None,
     random: bool = False,
     loss_state: Any = None,
@@ -82,7 +87,7 @@ def descend(
         in blocks; any other is evaluated on all rows at once. `random`, `loss_state` and `has_aux` allow other forms.
       params: the start, a pytree of floating-point arrays; or the `State` of an earlier trace, to go on from.
       data: all n examples, a pytree whose leaves share their leading axis; or rows that lie on many devices
-        (`jaxgrad.parallel.shard`) or on disk (`jaxgrad.stream.open_rows`).
+        (`jaxgrad.parallel.shard`) or on disk (`jaxgrad.open_rows`).
       optimizer: an optax transformation (schedules give `η_t`), or a number: plain descent with that step size; or m
         numbers: then a run with each of them, with every key, goes in one compiled program. One that asks for the loss
         (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, …) gets `value`, `grad` and `value_fn` of the step's batch.
@@ -104,7 +109,7 @@ def descend(
       checkpoint: save the run as it goes, and go on from what was saved. SIGTERM and Ctrl-C then end it at the next
         record point or checkpoint, the same on every process, with `parallel.Preempted` (exit status 75).
       memory: GiB that the program may take beside the data and what it returns. Runs that need more together go in
-        equal tiles, one after the other, through the same program (`jaxgrad.tiles`).
+        equal tiles, one after the other, through the same program (`jaxgrad.descent.run_tiles`).
       sweep: m numbers of each of some settings of the optimizer, `{"learning_rate": [m], "b1": [m]}`: then run i has
         the i-th of each, with every key, in one compiled program. The optimizer is then the function that makes it
         from these settings (`optax.adam`, or a function of your own), or `optax.inject_hyperparams(...)(...)`.
@@ -225,7 +230,7 @@ def descend(
             first,
             lambda at: before + sampling.examples(at, rows.n) - sampling.examples(first, rows.n),
             # Of rows on disk, the loss at the start would take another pass.
-            lambda: None if isinstance(data, stream.Rows) else np.asarray(rows.look(begin, key)[0]),
+            lambda: None if isinstance(data, Rows) else np.asarray(rows.look(begin, key)[0]),
             at_start,
             compile_seconds,
         )
@@ -308,6 +313,20 @@ class _Open(NamedTuple):
 
     def close(self) -> None:
         self.rows.close()
+
+
+# --- where the rows are -----------------------------------------------------------------------------------------
+
+
+def place(job: Job, data: Any, mesh: Any) -> Placement:
+    """The placement of these data; raises ValueError or TypeError where the job cannot be done there."""
+    if mesh is not None and not isinstance(data, Rows | parallel.Sharded):
+        data = parallel.shard(data, mesh)
+    if isinstance(data, Rows):
+        if job.runs.shape or mesh is not None:
+            raise ValueError("rows on disk serve one run on one device: give one key, one step size and no mesh")
+        return on_disk(job, data)
+    return on_mesh(job, data) if isinstance(data, parallel.Sharded) else in_memory(job, data)
 
 
 # --- what is given ----------------------------------------------------------------------------------------------

@@ -16,17 +16,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgrad import blocks, checks, means, onecore, parallel, stream
+from jaxgrad import checks, means, parallel
 from jaxgrad.checks import OneKey, Weights, checked
-from jaxgrad.descent import optimizers
+from jaxgrad.descent import optimizers, row_blocks, small_steps
 from jaxgrad.descent.objective import Objective, loss_key
 from jaxgrad.descent.optimizers import Asked, evaluated, trained
+from jaxgrad.rows import Rows
 from jaxgrad.types import Loss, Params, Sampling
 
 
 def _finite_data(name: str, value: Any) -> Any:
     """Rows on disk, on many devices, or in arrays, every number finite where JAX does not trace it."""
-    return value if isinstance(value, stream.Rows | parallel.Sharded) else checks.batch(name, value)
+    return value if isinstance(value, Rows | parallel.Sharded) else checks.batch(name, value)
 
 
 Transformation: TypeAlias = Annotated[optimizers.Optimizer, optimizers.transformation]
@@ -95,7 +96,7 @@ def advance(
     With `halt`, each run ends at the first step after which `halt(state)` is true.
 
     `single` says that this is one run, not under `vmap`: on a CPU a loop of small steps is then compiled into one
-    function for one core (`onecore`), up to ten times as fast.
+    function for one core (`small_steps`), up to ten times as fast.
     """
     return take_steps(
         state, key, data, until, objective=Objective(loss), optimizer=optimizer, sampling=sampling, halt=halt,
@@ -145,7 +146,7 @@ def take_steps(
     ahead = max(1, min(_STEPS_PER_DRAW, _INDICES_PER_DRAW // sampling.batch_size))
     batch = jax.eval_shape(sampling.batch, data, jax.ShapeDtypeStruct((sampling.batch_size,), jnp.int32))
     last = sampling.last_of_pass(n)
-    small = single and last is None and objective.plain and onecore.fits(take, state, batch)
+    small = single and last is None and objective.plain and small_steps.fits(take, state, batch)
 
     def take_drawn(state: State) -> State:
         first, bound = state.step, jnp.minimum(until, state.step + ahead)
@@ -168,7 +169,7 @@ def take_steps(
             first = state.step
             return jax.lax.while_loop(partial(to_go, bound=bound), one, state)
 
-        return (partial(onecore.call, steps) if small else steps)(state, drawn, bound, data)
+        return (partial(small_steps.call, steps) if small else steps)(state, drawn, bound, data)
 
     return jax.lax.while_loop(partial(to_go, bound=until), take_drawn, state)
 
@@ -195,9 +196,9 @@ def _evaluation(
     if sampling.rows is not None:
         check_rows(sampling.rows, loss, trained(state.params), data)
         rows = min(sampling.rows, leading_axis(data))
-        slope, whole = blocks.mean(slope, rows), blocks.mean(loss, rows)
+        slope, whole = row_blocks.mean(slope, rows), row_blocks.mean(loss, rows)
     elif sampling.parts > 1:
-        slope = blocks.in_parts(slope, sampling.parts)
+        slope = row_blocks.in_parts(slope, sampling.parts)
 
     def plain(params: Params, model: Any, batch: Any, key: Any) -> Any:
         found = slope(params, batch)
@@ -237,7 +238,7 @@ def _skipped(update: Any, gradient: Any, optimizer_state: Any) -> Any:
 
 
 def _all_zero(tree: Any) -> Any:
-    # By sums, which `onecore` knows. One with NaN in it is not 0.
+    # By sums, which `small_steps` knows. One with NaN in it is not 0.
     return reduce(jnp.logical_and, [jnp.sum(jnp.abs(leaf)) == 0 for leaf in jax.tree.leaves(tree)])
 
 
@@ -271,7 +272,7 @@ def trajectory(
 
 def check_rows(rows: int, loss: Loss, params: Params, data: Any) -> None:
     """Raise ValueError unless the loss is known to be a mean, so that blocks of `rows` rows give the same."""
-    if found := means.doubt(loss, params, data, blocks.sizes(leading_axis(data), rows)):
+    if found := means.doubt(loss, params, data, row_blocks.sizes(leading_axis(data), rows)):
         raise ValueError(
             f"full_batch(rows={rows}) needs a loss that is a mean over the examples; of this one it is not known: "
             f"{found}. {means.HOW}, or leave rows out"

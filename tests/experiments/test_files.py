@@ -13,7 +13,7 @@ import pytest
 
 from experiments.engine import results
 from experiments.engine.commands import main as study
-from jaxgrad import atomic, commandline, files, stream
+from jaxgrad import atomic, commandline, files, open_rows
 from jaxgrad.check.__main__ import main as check
 from jaxgrad.launch import main as launch
 
@@ -84,7 +84,7 @@ def test_every_file_function_of_the_library_names_path_and_remedy(places, fault)
         assert str(path)[:80] in str(error.value)
     if fault != "a file":
         with pytest.raises(OSError, match=r"(there is no file or folder /|the rows cannot be opened: .*;)"):
-            stream.open_rows(path)
+            open_rows(path)
 
 
 def test_an_error_of_ours_is_said_as_it_is():

@@ -26,7 +26,9 @@ jax.config.update("jax_num_cpu_devices", 4)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from jaxgrad import blocks, descend, distinct, full_batch, losses, means, parallel, reshuffled, stream  # noqa: E402
+import jaxgrad.rows as files_of_rows  # noqa: E402
+from jaxgrad import descend, distinct, full_batch, losses, means, open_rows, parallel, reshuffled  # noqa: E402
+from jaxgrad.descent import full_pass, row_blocks  # noqa: E402
 from jaxgrad.sampling import with_replacement  # noqa: E402
 from jaxgrad.types import Batch  # noqa: E402
 
@@ -34,8 +36,13 @@ D = 4
 RECORD = [0, 1, 4]
 KEY = jax.random.key(11)
 # Small thresholds, so that a few hundred rows cross them all: parts, blocks, blocks on all cores, blocks of a file.
-SETTINGS = ((blocks, "PARTED", 2**12), (blocks, "BLOCK", 2**12), (blocks, "SMALL", 2**9), (stream, "_PART", 2**13),
-            (stream, "_BLOCK", 2**12))  # fmt: skip
+SETTINGS = (
+    (row_blocks, "SMALLEST_IN_PARTS", 2**12),
+    (row_blocks, "BLOCK", 2**12),
+    (row_blocks, "BLOCK_PER_CORE", 2**9),
+    (files_of_rows, "PART", 2**13),
+    (full_pass, "BLOCK", 2**12),
+)
 SIZES = (96, 100, 110, 400, 511, 512, 520, 1000, 1003, 2051)
 
 
@@ -192,7 +199,7 @@ def laid(batch, place, folder):
     if place == "disk":
         path = Path(folder) / "rows.npy"
         np.save(path, np.column_stack([batch.x, batch.y]))
-        return stream.open_rows(path, target=-1)
+        return open_rows(path, target=-1)
     return parallel.shard(batch, parallel.mesh(jax.devices()[: int(place[0])]))
 
 

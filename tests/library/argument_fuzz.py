@@ -331,11 +331,11 @@ def cases():
         parallel,
         sampling,
         statistics,
-        stream,
-        tiles,
         timing,
     )
     from jaxgrad.data.checks import check_batch
+    from jaxgrad.descent import run_tiles
+    from jaxgrad.rows import Rows, moments, open_rows
     from jaxgrad.theory import conditioning, cost, escape, least_squares, reshuffling, stopping
     from jaxgrad.types import Batch, Layer, Linear, Sampling, TwoLayer
 
@@ -1245,7 +1245,7 @@ def cases():
 
     # --- files, devices, tiles, data
     case(
-        stream.open_rows,
+        open_rows,
         lambda r: (r.n, r.columns, r.target, r.classes),
         path=file(str(here / "rows.npy")),
         target=Kind(
@@ -1262,8 +1262,8 @@ def cases():
         classes=count(2, 2, optional=True),
         memory=positive(0.5),
     )
-    rows = stream.open_rows(here / "rows.npy", target=-1)
-    case(stream.moments, rows=exactly(rows, stream.Rows))
+    rows = open_rows(here / "rows.npy", target=-1)
+    case(moments, rows=exactly(rows, Rows))
     columns = array(np.ones(3))
     case(
         rows.scaled,
@@ -1309,7 +1309,7 @@ def cases():
         rank=Kind(0, lambda v: ANY if v is None or count(0, 0).means(v) is not REFUSED else REFUSED, {"-3": -3}),
         timeout=count(5, optional=True),
     )
-    case(tiles.tile_of, shape=(4, 3), fit=count(5, 0, 10**500))
+    case(run_tiles.tile_of, shape=(4, 3), fit=count(5, 0, 10**500))
     case(
         data.linear_problem,
         key=key(ONE, seed=True),

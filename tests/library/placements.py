@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrad import losses, models, parallel, stream
+from jaxgrad import losses, models, open_rows, parallel
 from jaxgrad.checkpoint import Checkpoint
 from jaxgrad.descent import (
     descend,
@@ -30,6 +30,7 @@ from jaxgrad.descent import (
     small_step,
     target_loss,
 )
+from jaxgrad.rows import Rows
 from jaxgrad.sampling import distinct, full_batch, reshuffled, with_replacement
 from jaxgrad.types import Batch
 
@@ -89,7 +90,7 @@ def disk(folder):
     if not file.exists():
         np.save(file, table())
     # Blocks of a few steps each.
-    return Place(stream.open_rows(file, target=-1, memory=1e-6), {}, KEY, [ETA], full_batch())
+    return Place(open_rows(file, target=-1, memory=1e-6), {}, KEY, [ETA], full_batch())
 
 
 def one_device(folder):
@@ -306,7 +307,7 @@ def a_loss_that_draws_gets_the_key_of_its_step(place, folder):
             near(params, path[-1])
             near(seen, values)
             near(recorded[-1], LOSS(path[-1], ROWS))
-    if isinstance(place.data, stream.Rows):
+    if isinstance(place.data, Rows):
         return
     trace = run(place, loss, sampling=distinct(8), random=True)
     for eta, key, recorded in each(place, trace.loss):

@@ -14,7 +14,7 @@ import optax
 import pytest
 from parallel_worker import LOSS, problem, resumable, saved, start
 
-from jaxgrad import parallel, stream
+from jaxgrad import open_rows, parallel
 from jaxgrad.checkpoint import Checkpoint, rows_hash
 from jaxgrad.descent import descend, no_improvement
 from jaxgrad.fingerprints import fingerprint as _program
@@ -228,7 +228,7 @@ def test_small_floats_survive(tmp_path):
 def test_rows_on_disk_go_on_to_the_same_bits(tmp_path):
     x, y = problem(500, np.float64)
     np.save(tmp_path / "rows.npy", np.column_stack([x, y]))
-    rows = stream.open_rows(tmp_path / "rows.npy", target=-1, memory=2e-4)
+    rows = open_rows(tmp_path / "rows.npy", target=-1, memory=2e-4)
     whole = saved(resumable(tmp_path, resume=False, data=rows))
     (tmp_path / "run.npz").unlink()
     interrupted(tmp_path, data=rows)

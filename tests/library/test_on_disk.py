@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgrad import stream
-from jaxgrad.descent import descend, small_gradient, small_step
+import jaxgrad.rows as files_of_rows
+from jaxgrad import open_rows
+from jaxgrad.descent import descend, full_gradient, full_loss, full_pass, on_disk, small_gradient, small_step
 from jaxgrad.losses import mean_loss, softmax_cross_entropy, squared
 from jaxgrad.models import linear
+from jaxgrad.rows import moments, pick, read
 from jaxgrad.sampling import distinct, full_batch, reshuffled
 from jaxgrad.types import Batch, Linear
 
@@ -39,20 +41,20 @@ def folder(tmp_path_factory, table):
 
 @pytest.mark.parametrize("sampling", [distinct(32), reshuffled(64)])
 def test_sgd_from_disk_gives_the_bits_of_sgd_in_memory(folder, table, sampling):
-    rows = stream.open_rows(folder, target=-1, memory=1e-4)
+    rows = open_rows(folder, target=-1, memory=1e-4)
     arguments = dict(optimizer=1e-5, sampling=sampling, steps=100, key=jax.random.key(1), record=7)
     there = descend(LOSS, START, rows, **arguments)
     here = descend(LOSS, START, Batch(table[:, :4], table[:, 4]), **arguments)
     assert (there.params.w == here.params.w).all()
     assert there.steps.tolist() == here.steps.tolist()
     np.testing.assert_allclose(there.loss, here.loss, rtol=1e-12)
-    assert stream.Reader(rows, sampling, jax.random.key(1), 100).steps < 50  # several blocks, or nothing was shown
+    assert on_disk.Reader(rows, sampling, jax.random.key(1), 100).steps < 50  # several blocks, or nothing was shown
 
 
 def test_full_batch_from_disk(folder, table, monkeypatch):
-    monkeypatch.setattr(stream, "_PART", 704 * 40)  # 5 parts, of which one crosses shards and the last is smaller
-    monkeypatch.setattr(stream, "_BLOCK", 300 * 40)
-    rows = stream.open_rows(folder, target=0).scaled(table.mean(axis=0), table.std(axis=0))
+    monkeypatch.setattr(files_of_rows, "PART", 704 * 40)  # 5 parts, of which one crosses shards and the last is smaller
+    monkeypatch.setattr(full_pass, "BLOCK", 300 * 40)
+    rows = open_rows(folder, target=0).scaled(table.mean(axis=0), table.std(axis=0))
     z = (table - table.mean(axis=0)) / table.std(axis=0)
     arguments = dict(optimizer=0.1, sampling=full_batch(), steps=20, key=jax.random.key(1), record=5)
     rule = small_gradient(1e-3, every=5)
@@ -65,32 +67,32 @@ def test_full_batch_from_disk(folder, table, monkeypatch):
 
 
 def test_moments_in_one_pass(folder, table, monkeypatch):
-    monkeypatch.setattr(stream, "_PART", 704 * 40 * 8)
-    found = stream.moments(stream.open_rows(folder))
+    monkeypatch.setattr(files_of_rows, "PART", 704 * 40 * 8)
+    found = moments(open_rows(folder))
     np.testing.assert_allclose(found.mean, table.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(table.T, bias=True), rtol=1e-11, atol=1e-14)
 
 
 @given(indices=st.lists(st.integers(0, N - 1), min_size=1, max_size=50))
 def test_rows_come_in_the_order_asked_for(folder, table, indices):
-    rows = stream.open_rows(folder)
-    assert (stream.pick(rows, np.array(indices)) == table[indices]).all()
+    rows = open_rows(folder)
+    assert (pick(rows, np.array(indices)) == table[indices]).all()
 
 
 @given(bounds=st.tuples(st.integers(0, N), st.integers(0, N)))
 def test_consecutive_rows(folder, table, bounds):
     low, high = min(bounds), max(bounds)
-    assert (stream.read(stream.open_rows(folder), low, high) == table[low:high]).all()
+    assert (read(open_rows(folder), low, high) == table[low:high]).all()
 
 
 @pytest.mark.parametrize("count", [3, 20_000])  # few rows, sorted for the disk, and many, in any order
 @pytest.mark.parametrize("part", [64 * 40, 704 * 40, 2**25])
 def test_rows_of_many_parts_and_shards(folder, table, tmp_path, monkeypatch, count, part):
-    monkeypatch.setattr(stream, "_PART", part)
+    monkeypatch.setattr(files_of_rows, "PART", part)
     np.save(tmp_path / "one.npy", table)
     indices = np.random.default_rng(count).integers(0, N, count).astype(np.int32)
     for place in (folder, tmp_path / "one.npy"):
-        assert (stream.pick(stream.open_rows(place), indices) == table[indices]).all()
+        assert (pick(open_rows(place), indices) == table[indices]).all()
 
 
 @pytest.mark.parametrize("model", ["multiplies", "sums"])
@@ -99,12 +101,11 @@ def test_the_full_gradient_whatever_the_model_does_with_x(folder, table, monkeyp
     def sums(params, x):
         return jnp.sum(params.w * jnp.tanh(x)) + params.b
 
-    monkeypatch.setattr(stream, "_PART", part)
+    monkeypatch.setattr(files_of_rows, "PART", part)
     loss = LOSS if model == "multiplies" else mean_loss(sums, squared)
-    rows = stream.open_rows(folder, target=2)
+    rows = open_rows(folder, target=2)
     params = Linear(jnp.array([0.5, -1.0, 2.0, 0.1]), jnp.array(0.3))
-    streamed = stream.of_rows(loss, rows)
-    value, gradient = stream.value(streamed, params, rows), stream.gradient(streamed, params, rows)
+    value, gradient = full_loss(loss, params, rows), full_gradient(loss, params, rows)
     batch = Batch(np.delete(table, 2, axis=1), table[:, 2])
     expected = jax.value_and_grad(loss)(params, batch)
     np.testing.assert_allclose(value, expected[0], rtol=1e-12)
@@ -113,7 +114,7 @@ def test_the_full_gradient_whatever_the_model_does_with_x(folder, table, monkeyp
 
 
 def test_a_diverging_run_is_marked_as_in_memory(folder, table):
-    rows = stream.open_rows(folder, target=-1, memory=1e-4)
+    rows = open_rows(folder, target=-1, memory=1e-4)
     arguments = dict(optimizer=10.0, sampling=distinct(8), steps=200, key=jax.random.key(1), record=4)
     there = descend(LOSS, START, rows, **arguments)
     here = descend(LOSS, START, Batch(table[:, :4], table[:, 4]), **arguments)
@@ -133,7 +134,7 @@ def test_classes_from_disk_are_whole_numbers(tmp_path, table, sampling):
     stacked = np.column_stack([labels, table])
     np.save(tmp_path / "rows.npy", stacked)
     shift, scale = stacked.mean(axis=0), stacked.std(axis=0)
-    rows = stream.open_rows(tmp_path / "rows.npy", target=0, classes=3, memory=1e-4).scaled(shift, scale)
+    rows = open_rows(tmp_path / "rows.npy", target=0, classes=3, memory=1e-4).scaled(shift, scale)
     batch = Batch(jnp.asarray((table - shift[1:]) / scale[1:]), jnp.asarray(labels, jnp.int32))
     arguments = dict(optimizer=0.1, sampling=sampling, steps=30, key=jax.random.key(1), record=4)
     there, here = (descend(softmax_loss, {"W": jnp.zeros((5, 3))}, data, **arguments) for data in (rows, batch))
@@ -147,12 +148,12 @@ def test_what_is_no_class_is_named_by_its_row(tmp_path, table, wrong):
     rows = np.column_stack([table, np.zeros(N)])
     rows[1234, 5] = wrong
     np.save(tmp_path / "rows.npy", rows)
-    rows = stream.open_rows(tmp_path / "rows.npy", target=-1, classes=3)
+    rows = open_rows(tmp_path / "rows.npy", target=-1, classes=3)
     words = rf"row 1,234, column 5 .* is {wrong}; a class is a whole number from 0 to 2"
     with pytest.raises(ValueError, match=words):
-        stream.value(stream.of_rows(softmax_loss, rows), {"W": jnp.zeros((5, 3))}, rows)
+        full_loss(softmax_loss, {"W": jnp.zeros((5, 3))}, rows)
     with pytest.raises(ValueError, match=words):
-        stream.pick(rows, np.array([5, 1234]))
+        pick(rows, np.array([5, 1234]))
 
 
 def raises(step, steps):
@@ -163,16 +164,16 @@ def raises(step, steps):
 @pytest.mark.parametrize("how", ["finishes", "stops early", "raises"])
 def test_nothing_reads_on_when_a_run_is_over(folder, monkeypatch, how):
     """Neither the thread that fetches nor its memory is left, though the next block was on its way."""
-    rows = stream.open_rows(folder, target=-1, memory=1e-4)
+    rows = open_rows(folder, target=-1, memory=1e-4)
     before, readers = set(threading.enumerate()), []
-    fetch = stream.Reader._fetch
+    fetch = on_disk.Reader._fetch
 
     def slowly(self, number):
         readers.append(self)
         time.sleep(0.05)
         return fetch(self, number)
 
-    monkeypatch.setattr(stream.Reader, "_fetch", slowly)
+    monkeypatch.setattr(on_disk.Reader, "_fetch", slowly)
     with pytest.raises(KeyboardInterrupt) if how == "raises" else nullcontext():
         descend(
             LOSS, START, rows, optimizer=1e-5, sampling=distinct(32), steps=100, key=jax.random.key(1), record=11,
@@ -236,34 +237,34 @@ def spoil_whole_numbers(place):
 def test_a_bad_shard_is_named(folder, tmp_path, spoil, error, words):
     spoil(copied(folder, tmp_path))
     with pytest.raises(error, match=words):
-        stream.open_rows(tmp_path)
+        open_rows(tmp_path)
 
 
 def test_what_is_not_there(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
-        stream.open_rows(tmp_path / "nothing.npy")
+        open_rows(tmp_path / "nothing.npy")
     with pytest.raises(FileNotFoundError, match=r"holds no .npy file"):
-        stream.open_rows(tmp_path)
+        open_rows(tmp_path)
     for wrong in (dict(classes=3), dict(target=-1, classes=1)):
         with pytest.raises(ValueError, match="classes needs a target and is at least 2"):
-            stream.open_rows(folder, **wrong)
+            open_rows(folder, **wrong)
     with pytest.raises(ValueError, match="has 5 columns, so the target's number is from -5 to 4; got 5"):
-        stream.open_rows(folder, target=5)
+        open_rows(folder, target=5)
 
 
 def test_an_entry_that_is_not_finite_is_named_by_its_row(folder, tmp_path, table):
     part = np.load(folder / "part-02.npy")
     part[99, 3] = np.inf
     np.save(copied(folder, tmp_path) / "part-02.npy", part)
-    rows = stream.open_rows(tmp_path, target=-1)
+    rows = open_rows(tmp_path, target=-1)
     with pytest.raises(ValueError, match=r"row 1,100, column 3 .*is inf"):
-        stream.value(stream.of_rows(LOSS, rows), START, rows)
+        full_loss(LOSS, START, rows)
     with pytest.raises(ValueError, match=r"row 1,100, column 3 .*is inf"):
-        stream.pick(rows, np.array([5, 1100]))
+        pick(rows, np.array([5, 1100]))
 
 
 def test_rows_on_disk_serve_one_run(folder):
-    rows = stream.open_rows(folder, target=-1)
+    rows = open_rows(folder, target=-1)
     with pytest.raises(ValueError, match="one run on one device"):
         descend(LOSS, START, rows, optimizer=0.1, sampling=distinct(2), steps=1,
                 key=jax.random.split(jax.random.key(0), 2))  # fmt: skip

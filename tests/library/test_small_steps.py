@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgrad import losses, models, onecore
-from jaxgrad.descent import advance, descend, init
+from jaxgrad import losses, models
+from jaxgrad.descent import advance, descend, init, small_steps
 from jaxgrad.sampling import distinct, with_replacement
 from jaxgrad.types import Batch
 
@@ -48,7 +48,7 @@ def net(d, k=1):
     ],
 )
 def test_steps_of_simple_small_operations_qualify(loss, start, batch, expected):
-    assert onecore.fits(jax.grad(loss), start, batch) is expected
+    assert small_steps.fits(jax.grad(loss), start, batch) is expected
 
 
 @pytest.mark.parametrize("make", [with_replacement, distinct])
@@ -75,7 +75,7 @@ def test_a_step_that_the_compiler_refuses_is_compiled_the_usual_way(monkeypatch)
     run = partial(descend, CLASSES, start, data, optimizer=0.1, steps=20, key=jax.random.key(0), record=3)
     right = run(sampling=distinct(8))
     jax.clear_caches()
-    monkeypatch.setattr(onecore, "_is_simple", lambda equation: True)
+    monkeypatch.setattr(small_steps, "_is_simple", lambda equation: True)
     state, rule = init(start, optax.sgd(0.1)), optax.sgd(0.1)
     go = jax.jit(partial(advance, loss=CLASSES, optimizer=rule, sampling=distinct(8), single=True))
     with pytest.raises(jax.errors.JaxRuntimeError, match="UNIMPLEMENTED"):

@@ -8,8 +8,8 @@ The gradient of a linear model reads its data twice, forward and back. In blocks
 and a net keeps the activations of one block only. Equal to the plain evaluation to rounding.
 
 XLA on the CPU copies a block before it reads it, with one thread (jaxlib 0.10 and 0.12; nor does it run two
-independent functions at once). So where the step is simple enough for one function (`onecore`), `on_all_cores` takes
-blocks of a few rows, which the nearest cache holds, in one thread per core.
+independent functions at once). So where the step is simple enough for one function (`small_steps`), `on_all_cores`
+takes blocks of a few rows, which the nearest cache holds, in one thread per core.
 
 Data that the cache holds are not cut into blocks. But XLA's product of a vector by the rows of a long matrix, the way
 back of a linear model, takes up to twice as long as the same product over parts of the rows, as one batched product
@@ -28,21 +28,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import means, onecore
+from jaxgrad import means
+from jaxgrad.descent import small_steps
 from jaxgrad.types import Loss, Params
 
 BLOCK = 2**22
 """Bytes of the largest array of a block, data or intermediate: some of them together fit the cache of a processor."""
-WORTH = 5
+FEWEST_BLOCKS = 5
 """Fewer blocks than this gain nothing: their data stay in the cache from one evaluation to the next."""
 GROUP = 256
 """Blocks of `on_all_cores` that are summed before their sum is added to the others'."""
-SMALL = 2**13
+BLOCK_PER_CORE = 2**13
 """Bytes of data of a block of `on_all_cores`: copied and read twice within the nearest cache."""
 PARTS = 10
 """About so many parts has what is evaluated `in_parts`. On two cores 10 to 20 are alike for 25 to 784 columns; with 9
 columns 10 take a fifth less time than the whole, 20 no less."""
-PARTED = 2**20
+SMALLEST_IN_PARTS = 2**20
 """Fewer bytes of data than this are not taken in parts: a step is short, and nothing to gain was seen."""
 
 
@@ -92,10 +93,10 @@ def parts_for(loss: Loss, params: Params, data: Any) -> int:
     """
     n, size = jax.tree.leaves(data)[0].shape[0], sum(leaf.nbytes for leaf in jax.tree.leaves(data))
     divisors = [parts for parts in range(PARTS // 2, 2 * PARTS) if n % parts == 0]
-    if not divisors or jax.default_backend() != "cpu" or not PARTED <= size < WORTH * BLOCK:
+    if not divisors or jax.default_backend() != "cpu" or not SMALLEST_IN_PARTS <= size < FEWEST_BLOCKS * BLOCK:
         return 1
     parts = min(divisors, key=lambda parts: abs(parts - PARTS))
-    if not onecore.products_of_vectors(jax.grad(loss), params, data):
+    if not small_steps.products_of_vectors(jax.grad(loss), params, data):
         return 1
     return 1 if means.doubt(loss, params, data, [n, n // parts]) else parts
 
@@ -107,9 +108,9 @@ def on_all_cores(loss: Loss, params: Params, data: Any) -> Callable[[Params, Any
     known to be a mean over the examples (`jaxgrad.means`).
     """
     n, cores = jax.tree.leaves(data)[0].shape[0], _cores()
-    rows = max(1, SMALL * n // sum(leaf.nbytes for leaf in jax.tree.leaves(data)))
+    rows = max(1, BLOCK_PER_CORE * n // sum(leaf.nbytes for leaf in jax.tree.leaves(data)))
     block = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), data)
-    if cores == 1 or not onecore.fits(jax.grad(loss), params, block):
+    if cores == 1 or not small_steps.fits(jax.grad(loss), params, block):
         return None
     if means.doubt(loss, params, data, sizes(n, rows)):
         return None
@@ -152,7 +153,7 @@ def _share(params, data, first, last, *, loss, rows):
         head = jax.lax.fori_loop(first, start, add, zero)
         return jax.lax.fori_loop(first // GROUP + 1, -(-last // GROUP), group, head)
 
-    return onecore.call(loop, params, data, first, last)
+    return small_steps.call(loop, params, data, first, last)
 
 
 @partial(jax.jit, static_argnames=("loss", "rows"))
@@ -173,7 +174,7 @@ def rows_for(loss: Loss, params: Params, data: Any) -> int | None:
         return None
     per_example = _largest(loss, params, data) / n
     rows = max(1, int(BLOCK // per_example))
-    if n * per_example < WORTH * BLOCK or means.doubt(loss, params, data, sizes(n, rows)):
+    if n * per_example < FEWEST_BLOCKS * BLOCK or means.doubt(loss, params, data, sizes(n, rows)):
         return None
     return rows
 

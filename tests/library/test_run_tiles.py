@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgrad import tiles
+from jaxgrad.descent import run_tiles
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple)
 
 
 @given(SIZES, st.integers(0, 2000))
 def test_tiles_fit_and_cover_all_runs(shape, fit):
-    tile = tiles.tile_of(shape, fit)
+    tile = run_tiles.tile_of(shape, fit)
     assert all(min(2, n) <= own <= n for own, n in zip(tile, shape, strict=True))
     assert np.prod(tile) <= max(fit, 2 ** len(shape))
     if fit >= np.prod(shape):
@@ -24,7 +24,7 @@ def test_tiles_fit_and_cover_all_runs(shape, fit):
     if len(shape) == 2 and tile[0] < shape[0]:
         assert tile[1] == min(2, shape[1])  # the seeds are cut first
     times = np.zeros(shape, int)
-    places = tiles.places(shape, tile)
+    places = run_tiles.places(shape, tile)
     for place in places:
         assert times[place].shape == tile
         times[place] += 1
@@ -44,7 +44,7 @@ def test_a_tile_takes_no_more_memory_than_it_may(shape):
 
     x, w = np.linspace(0, 1, 8192)[:, None], np.arange(30.0).reshape(*shape, 1)
     every = tuple(range(len(shape)))
-    run = lambda memory: tiles.in_tiles(partial(program), shape, (every, (), ()), memory)(w, 2.0, x, power=3)  # noqa: E731
+    run = lambda memory: run_tiles.in_tiles(partial(program), shape, (every, (), ()), memory)(w, 2.0, x, power=3)  # noqa: E731
     whole = run(1.0)
     assert traced == [w.shape]
     assert isinstance(whole["sum"], jax.Array)

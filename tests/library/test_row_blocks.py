@@ -9,8 +9,8 @@ import optax
 import pytest
 from jaxtyping import TypeCheckError
 
-from jaxgrad import blocks, losses, means, models
-from jaxgrad.descent import descend, small_gradient, small_step
+from jaxgrad import losses, means, models
+from jaxgrad.descent import descend, row_blocks, small_gradient, small_step
 from jaxgrad.sampling import distinct, full_batch
 from jaxgrad.types import Batch
 
@@ -40,7 +40,10 @@ def problem(n=1000, d=4, net=False, dtype=jnp.float32):
 @pytest.mark.parametrize(("loss", "net"), [(LINEAR, False), (LOGISTIC, False), (NET, True)])
 @pytest.mark.parametrize(
     ("form", "count"),
-    [*((blocks.mean, rows) for rows in (1, 7, 250, 999, 1000)), *((blocks.in_parts, k) for k in (1, 8, 500, 1000))],
+    [
+        *((row_blocks.mean, rows) for rows in (1, 7, 250, 999, 1000)),
+        *((row_blocks.in_parts, k) for k in (1, 8, 500, 1000)),
+    ],
 )
 def test_blocks_and_parts_add_up_to_the_whole(loss, net, form, count):
     batch, start = problem(net=net, dtype=jnp.float64)
@@ -64,11 +67,11 @@ def test_blocks_and_parts_add_up_to_the_whole(loss, net, form, count):
     ],
 )
 def test_parts_are_for_means_with_products_of_vectors(loss, n, least, expected, monkeypatch):
-    monkeypatch.setattr(blocks, "PARTED", least)
+    monkeypatch.setattr(row_blocks, "SMALLEST_IN_PARTS", least)
     batch, start = problem(n, net=loss is NET)
-    assert blocks.parts_for(loss, start, batch) == expected
-    monkeypatch.setattr(blocks, "BLOCK", 512)  # beyond the cache rows go in blocks, or all at once
-    assert blocks.parts_for(loss, start, batch) == 1
+    assert row_blocks.parts_for(loss, start, batch) == expected
+    monkeypatch.setattr(row_blocks, "BLOCK", 512)  # beyond the cache rows go in blocks, or all at once
+    assert row_blocks.parts_for(loss, start, batch) == 1
 
 
 @pytest.mark.parametrize("stop", [None, small_gradient(0.3, every=5)])
@@ -76,10 +79,10 @@ def test_descend_takes_the_full_gradient_in_parts_and_finds_the_same(stop, monke
     batch, start = problem()
     run = partial(descend, LINEAR, start, batch, optimizer=0.05, steps=40, stop=stop)
     whole = run(sampling=full_batch(), key=jax.random.key(0))
-    monkeypatch.setattr(blocks, "PARTED", 2**10)
+    monkeypatch.setattr(row_blocks, "SMALLEST_IN_PARTS", 2**10)
     seen = []
-    own = blocks.in_parts
-    monkeypatch.setattr(blocks, "in_parts", lambda function, parts: seen.append(parts) or own(function, parts))
+    own = row_blocks.in_parts
+    monkeypatch.setattr(row_blocks, "in_parts", lambda function, parts: seen.append(parts) or own(function, parts))
     jax.clear_caches()
     parted = run(sampling=full_batch(), key=jax.random.key(0))
     assert set(seen) == {10}
@@ -99,11 +102,11 @@ def test_descend_takes_the_full_gradient_in_parts_and_finds_the_same(stop, monke
 @pytest.mark.parametrize(("small", "group"), [(1, 256), (7 * 40, 4), (2**15, 2)])
 def test_shares_of_the_cores_add_up_to_the_whole(loss, cores, small, group, monkeypatch):
     batch, start = problem(dtype=jnp.float64)  # 40 bytes an example: blocks of 1, of 7, and of 819 of 1000
-    monkeypatch.setattr(blocks, "_cores", lambda: cores)
-    monkeypatch.setattr(blocks, "SMALL", small)
-    monkeypatch.setattr(blocks, "GROUP", group)
+    monkeypatch.setattr(row_blocks, "_cores", lambda: cores)
+    monkeypatch.setattr(row_blocks, "BLOCK_PER_CORE", small)
+    monkeypatch.setattr(row_blocks, "GROUP", group)
     jax.clear_caches()
-    slope = blocks.on_all_cores(loss, start, batch)
+    slope = row_blocks.on_all_cores(loss, start, batch)
     assert slope is not None
     plain = jax.grad(loss)(start, batch)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(slope(start, batch)), strict=True):
@@ -112,27 +115,27 @@ def test_shares_of_the_cores_add_up_to_the_whole(loss, cores, small, group, monk
 
 def test_one_core_and_products_of_matrices_take_large_blocks(monkeypatch):
     batch, start = problem()
-    monkeypatch.setattr(blocks, "_cores", lambda: 1)
-    assert blocks.on_all_cores(LINEAR, start, batch) is None
-    monkeypatch.setattr(blocks, "_cores", lambda: 2)
+    monkeypatch.setattr(row_blocks, "_cores", lambda: 1)
+    assert row_blocks.on_all_cores(LINEAR, start, batch) is None
+    monkeypatch.setattr(row_blocks, "_cores", lambda: 2)
     batch, start = problem(net=True)
-    assert blocks.on_all_cores(NET, start, batch) is None
+    assert row_blocks.on_all_cores(NET, start, batch) is None
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(LINEAR, True), (LOGISTIC, True), (total, False), (centred, False)])
 def test_only_a_mean_over_examples_is_taken_in_blocks(loss, expected, monkeypatch):
     batch, start = problem()
     assert (not means.doubt(loss, start, batch, [1000, 64])) is expected
-    assert blocks.rows_for(loss, start, batch) is None  # it fits the cache
-    monkeypatch.setattr(blocks, "BLOCK", 2048)
-    rows = blocks.rows_for(loss, start, batch)
+    assert row_blocks.rows_for(loss, start, batch) is None  # it fits the cache
+    monkeypatch.setattr(row_blocks, "BLOCK", 2048)
+    rows = row_blocks.rows_for(loss, start, batch)
     assert rows == (2048 // batch.x[0].nbytes if expected else None)
 
 
 def test_blocks_are_sized_by_what_a_net_keeps(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 2048)
+    monkeypatch.setattr(row_blocks, "BLOCK", 2048)
     batch, start = problem(net=True)
-    assert blocks.rows_for(NET, start, batch) == 2048 // (8 * batch.x.dtype.itemsize)
+    assert row_blocks.rows_for(NET, start, batch) == 2048 // (8 * batch.x.dtype.itemsize)
 
 
 @pytest.mark.parametrize("stop", [None, small_gradient(0.3, every=5)])
@@ -143,10 +146,10 @@ def test_descend_chooses_blocks_and_finds_the_same(sampling, stop, monkeypatch):
         descend, LINEAR, start, batch, optimizer=0.05, sampling=sampling, steps=40, key=jax.random.key(0), stop=stop
     )
     plain = run()
-    monkeypatch.setattr(blocks, "BLOCK", 2048)
+    monkeypatch.setattr(row_blocks, "BLOCK", 2048)
     seen = []
-    mean = blocks.mean
-    monkeypatch.setattr(blocks, "mean", lambda function, rows: seen.append(rows) or mean(function, rows))
+    mean = row_blocks.mean
+    monkeypatch.setattr(row_blocks, "mean", lambda function, rows: seen.append(rows) or mean(function, rows))
     jax.clear_caches()
     blocked = run()
     assert seen  # the gradient of `sampling`, of the rule, and the loss that is recorded
@@ -162,11 +165,11 @@ def test_descend_takes_the_full_gradient_on_all_cores_and_finds_the_same(stop, m
     optimizer, key = optax.sgd(0.05, momentum=0.5), jax.random.key(0)
     run = partial(descend, LINEAR, data=batch, optimizer=optimizer, sampling=full_batch(), key=key)
     plain = run(params=start, steps=60, stop=stop)
-    monkeypatch.setattr(blocks, "BLOCK", 2048)
-    monkeypatch.setattr(blocks, "_cores", lambda: 2)
+    monkeypatch.setattr(row_blocks, "BLOCK", 2048)
+    monkeypatch.setattr(row_blocks, "_cores", lambda: 2)
     asked = []
-    own = blocks._share
-    monkeypatch.setattr(blocks, "_share", lambda *args, **options: asked.append(args[2:]) or own(*args, **options))
+    own = row_blocks._share
+    monkeypatch.setattr(row_blocks, "_share", lambda *args, **options: asked.append(args[2:]) or own(*args, **options))
     shared = run(params=start, steps=60, stop=stop)
     assert shared.status == plain.status
     assert shared.stopped_at == plain.stopped_at
@@ -180,8 +183,8 @@ def test_on_all_cores_a_run_that_diverges_says_at_which_step(monkeypatch):
     batch, start = problem()
     run = partial(descend, LINEAR, start, batch, optimizer=10.0, sampling=full_batch(), steps=60, key=jax.random.key(0))
     plain = run()
-    monkeypatch.setattr(blocks, "BLOCK", 2048)
-    monkeypatch.setattr(blocks, "_cores", lambda: 2)
+    monkeypatch.setattr(row_blocks, "BLOCK", 2048)
+    monkeypatch.setattr(row_blocks, "_cores", lambda: 2)
     assert plain.status.startswith("diverged at step")
     assert run().status == plain.status
 
@@ -190,7 +193,7 @@ def test_a_sum_is_left_as_it_is_and_refused_where_blocks_were_asked_for(monkeypa
     batch, start = problem()
     run = partial(descend, total, start, batch, optimizer=1e-5, steps=10, key=jax.random.key(0))
     plain = run(sampling=full_batch())
-    monkeypatch.setattr(blocks, "BLOCK", 2048)
+    monkeypatch.setattr(row_blocks, "BLOCK", 2048)
     np.testing.assert_array_equal(run(sampling=full_batch()).loss, plain.loss)
     with pytest.raises(ValueError, match="needs a loss that is a mean over the examples"):
         run(sampling=full_batch(rows=100))
@@ -209,6 +212,6 @@ def test_memory_is_bounded():
     start = models.init_two_layer(jax.random.key(0), 64, 128, 1, dtype=jnp.float32)
     gradient = jax.grad(NET)
     plain = jax.jit(gradient).lower(start, batch).compile().memory_analysis()
-    rows = blocks.BLOCK // (128 * 4)
-    blocked = jax.jit(blocks.mean(gradient, rows)).lower(start, batch).compile().memory_analysis()
+    rows = row_blocks.BLOCK // (128 * 4)
+    blocked = jax.jit(row_blocks.mean(gradient, rows)).lower(start, batch).compile().memory_analysis()
     assert blocked.temp_size_in_bytes < 64e6 < 1e9 < plain.temp_size_in_bytes

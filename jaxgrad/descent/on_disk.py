@@ -1,0 +1,279 @@
+"""Descent over rows that stay on disk: SGD and full gradients over more data than memory holds.
+
+Which examples a step sees is a pure function of key and step, so those of thousands of coming steps are known: while
+the device takes the steps of one block, a thread fetches the rows of the next. It takes one part of the file after the
+other, so that the disk is read forwards, once per block, and puts the rows in the order of the steps.
+
+A full gradient is taken in passes over the file (`full_pass`); the step then has a gradient that is known.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad import losses
+from jaxgrad.descent import optimizers, programs
+from jaxgrad.descent.at_start import not_finite_at_start
+from jaxgrad.descent.full_pass import OfRows, check_mean, full_gradient, full_loss
+from jaxgrad.descent.objective import Objective
+from jaxgrad.descent.placement import Job, Placement, as_arrays, check, measured, sees_all, with_fallback
+from jaxgrad.descent.step import State
+from jaxgrad.rows import Layout, Rows, aligned, beginning, example, fingerprint, pick
+from jaxgrad.sampling import check_sizes
+from jaxgrad.types import Key, Params, Sampling
+
+
+def on_disk(job: Job, rows: Rows) -> Placement:
+    """Rows in files: the step of rows in memory, on rows that were fetched for it; full passes in parts."""
+    objective, sampling, params = job.objective, job.sampling, job.params
+    at = optimizers.trained(params)
+    check_sizes(sampling, rows.n)
+    first = example(rows)
+    evaluate = None if objective.evaluate is None else OfRows(objective.evaluate, rows.layout)
+    raw = objective._replace(loss=OfRows(objective.loss, rows.layout), evaluate=evaluate)
+    check(job, raw, first)
+    _check_on_disk(job, rows)
+    losses.check_labels(objective.loss, at, rows.as_batch(example(rows, 1024)))
+    full: Any = objective.of_two()
+    of_point: Any = None if full is not None else objective.of_point()
+    needs = optimizers.asked(job.runs.optimizer, params, jax.eval_shape(job.runs.optimizer.init, params))
+    if sampling.batch_size is None and needs.function:
+        raise ValueError(
+            "this optimizer evaluates the loss at other parameters within a step (value_fn), which takes passes over "
+            "the rows on disk: load the rows into memory, or take minibatches"
+        )
+    run = job.runs
+    step: Any = partial(programs.advance, optimizer=run.optimizer, over=())
+    seen: dict[str, Any] = {"evaluate_at": job.evaluate_at, "over": (), "rows": None}
+    reader: list[Reader] = []
+    valued = needs.value or job.batch_losses
+
+    def advance_batches(state: State, key: Key, until: Any, *, halt: Any, single: bool) -> State:
+        b = sampling.batch_size
+        assert b is not None
+        if not reader:
+            reader.append(Reader(rows, sampling, key, job.steps))
+        steps = reader[0].steps
+        ordered = _in_order(b, steps, rows.layout)._replace(drop_last=sampling.drop_last, n=sampling.n or rows.n)
+        go = partial(step, objective=objective, sampling=ordered, halt=halt, single=single)
+        now, until = int(state.step), int(until)
+        if now >= until:
+            # Nothing to do but to compile. To fetch a block here would take it off the clock.
+            nothing = jnp.zeros((steps * b, rows.columns), rows.dtype)
+            return go(state, key, nothing, np.int32(until))
+        while True:
+            number = now // steps
+            now = min(until, (number + 1) * steps)
+            state = jax.block_until_ready(go(state, key, reader[0].block(number), np.int32(now)))
+            if now >= until or (halt is not None and bool(state.halted)):
+                return state
+
+    def advance_full(state: State, key: Key, until: Any, *, halt: Any, single: bool) -> State:
+        # The gradient of ⟨g, w⟩ is g: the same compiled step, with a gradient that is known.
+        go = partial(step, objective=Objective(along), sampling=sampling, halt=halt, single=single)
+        if int(state.step) >= int(until):
+            full_gradient(objective.loss, optimizers.trained(state.params), beginning(rows))  # it compiles
+        for now in range(int(state.step), int(until)):
+            w = optimizers.trained(state.params)
+            slope = jax.tree.map(lambda leaf: leaf[None], full_gradient(objective.loss, w, rows))
+            own = go
+            if valued:
+                there = jax.tree.map(lambda leaf: leaf[None], w)
+                slope = (slope, there, full_loss(objective.loss, w, rows)[None])
+                own = partial(go, objective=Objective(along_from))
+            state = own(state, key, slope, np.int32(now + 1))
+            if halt is not None and bool(state.halted):
+                break
+        return state
+
+    def value(at: Params, model: Any) -> Any:
+        if rows.full is not None and objective.evaluate is None:
+            return rows.full(at)
+        function, where = (full, at) if full is not None else (of_point, (at, model))
+        return full_loss(function, where, rows)
+
+    # Of what is recorded only the full loss needs the rows.
+    nothing: dict[str, Any] = {"objective": Objective(_zero), **seen}
+
+    def look(state: State, key: Key) -> Any:
+        _, norm, _, observed = programs.look(
+            programs.seen_state(state, sees_all(job)), (), first, observe=job.observe, **nothing
+        )
+        return value(programs.point(state, job.evaluate_at), state.model), norm, None, observed
+
+    def judge(number: int, state: State, key: Key) -> Any:
+        rule = job.rules[number]
+        if rule.measured == "metric":
+            whole = programs.seen_state(state, job.evaluate_at is not None)
+            return programs.judge(whole, (), first, **measured(rule), **nothing)
+        at = programs.point(state, job.evaluate_at)
+        if rule.measured == "loss":
+            return value(at, state.model)
+        slope = jax.tree.leaves(full_gradient(full, at, rows))
+        return np.sqrt(sum(float(jnp.sum(leaf.astype(jnp.float32) ** 2)) for leaf in slope))
+
+    def at_start(params: Params, model: Any, key: Key) -> str:
+        if not objective.plain:
+            return ""
+        w = optimizers.trained(params)
+        return not_finite_at_start(full_loss(objective.loss, w, rows), full_gradient(objective.loss, w, rows))
+
+    def close() -> None:
+        for each in reader:
+            each.close()
+
+    both = with_fallback(
+        lambda *args, halt, single=True: (advance_full if sampling.batch_size is None else advance_batches)(
+            *args, halt=halt, single=single
+        ),
+        True,
+    )
+    return Placement(
+        n=rows.n,
+        mesh=None,
+        put=as_arrays,
+        advance=both,
+        look=look,
+        recorded=lambda state, key: jax.eval_shape(
+            partial(programs.look, observe=job.observe, **nothing),
+            programs.seen_state(state, sees_all(job)),
+            (),
+            first,
+        )[2:],
+        judge=judge,
+        finite=programs.finite,
+        at_start=at_start,
+        identity=(raw, first, partial(fingerprint, rows)),
+        close=close,
+    )
+
+
+def _zero(params: Params, batch: Any) -> Any:
+    return jnp.zeros(())
+
+
+def _check_on_disk(job: Job, rows: Rows) -> None:
+    """Raise ValueError unless what is taken of all rows is known to be a mean, which is evaluated in parts."""
+    objective, at = job.objective, optimizers.trained(job.params)
+    form = ", ".join(name for name, has in zip(("random", "loss_state", "has_aux"), objective[1:4], strict=True) if has)
+    if form and job.sampling.batch_size is None:
+        raise ValueError(
+            f"a full pass over rows on disk takes them in parts, which a loss with {form} is not known to allow: take "
+            "minibatches, or load the rows into memory"
+        )
+    full, of_point = objective.of_two(), objective.of_point()
+    if full is None and of_point is None:
+        raise ValueError(
+            f"the full loss of rows on disk is evaluated in parts, which a loss with {form} is not known to allow: "
+            "give evaluate=lambda params, batch: ..., a mean over the examples, which is then recorded"
+        )
+    gradient = any(rule.measured == "gradient" for rule in job.rules)
+    if full is None and gradient:
+        raise ValueError("small_gradient of rows on disk needs a loss that takes params and batch alone")
+    if job.sampling.batch_size is None:
+        check_mean(objective.loss, at, rows)
+    if full is None:
+        assert of_point is not None
+        check_mean(of_point, (at, job.model), rows)
+    elif job.sampling.batch_size is None or rows.full is None or objective.evaluate is not None or gradient:
+        check_mean(full, at, rows)
+
+
+# --- rows of coming steps, fetched ahead -------------------------------------------------------------------------
+
+
+class Reader:
+    """The rows of blocks of steps, the next block always on its way; `close` it, or its thread reads on."""
+
+    def __init__(self, rows: Rows, sampling: Sampling, key: Key, last: int):
+        b = sampling.batch_size or 1
+        # A row is in the block of the device and in the next; 32 bytes while its number is drawn and sorted.
+        most = int(rows.memory * 2**30 / (2 * rows.row_bytes + 32))
+        # Blocks of one size: another would be compiled anew.
+        self.steps = -(-max(1, last) // -(-max(1, last) // max(1, most // b)))
+        self._rows, self._sampling, self._key, self._last = rows, sampling, key, last
+        self._pool = ThreadPoolExecutor(1)
+        # Even blocks lie in one of these and odd ones in the other. New memory would cost more than to fill it.
+        self._buffers = [aligned(self.steps * b * rows.row_bytes) for _ in range(2)]
+        self._ready: dict[int, Future[np.ndarray]] = {}
+        self._device: tuple[int, Any] = (-1, None)
+
+    def block(self, number: int) -> Any:
+        """The rows of steps `number · steps` on, `[steps · b, columns]`, on the device.
+
+        Steps that use the block before must be over: what comes after this one is fetched to its place.
+        """
+        if self._device[0] != number:
+            self._device = (-1, None)
+            found = self._read(number).result()
+            self._ready = {}
+            # On a CPU this is no copy; `jnp.asarray` makes one.
+            self._device = (number, jax.block_until_ready(jax.device_put(found)))
+        if (number + 1) * self.steps < self._last:
+            self._read(number + 1)
+        return self._device[1]
+
+    def _read(self, number: int) -> "Future[np.ndarray]":
+        if number not in self._ready:
+            self._ready[number] = self._pool.submit(self._fetch, number)
+        return self._ready[number]
+
+    def _fetch(self, number: int) -> np.ndarray:
+        first = np.int32(number * self.steps)
+        drawn = _indices(self._key, first, sampling=self._sampling, n=self._rows.n, count=self.steps)
+        return pick(self._rows, np.asarray(drawn), self._buffers[number % 2])
+
+    def close(self) -> None:
+        """End the thread, let go of the files and the memory. What is being fetched is waited for: nothing reads on
+        beside what the caller does, and perhaps times, next."""
+        self._pool.shutdown(cancel_futures=True)
+        self._ready, self._device, self._buffers = {}, (-1, None), []
+
+
+@partial(jax.jit, static_argnames=("sampling", "n", "count"))
+def _indices(key: Key, first: Any, *, sampling: Sampling, n: int, count: int) -> jax.Array:
+    return sampling.ahead(key, jnp.asarray(first, jnp.int32), count, n)
+
+
+class _InOrder(NamedTuple):
+    """Step t sees the t-th b rows of its block."""
+
+    steps: int
+
+    def __call__(self, key: Key, step: Any, n: int, b: int) -> jax.Array:
+        del key, n
+        return (jnp.asarray(step, jnp.int32) % self.steps) * b + jnp.arange(b, dtype=jnp.int32)
+
+
+class _Take(NamedTuple):
+    """Rows of a block as the loss sees them: not for the loss to do, whose step then is the one of rows in memory."""
+
+    layout: Layout
+
+    def __call__(self, rows: Any, indices: Any) -> Any:
+        return self.layout.batch(rows.at[indices].get(mode="promise_in_bounds"))
+
+
+def _in_order(b: int, steps: int, layout: Layout) -> Sampling:
+    """Rows as they come: what the step sees when a block of steps was fetched for it."""
+    return Sampling("in order", b, _InOrder(steps), take=_Take(layout))
+
+
+# --- a step whose gradient is known -------------------------------------------------------------------------------
+
+
+def along(params: Params, gradient: Any) -> jax.Array:
+    """`⟨g, w⟩`, whose gradient is g: a loss for a step whose gradient is known; leaves of g `[1, …]`."""
+    parts = jax.tree.map(lambda w, g: jnp.sum(w * jax.lax.stop_gradient(g[0])), params, gradient)
+    return sum(jax.tree.leaves(parts), start=jnp.zeros(()))
+
+
+def along_from(params: Params, known: Any) -> jax.Array:
+    """`v + ⟨g, w − w₀⟩` for known `(g, w₀, v)`: also the value is known, at w₀."""
+    gradient, start, value = known
+    parts = jax.tree.map(lambda w, w0, g: jnp.sum((w - w0[0]) * g[0]), params, start, gradient)
+    return sum(jax.tree.leaves(parts), start=jnp.asarray(value[0]))

@@ -79,10 +79,16 @@ def _job(how: str, rank: int, file: Path) -> int:
 
     x = normal(np.random.default_rng(0), (1000, 8), bits=16, dtype=np.float32)
     descend(
-        losses.mean_loss(models.linear, losses.squared), models.init_linear(8), Batch(x, x.sum(axis=1)), optimizer=0.01,
-        sampling=distinct(16), steps=4 * STEP, key=jax.random.key(0), record=range(0, 4 * STEP + 1, 10), progress=fail,
-        mesh=parallel.mesh(),
-    )  # fmt: skip
+        losses.mean_loss(models.linear, losses.squared),
+        models.init_linear(8),
+        parallel.shard(Batch(x, x.sum(axis=1)), parallel.mesh()),
+        optimizer=0.01,
+        sampling=distinct(16),
+        steps=4 * STEP,
+        key=jax.random.key(0),
+        record=range(0, 4 * STEP + 1, 10),
+        progress=fail,
+    )
     return 0
 
 

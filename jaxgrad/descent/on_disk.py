@@ -38,8 +38,8 @@ def on_disk(job: Job, rows: Rows) -> Placement:
     check(job, raw, first)
     _check_on_disk(job, rows)
     losses.check_labels(objective.loss, at, rows.as_batch(example(rows, 1024)))
-    full: Any = objective.of_two()
-    of_point: Any = None if full is not None else objective.of_point()
+    full = objective.of_two()
+    of_point = None if full is not None else objective.of_point()
     needs = optimizers.asked(job.runs.optimizer, params, jax.eval_shape(job.runs.optimizer.init, params))
     if sampling.batch_size is None and needs.function:
         raise ValueError(
@@ -93,8 +93,10 @@ def on_disk(job: Job, rows: Rows) -> Placement:
     def value(at: Params, model: Any) -> Any:
         if rows.full is not None and objective.evaluate is None:
             return rows.full(at)
-        function, where = (full, at) if full is not None else (of_point, (at, model))
-        return full_loss(function, where, rows)
+        if full is not None:
+            return full_loss(full, at, rows)
+        assert of_point is not None
+        return full_loss(of_point, (at, model), rows)
 
     # Of what is recorded only the full loss needs the rows.
     nothing: dict[str, Any] = {"objective": Objective(_zero), **seen}
@@ -113,6 +115,7 @@ def on_disk(job: Job, rows: Rows) -> Placement:
         at = programs.point(state, job.evaluate_at)
         if rule.measured == "loss":
             return value(at, state.model)
+        assert full is not None
         slope = jax.tree.leaves(full_gradient(full, at, rows))
         return np.sqrt(sum(float(jnp.sum(leaf.astype(jnp.float32) ** 2)) for leaf in slope))
 

@@ -68,7 +68,6 @@ def descend(
     observe: Callable[..., Any] | None = None,
     params_axis: Natural | None = None,
     progress: bool | Callable[[int, int], None] = False,
-    mesh: jax.sharding.Mesh | None = None,
     checkpoint: Checkpoint | None = None,
     memory: Positive = run_tiles.MEMORY,
     sweep: Mapping[str, Any] | None = None,
@@ -87,7 +86,7 @@ def descend(
         in blocks; any other is evaluated on all rows at once. `random`, `loss_state` and `has_aux` allow other forms.
       params: the start, a pytree of floating-point arrays; or the `State` of an earlier trace, to go on from.
       data: all n examples, a pytree whose leaves share their leading axis; or rows that lie on many devices
-        (`jaxgrad.parallel.shard`) or on disk (`jaxgrad.open_rows`).
+        (`parallel.shard(batch, parallel.mesh())`) or on disk (`jaxgrad.open_rows`).
       optimizer: an optax transformation (schedules give `η_t`), or a number: plain descent with that step size; or m
         numbers: then a run with each of them, with every key, goes in one compiled program. One that asks for the loss
         (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, …) gets `value`, `grad` and `value_fn` of the step's batch.
@@ -105,7 +104,6 @@ def descend(
         the `State` of the run: its step, the optimizer's state, the last update, the state of the loss. Off the clock.
       params_axis: 0 if `params` has a leading axis of s starts, one per key; all step sizes share them.
       progress: True shows a line on stderr; or a function of `(step, steps)`.
-      mesh: spread the rows over its devices (`jaxgrad.parallel.mesh()`). The step is the same.
       checkpoint: save the run as it goes, and go on from what was saved. SIGTERM and Ctrl-C then end it at the next
         record point or checkpoint, the same on every process, with `parallel.Preempted` (exit status 75).
       memory: GiB that the program may take beside the data and what it returns. Runs that need more together go in
@@ -167,7 +165,7 @@ def descend(
         memory=memory,
         steps=steps,
     )
-    rows = place(job, data, mesh)
+    rows = place(job, data)
     first, before = (
         (0, 0) if earlier is None else (int(earlier.step if state is None else state.step), _examples(earlier))
     )
@@ -318,13 +316,11 @@ class _Open(NamedTuple):
 # --- where the rows are -----------------------------------------------------------------------------------------
 
 
-def place(job: Job, data: Any, mesh: Any) -> Placement:
+def place(job: Job, data: Any) -> Placement:
     """The placement of these data; raises ValueError or TypeError where the job cannot be done there."""
-    if mesh is not None and not isinstance(data, Rows | parallel.Sharded):
-        data = parallel.shard(data, mesh)
     if isinstance(data, Rows):
-        if job.runs.shape or mesh is not None:
-            raise ValueError("rows on disk serve one run on one device: give one key, one step size and no mesh")
+        if job.runs.shape:
+            raise ValueError("rows on disk serve one run on one device: give one key and one step size")
         return on_disk(job, data)
     return on_mesh(job, data) if isinstance(data, parallel.Sharded) else in_memory(job, data)
 

@@ -626,7 +626,7 @@ def cases():
         ),
         params_axis=Kind(None, lambda v: ANY if v is None else REFUSED, {"1": 1}),
     )
-    descend_case(mesh=exactly(None, optional=True), memory=positive(1.0))
+    descend_case(memory=positive(1.0))
     descend_case(
         batch_losses=flag(False),
         evaluate=function(None, optional=True),

@@ -33,6 +33,10 @@ def start(dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype), init_linear(6))
 
 
+def spread(batch, mesh):
+    return batch if mesh is None else parallel.shard(batch, mesh)
+
+
 def runs(mesh, of=""):
     """Final parameters by name: 203 rows, which no number of devices here divides, and 200, which all do.
 
@@ -43,10 +47,10 @@ def runs(mesh, of=""):
     def run(name, loss, params, batch, sampling, key=keys[0], optimizer=0.1, **how):
         if of not in name:
             return
+        data = spread(batch, mesh)
         trace = descend(
-            loss, params, batch, optimizer=optimizer, sampling=sampling, steps=STEPS, key=key, mesh=mesh, record=3,
-            **how,
-        )  # fmt: skip
+            loss, params, data, optimizer=optimizer, sampling=sampling, steps=STEPS, key=key, record=3, **how
+        )
         for i, leaf in enumerate(jax.tree.leaves(trace.params)):
             found[f"{name}/{i}"] = np.asarray(leaf)
         found[f"{name}/loss"] = trace.loss
@@ -68,11 +72,11 @@ def runs(mesh, of=""):
 def resumable(folder, *, mesh=None, resume=True, until=120, progress=False, file="run.npz", **changes):
     """A run that leaves a checkpoint each 20 steps, and is recorded each 10."""
     arguments = dict(
-        params=start(np.float64), data=problem(203, np.float64), optimizer=MOMENTUM,
+        params=start(np.float64), data=spread(problem(203, np.float64), mesh), optimizer=MOMENTUM,
         sampling=distinct(16), key=jax.random.key(5), observe=weights,
     )  # fmt: skip
     return descend(
-        **{"loss": LOSS} | arguments | changes, steps=until, mesh=mesh, record=range(0, until + 1, 10),
+        **{"loss": LOSS} | arguments | changes, steps=until, record=range(0, until + 1, 10),
         progress=progress, checkpoint=Checkpoint(folder / file, every=20, resume=resume),
     )  # fmt: skip
 

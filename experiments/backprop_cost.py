@@ -323,10 +323,22 @@ def report(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-COLOURS = {"forward": plots.GREY, "backprop": plots.BLUE, "separate_shared": plots.SKY, "separate": plots.VERMILLION,
-           "forward_mode": plots.ORANGE, "finite_differences": plots.PURPLE}  # fmt: skip
-WORDS = {"forward": "forward", "backprop": "backprop", "separate_shared": "separate, shared σ'", "separate": "separate",
-         "forward_mode": "forward mode", "finite_differences": "finite differences"}  # fmt: skip
+COLOURS = {
+    "forward": plots.GREY,
+    "backprop": plots.BLUE,
+    "separate_shared": plots.SKY,
+    "separate": plots.VERMILLION,
+    "forward_mode": plots.ORANGE,
+    "finite_differences": plots.PURPLE,
+}
+WORDS = {
+    "forward": "forward",
+    "backprop": "backprop",
+    "separate_shared": "separate, shared σ'",
+    "separate": "separate",
+    "forward_mode": "forward mode",
+    "finite_differences": "finite differences",
+}
 
 
 def draw(numbers: dict[str, Any]) -> Figure:
@@ -335,8 +347,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
     fine = np.geomspace(L[0], L[-1], 60)
     for name, (formula, law) in FORMULAS.items():
         chain.plot(fine, law(fine), color=COLOURS[name], linewidth=1.1)
-        chain.plot(L, numbers[f"chain/{name}"], "o", color=COLOURS[name], markersize=4,
-                   label=f"{WORDS[name]}: {formula}")  # fmt: skip
+        chain.plot(
+            L, numbers[f"chain/{name}"], "o", color=COLOURS[name], markersize=4, label=f"{WORDS[name]}: {formula}"
+        )
     plots.log_scale(chain, "xy")
     chain.set(title="A chain of scalars", xlabel="layers L", ylabel="operations, counted")
     chain.legend(loc="upper center", bbox_to_anchor=(0.42, -0.17), fontsize=8.5)
@@ -358,9 +371,15 @@ def draw(numbers: dict[str, Any]) -> Figure:
         clock.plot(numbers["depths"], numbers[f"operations/{way}"], color=colours[way], linewidth=1.1)
         median, low, high = numbers[f"time/{way}"].T
         clock.errorbar(
-            numbers["depths"], median, yerr=[median - low, high - median], fmt="o", color=colours[way], markersize=4.5,
-            linewidth=1, label=way,
-        )  # fmt: skip
+            numbers["depths"],
+            median,
+            yerr=[median - low, high - median],
+            fmt="o",
+            color=colours[way],
+            markersize=4.5,
+            linewidth=1,
+            label=way,
+        )
     plots.log_scale(clock, "xy")
     clock.set_xticks(numbers["depths"], labels=[str(depth) for depth in numbers["depths"]])
     clock.minorticks_off()

@@ -127,11 +127,13 @@ def run(config: Config, session: Session) -> dict[str, Any]:
             numbers[f"deviation/{method}"] = _deviation(method, starts[0], float(etas[len(etas) // 2]))
         numbers["real_exact"] = min(
             theory.gd_steps_to(
-                geometry, 0 * geometry.minimiser, eta * theory.edge(geometry) / 2,
+                geometry,
+                0 * geometry.minimiser,
+                eta * theory.edge(geometry) / 2,
                 config.share * float(theory.excess_loss(geometry, 0 * geometry.minimiser)),
             )
             for eta in _etas("GD", config.etas)
-        )  # fmt: skip
+        )
         return numbers | _scalings(config, dataset.name)
 
 
@@ -145,18 +147,27 @@ def _directions(geometry: theory.Problem, batch: Batch, config: Config) -> dict[
 
     def go(batch: Batch) -> Any:
         _, seen = trajectory(
-            losses.mean_loss(models.linear, losses.squared), begin, batch, optimizer=optax.sgd(eta),
-            sampling=full_batch(), key=jax.random.key(0), record=record,
+            losses.mean_loss(models.linear, losses.squared),
+            begin,
+            batch,
+            optimizer=optax.sgd(eta),
+            sampling=full_batch(),
+            key=jax.random.key(0),
+            record=record,
             observe=lambda params: jnp.append(params.w, params.b),
-        )  # fmt: skip
+        )
         return seen
 
     left = theory.components(geometry, np.asarray(jax.jit(go)(batch)))
     return {
-        "record": record, "eta": eta, "fraction": config.fraction, "eigenvalues": geometry.eigenvalues,
-        "condition_number": theory.condition_number(geometry), "left": left,
+        "record": record,
+        "eta": eta,
+        "fraction": config.fraction,
+        "eigenvalues": geometry.eigenvalues,
+        "condition_number": theory.condition_number(geometry),
+        "left": left,
         "left_theory": exact.contraction(geometry.eigenvalues, eta, record),
-    }  # fmt: skip
+    }
 
 
 def _hessians(spectra: np.ndarray) -> np.ndarray:
@@ -193,9 +204,15 @@ def _steps_to(
             return quadratic(state.params, H) <= below
 
         end = advance(
-            init(start, rule), jax.random.key(0), H, most, loss=quadratic, optimizer=rule, sampling=full_batch(),
+            init(start, rule),
+            jax.random.key(0),
+            H,
+            most,
+            loss=quadratic,
+            optimizer=rule,
+            sampling=full_batch(),
             halt=arrived,
-        )  # fmt: skip
+        )
         return jnp.where(end.halted, end.step, jnp.inf)
 
     top = np.linalg.eigvalsh(hessians)[:, -1]
@@ -246,9 +263,15 @@ def _deviation(method: str, start: np.ndarray, eta: float) -> float:
 
     def go(H: Any) -> Any:
         _, path = trajectory(
-            quadratic, jnp.asarray(start), H, optimizer=optimizer(method, eta, H), sampling=full_batch(),
-            key=jax.random.key(0), record=np.arange(1, 61), observe=lambda d: d,
-        )  # fmt: skip
+            quadratic,
+            jnp.asarray(start),
+            H,
+            optimizer=optimizer(method, eta, H),
+            sampling=full_batch(),
+            key=jax.random.key(0),
+            record=np.arange(1, 61),
+            observe=lambda d: d,
+        )
         return path
 
     one, other = np.asarray(jax.jit(jax.vmap(go))(np.stack([np.diag(s) for s in spectra])))
@@ -368,8 +391,13 @@ def report(numbers: dict[str, Any]) -> str:
     )
 
 
-COLOURS = {"GD": plots.BLACK, "Jacobi": plots.GREEN, "Adagrad": plots.BLUE, "RMSProp": plots.ORANGE,
-           "Adam": plots.PURPLE}  # fmt: skip
+COLOURS = {
+    "GD": plots.BLACK,
+    "Jacobi": plots.GREEN,
+    "Adagrad": plots.BLUE,
+    "RMSProp": plots.ORANGE,
+    "Adam": plots.PURPLE,
+}
 
 
 def draw(numbers: dict[str, Any]) -> Figure:
@@ -394,8 +422,15 @@ def draw(numbers: dict[str, Any]) -> Figure:
             dodge = 1.0 if method != "Jacobi" else 1.08
             if known:
                 axis.plot(kappas, numbers[f"predicted/{method}"][row], color=colour, linewidth=1.2)
-            axis.plot(kappas * dodge, measured, "o" if known else "o:", color=colour, markersize=4.5, linewidth=1,
-                      label=method)  # fmt: skip
+            axis.plot(
+                kappas * dodge,
+                measured,
+                "o" if known else "o:",
+                color=colour,
+                markersize=4.5,
+                linewidth=1,
+                label=method,
+            )
         plots.log_scale(axis, "xy")
         axis.set_xlabel("condition number κ")
         axis.set_ylim(0.7, 1.6 * max(numbers["steps/GD"].max(), numbers["steps/Adagrad"].max()))

@@ -74,21 +74,34 @@ def run(config: Config, session: Session) -> dict[str, Any]:
     edge = theory.edge(geometry)
     start = Linear(jnp.array([config.start[0]], jnp.float32), jnp.float32(config.start[1]))
     numbers: dict[str, Any] = {
-        "n": len(carat), "minimiser": geometry.minimiser, "minimum": geometry.value, "edge": edge,
-        "condition_number": theory.condition_number(geometry), "start": np.array(config.start),
+        "n": len(carat),
+        "minimiser": geometry.minimiser,
+        "minimum": geometry.value,
+        "edge": edge,
+        "condition_number": theory.condition_number(geometry),
+        "start": np.array(config.start),
         "hessian": geometry.directions @ np.diag(geometry.eigenvalues) @ geometry.directions.T,
-        "batch_sizes": np.array(config.batch_sizes), "fraction": config.fraction, "steps": config.steps,
-        "too_small": config.too_small, "too_large": config.too_large,
-    }  # fmt: skip
+        "batch_sizes": np.array(config.batch_sizes),
+        "fraction": config.fraction,
+        "steps": config.steps,
+        "too_small": config.too_small,
+        "too_large": config.too_large,
+    }
 
     def paths(eta: float, sampling: Any, record: Any, keys: Any, begin: Linear = start) -> np.ndarray:
         """`(slope, intercept)` at the recorded steps: `[keys, record, 2]`."""
 
         def one(key: Any) -> Any:
             _, seen = trajectory(
-                LOSS, begin, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=record,
+                LOSS,
+                begin,
+                batch,
+                optimizer=optax.sgd(eta),
+                sampling=sampling,
+                key=key,
+                record=record,
                 observe=lambda params: jnp.append(params.w, params.b),
-            )  # fmt: skip
+            )
             return seen
 
         return np.asarray(jax.jit(jax.vmap(one))(keys), float)
@@ -132,9 +145,15 @@ def _graph() -> dict[str, Any]:
     x_all, y_all = jnp.asarray(cancer.batch.x[:, columns]), jnp.asarray(cancer.batch.y)
     loss = losses.mean_loss(models.linear, losses.logloss)
     trace = descend(
-        loss, models.init_linear(2), Batch(x_all, y_all), optimizer=1.0, sampling=full_batch(), steps=100,
-        key=jax.random.key(0), record=2,
-    )  # fmt: skip
+        loss,
+        models.init_linear(2),
+        Batch(x_all, y_all),
+        optimizer=1.0,
+        sampling=full_batch(),
+        steps=100,
+        key=jax.random.key(0),
+        record=2,
+    )
     # An example that the fitted model is unsure of: there is something to send back.
     p_all = jax.nn.sigmoid(x_all @ trace.params.w + trace.params.b)
     example = int(jnp.argmin(jnp.abs(p_all - 0.7) + 10 * (y_all == 1)))
@@ -308,18 +327,37 @@ def _draw_near(axis: Axes, numbers: dict[str, Any]) -> None:
 def _draw_failures(axis: Axes, numbers: dict[str, Any]) -> None:
     _contours(axis, numbers, (-1.5, 7.0), (-0.5, 9.5))
     bounce = numbers["divergence"][:60]
-    axis.plot(*bounce.T, "o-", color=plots.VERMILLION, markersize=2.5, linewidth=0.9,
-              label=f"too large: {numbers['too_large']:g} of the edge")  # fmt: skip
-    axis.plot(*numbers["crawl"].T, "-", color=plots.BLUE, linewidth=3,
-              label=f"too small: {numbers['too_small']:g} of the edge")  # fmt: skip
+    axis.plot(
+        *bounce.T,
+        "o-",
+        color=plots.VERMILLION,
+        markersize=2.5,
+        linewidth=0.9,
+        label=f"too large: {numbers['too_large']:g} of the edge",
+    )
+    axis.plot(
+        *numbers["crawl"].T,
+        "-",
+        color=plots.BLUE,
+        linewidth=3,
+        label=f"too small: {numbers['too_small']:g} of the edge",
+    )
     axis.set_title("Two failures of a step size")
     axis.legend(loc="lower left", framealpha=0.85, frameon=True, edgecolor="none")
 
 
 PLACES = {
-    "w1": (0, 3), "x1": (0, 2.1), "w2": (0, 1.2), "x2": (0, 0.3), "b": (2.1, 0), "u": (2.1, 2.55), "v": (2.1, 1.1),
-    "h": (4.4, 1.6), "p": (6.7, 1.6), "ce": (9.2, 1.6),
-}  # fmt: skip
+    "w1": (0, 3),
+    "x1": (0, 2.1),
+    "w2": (0, 1.2),
+    "x2": (0, 0.3),
+    "b": (2.1, 0),
+    "u": (2.1, 2.55),
+    "v": (2.1, 1.1),
+    "h": (4.4, 1.6),
+    "p": (6.7, 1.6),
+    "ce": (9.2, 1.6),
+}
 EDGES = (
     ("w1", "u"),
     ("x1", "u"),
@@ -332,9 +370,17 @@ EDGES = (
     ("p", "ce"),
 )
 TITLES = {
-    "w1": "w₁", "x1": "x₁", "w2": "w₂", "x2": "x₂", "b": "b", "u": "w₁ x₁", "v": "w₂ x₂", "h": "h = sum",
-    "p": "p = s(h)", "ce": "CE(y, p)",
-}  # fmt: skip
+    "w1": "w₁",
+    "x1": "x₁",
+    "w2": "w₂",
+    "x2": "x₂",
+    "b": "b",
+    "u": "w₁ x₁",
+    "v": "w₂ x₂",
+    "h": "h = sum",
+    "p": "p = s(h)",
+    "ce": "CE(y, p)",
+}
 
 
 def _draw_graph(axis: Axes, numbers: dict[str, Any]) -> None:
@@ -344,13 +390,21 @@ def _draw_graph(axis: Axes, numbers: dict[str, Any]) -> None:
     half = 0.72
     for tail, head in EDGES:
         (x0, y0), (x1, y1) = PLACES[tail], PLACES[head]
-        axis.annotate("", (x1 - half, y1), (x0 + half, y0),
-                      arrowprops={"arrowstyle": "->", "color": "#555555", "linewidth": 1.2})  # fmt: skip
+        axis.annotate(
+            "", (x1 - half, y1), (x0 + half, y0), arrowprops={"arrowstyle": "->", "color": "#555555", "linewidth": 1.2}
+        )
     for name, (x, y) in PLACES.items():
         axis.add_patch(
-            FancyBboxPatch((x - half + 0.06, y - 0.34), 2 * half - 0.12, 0.68, boxstyle="round,pad=0.05",
-                           facecolor="white", edgecolor="#555555", zorder=3)
-        )  # fmt: skip
+            FancyBboxPatch(
+                (x - half + 0.06, y - 0.34),
+                2 * half - 0.12,
+                0.68,
+                boxstyle="round,pad=0.05",
+                facecolor="white",
+                edgecolor="#555555",
+                zorder=3,
+            )
+        )
         axis.text(x, y + 0.19, TITLES[name], ha="center", va="center", fontsize=9, weight="bold", zorder=4)
         axis.text(x, y - 0.04, f"{values[name]:.4g}", ha="center", va="center", fontsize=9, zorder=4)
         if name in back:

@@ -109,7 +109,7 @@ def _descent(loss: Callable[..., Any], eta: float, steps: int) -> Any:
     if (loss, eta, steps) not in _DESCENTS:
 
         def descend(p: Any, batch: Any) -> Any:
-            move = lambda _, q: jax.tree.map(lambda a, g: a - eta * g, q, jax.grad(loss)(q, batch))  # noqa: E731
+            move = lambda _, q: jax.tree.map(lambda a, g: a - eta * g, q, jax.grad(loss)(q, batch))
             return jax.lax.fori_loop(0, steps, move, p)
 
         _DESCENTS[loss, eta, steps] = jax.jit(descend)
@@ -194,7 +194,7 @@ def _judge_species(species: Species, config: Config, session: Session) -> list[d
     for seed in range(max(config.seeds, config.wrong_seeds)):
         for name, p, batch in _points(species, seed, config):
             flat, rebuild = _flatten(p)
-            at = lambda x, r=rebuild, b=batch: float(value(r(x), b))  # noqa: E731
+            at = lambda x, r=rebuild, b=batch: float(value(r(x), b))
             known = checkers.differences(at, flat, np.random.default_rng(seed))
             zoo = (
                 [(bug, True, wrong_gradient(species, bug)) for bug in species.bugs] if seed < config.wrong_seeds else []

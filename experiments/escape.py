@@ -133,10 +133,13 @@ def _landscape(
     stationary = escape.stationary_points(land.loss, land.data, land.bad - 0.01, land.barrier + 0.01)
     w = np.linspace(land.bad - 0.9, land.good + 0.6, 200)
     numbers: dict[str, Any] = {
-        "labels": [_label(s) for s in samplings], "etas": np.array(etas), "n": len(batch.y), "w": w,
+        "labels": [_label(s) for s in samplings],
+        "etas": np.array(etas),
+        "n": len(batch.y),
+        "w": w,
         "loss": np.asarray(jax.vmap(lambda w: land.loss(w, batch))(jnp.asarray(w, jnp.float32)), float),
         "marks": np.array([land.bad, land.barrier, land.good]),
-    }  # fmt: skip
+    }
     ceiling = min(1.0 / land.smoothness, 1.3 * max(etas))
     fine = geometric(0.6 * min(etas), ceiling, config.fine)
     numbers["fine"] = fine
@@ -157,9 +160,11 @@ def _landscape(
         rate = [2 * _kramers(land, stationary, float(e), sampling) for e in fine]
         guides.append(1 - np.exp(-np.array(rate) * config.steps))
     numbers |= {
-        "rows": np.array(rows).reshape(len(samplings), len(etas), 5), "lines": np.array(lines),
-        "kramers": np.array(guides), "impossible_at": np.array(walls),
-    }  # fmt: skip
+        "rows": np.array(rows).reshape(len(samplings), len(etas), 5),
+        "lines": np.array(lines),
+        "kramers": np.array(guides),
+        "impossible_at": np.array(walls),
+    }
 
     session.say(f"{name}: GD from {config.seeds:,} starts in the basin")
     left = land.left if land.left is not None else land.bad - 1.0
@@ -192,9 +197,17 @@ def _rounded(land: escape.Landscape) -> escape.Landscape:
 def certified(land: escape.Landscape, sampling: Sampling, eta: float, steps: int, grid: int) -> escape.Escape:
     """The bracket on the probability to have crossed the barrier to the right, from the bad minimum."""
     return escape.escape_probability(
-        land.loss, land.data, sampling=sampling, eta=eta, start=land.bad, right=land.barrier, left=land.left,
-        steps=steps, smoothness=land.smoothness, grid=grid,
-    )  # fmt: skip
+        land.loss,
+        land.data,
+        sampling=sampling,
+        eta=eta,
+        start=land.bad,
+        right=land.barrier,
+        left=land.left,
+        steps=steps,
+        smoothness=land.smoothness,
+        grid=grid,
+    )
 
 
 def _crossed(
@@ -227,9 +240,15 @@ def _until(keys: Any, starts: Any, ends: Any, batch: Batch, eta: Any, steps: Any
 def _path(keys: Any, start: Any, batch: Batch, eta: Any, record: Any, *, loss: Any, sampling: Any) -> Any:
     def one(key: Any) -> Any:
         return trajectory(
-            loss, start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=record,
+            loss,
+            start,
+            batch,
+            optimizer=optax.sgd(eta),
+            sampling=sampling,
+            key=key,
+            record=record,
             observe=lambda w: w,
-        )[1]  # fmt: skip
+        )[1]
 
     return jax.vmap(one)(keys)
 
@@ -238,9 +257,13 @@ def _kramers(land: escape.Landscape, stationary: list[escape.Stationary], eta: f
     bad = min(stationary, key=lambda point: abs(point.w - land.bad))
     top = min(stationary, key=lambda point: abs(point.w - land.barrier))
     return escape.kramers_rate(
-        eta=eta, factor=noise.gamma(sampling, len(land.data.y)), variance=bad.variance, well_curvature=bad.curvature,
-        barrier_curvature=top.curvature, height=top.loss - bad.loss,
-    )  # fmt: skip
+        eta=eta,
+        factor=noise.gamma(sampling, len(land.data.y)),
+        variance=bad.variance,
+        well_curvature=bad.curvature,
+        barrier_curvature=top.curvature,
+        height=top.loss - bad.loss,
+    )
 
 
 def _collapse(land: escape.Landscape, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -279,8 +302,14 @@ def _net(dataset: data.Dataset, features: int, hidden: int, l2: float, config: C
     def go(starts: Any, steps: Any, sampling: Sampling) -> Any:
         def one(start: Any, key: Any) -> Any:
             params, _ = trajectory(
-                loss, start, batch, optimizer=optax.sgd(NET_ETA), sampling=sampling, key=key, record=steps[None],
-            )  # fmt: skip
+                loss,
+                start,
+                batch,
+                optimizer=optax.sgd(NET_ETA),
+                sampling=sampling,
+                key=key,
+                record=steps[None],
+            )
             return params, loss(params, batch), optax.tree.norm(jax.grad(loss)(params, batch))
 
         return jax.vmap(one)(starts, keys)
@@ -290,9 +319,13 @@ def _net(dataset: data.Dataset, features: int, hidden: int, l2: float, config: C
     _, sgd, sgd_slope = go(jumped, jnp.int32(config.calm), full_batch())
     slope = max(float(np.median(gd_slope)), float(np.median(sgd_slope)))
     return {
-        "what": f"{d}–{hidden}–1", "gd": np.asarray(gd, float), "sgd": np.asarray(sgd, float), "slope": slope, "l2": l2,
+        "what": f"{d}–{hidden}–1",
+        "gd": np.asarray(gd, float),
+        "sgd": np.asarray(sgd, float),
+        "slope": slope,
+        "l2": l2,
         "n": len(batch.y),
-    }  # fmt: skip
+    }
 
 
 # --- what the numbers say --------------------------------------------------------------------------------------
@@ -313,9 +346,14 @@ def _compare_net(numbers: dict[str, Any], key: str) -> dict[str, Any]:
     best = min(gd.min(), sgd.min())
     lower, higher = int(np.sum(sgd < gd - SAME)), int(np.sum(sgd > gd + SAME))
     return {
-        "lower": lower, "higher": higher, "gd minima": _count_minima(gd), "sgd minima": _count_minima(sgd),
-        "gd best": int(np.sum(gd < best + SAME)), "sgd best": int(np.sum(sgd < best + SAME)), "best": best,
-    }  # fmt: skip
+        "lower": lower,
+        "higher": higher,
+        "gd minima": _count_minima(gd),
+        "sgd minima": _count_minima(sgd),
+        "gd best": int(np.sum(gd < best + SAME)),
+        "sgd best": int(np.sum(sgd < best + SAME)),
+        "best": best,
+    }
 
 
 def _percent(count: int, trials: int) -> str:
@@ -467,7 +505,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
 
 
 def _draw_landscape(axis: Any, numbers: dict[str, Any], name: str, title: str) -> list[Line2D]:
-    at = lambda key: numbers[f"{name}/{key}"]  # noqa: E731
+    at = lambda key: numbers[f"{name}/{key}"]
     w, loss = at("w"), at("loss")
     inside = (at("runs").min() - 0.1, max(at("runs").max(), at("marks")[2]) + 0.1)
     seen = (w > inside[0]) & (w < inside[1])
@@ -476,8 +514,15 @@ def _draw_landscape(axis: Any, numbers: dict[str, Any], name: str, title: str) -
     for mark, text, up in zip(at("marks"), ("bad", "barrier", "good"), (-1, 1, -1), strict=True):
         height = np.interp(mark, w, loss)
         axis.plot(mark, height, "o", color=plots.BLACK, markersize=5)
-        axis.annotate(text, (mark, height), xytext=(0, 7 * up), textcoords="offset points", ha="center", fontsize=9,
-                      va="bottom" if up > 0 else "top")  # fmt: skip
+        axis.annotate(
+            text,
+            (mark, height),
+            xytext=(0, 7 * up),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            va="bottom" if up > 0 else "top",
+        )
     axis.set_ylim(low - 0.25 * (high - low), high + 1.4 * (high - low))
     axis.set_yticks([tick for tick in axis.get_yticks() if low - 0.1 * (high - low) <= tick <= high])
     axis.set(title=f"{title}: {at('shown')}", xlabel="w", ylabel="L(w)")
@@ -504,7 +549,7 @@ def _draw_landscape(axis: Any, numbers: dict[str, Any], name: str, title: str) -
 
 
 def _draw_chances(axis: Any, numbers: dict[str, Any], name: str, title: str) -> None:
-    at = lambda key: numbers[f"{name}/{key}"]  # noqa: E731
+    at = lambda key: numbers[f"{name}/{key}"]
     for i, (label, colour) in enumerate(zip(at("labels"), _colours(at("labels")), strict=True)):
         style = "--" if label.startswith("distinct") and name == "well" else "-"
         shown = label.replace("with replacement, ", "").replace("distinct, ", "" if name != "well" else "distinct ")
@@ -539,9 +584,10 @@ def _draw_net(axis: Any, numbers: dict[str, Any], key: str) -> None:
     axis.set_xlim(min(gd.min(), sgd.min()) - 0.05 * (top - gd.min()), top + 0.1 * (top - gd.min()))
     axis.set_ylim(0, 1.03)
     axis.set(
-        title=f"Net {numbers[f'net/{key}/what']} on {numbers['net/data']}", xlabel="loss at the minimum reached",
+        title=f"Net {numbers[f'net/{key}/what']} on {numbers['net/data']}",
+        xlabel="loss at the minimum reached",
         ylabel="share of the starts at or below",
-    )  # fmt: skip
+    )
     axis.legend(loc="best")
 
 

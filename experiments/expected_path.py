@@ -144,11 +144,14 @@ def run(config: Config, session: Session) -> dict[str, Any]:
     over = float(np.float32(config.beyond * edge))
     runs = gaps(over, smallest, record)
     numbers |= {
-        "beyond/eta": over, "beyond/fraction": config.beyond, "beyond/mean": runs.mean(axis=0),
-        "beyond/median": np.median(runs, axis=0), "beyond/largest": runs.max(axis=0),
+        "beyond/eta": over,
+        "beyond/fraction": config.beyond,
+        "beyond/mean": runs.mean(axis=0),
+        "beyond/median": np.median(runs, axis=0),
+        "beyond/largest": runs.max(axis=0),
         "beyond/quantiles": np.stack(statistics.quantile_band(runs)),
         "beyond/line": theory.sgd_moments(problem, start, over, smallest, every).excess,
-    }  # fmt: skip
+    }
     full = runs_of(keys[:2], jnp.float32(eta), batch, jnp.asarray(record, jnp.int32), start, sampling=full_batch())
     numbers["gd/runs"] = theory.excess_loss(problem, np.asarray(full, float).reshape(-1, full.shape[-1])).reshape(2, -1)
     return numbers
@@ -299,7 +302,7 @@ def report(numbers: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for b in numbers["sizes"]:
-        at = lambda key, b=b: numbers[f"distinct {b}/{key}"]  # noqa: E731
+        at = lambda key, b=b: numbers[f"distinct {b}/{key}"]
         exact = np.interp(numbers["eta"], at("fine"), at("floor"))
         leading = np.interp(numbers["eta"], at("fine"), at("leading"))
         out.append(
@@ -325,9 +328,15 @@ def draw(numbers: dict[str, Any]) -> Figure:
             paths.plot(every, numbers[f"{name}/line"], style, color=colour, linewidth=1.2)
             error = limit * numbers[f"{name}/deviation"] / np.sqrt(numbers[f"{name}/runs"])
             paths.errorbar(
-                steps, numbers[f"{name}/measured"], yerr=error, fmt=mark, color=colour, markersize=4, linewidth=0.9,
+                steps,
+                numbers[f"{name}/measured"],
+                yerr=error,
+                fmt=mark,
+                color=colour,
+                markersize=4,
+                linewidth=0.9,
                 markerfacecolor=colour if kind == "distinct" else "white",
-            )  # fmt: skip
+            )
     paths.plot(every, numbers["gd"], color=plots.BLACK, linewidth=1.2)
     plots.log_scale(paths, "xy")
     paths.set_ylim(0.2 * min(numbers[f"distinct {b}/line"].min() for b in sizes), 2 * numbers["start"])
@@ -378,7 +387,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
     floor.set(title="Noise floor against η", xlabel="step size η / edge of GD", ylabel="E L(w∞) − L*")
     floor.legend(handles=handles, loc="upper left", fontsize=8.5)
 
-    at = lambda key: numbers[f"beyond/{key}"]  # noqa: E731
+    at = lambda key: numbers[f"beyond/{key}"]
     beyond.plot(every, at("line"), color=plots.VERMILLION, label="exact mean")
     beyond.plot(steps, at("mean"), "o", color=plots.VERMILLION, markerfacecolor="white", label="mean of the runs")
     beyond.plot(steps, at("median"), color=plots.BLUE, label="median run")

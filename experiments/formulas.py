@@ -14,8 +14,6 @@ The sigmoid that autodiff sees is `exp(log_sigmoid(z))`: autodiff of the plain s
 `s(1 − s)`, as F14 is printed, and loses digits where F14 does, which is measured too.
 """
 
-# ruff: noqa: E731  (a formula with a name reads best as a lambda)
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,8 +43,12 @@ class Config:
     seeds: int = 8
     """Points of each kind, per formula and shape."""
     shapes: tuple[Shape, ...] = (
-        (1, 1, 1, 1), (1, 3, 4, 1), (5, 5, 5, 5), (64, 10, 16, 4), (200, 20, 12, 10),
-    )  # fmt: skip
+        (1, 1, 1, 1),
+        (1, 3, 4, 1),
+        (5, 5, 5, 5),
+        (64, 10, 16, 4),
+        (200, 20, 12, 10),
+    )
     """(n, d, h, k): examples, features, hidden units, outputs."""
     training: int = 200
     """Steps of normalised descent to a trained point of a net or a logistic regression."""
@@ -235,14 +237,20 @@ def two_layer_family(shape: Shape, config: Config, activation: int) -> Family:
     ]
     for id, part, form, printed, reading in (
         (
-            "F12", lambda g: g.W2, lecture.output_layer_gradient,
-            lecture.output_layer_gradient_as_printed, lecture.output_layer_gradient_one_example,
+            "F12",
+            lambda g: g.W2,
+            lecture.output_layer_gradient,
+            lecture.output_layer_gradient_as_printed,
+            lecture.output_layer_gradient_one_example,
         ),
         (
-            "F13", lambda g: g.W1, lecture.hidden_layer_gradient,
-            lecture.hidden_layer_gradient_as_printed, lecture.hidden_layer_gradient_one_example,
+            "F13",
+            lambda g: g.W1,
+            lecture.hidden_layer_gradient,
+            lecture.hidden_layer_gradient_as_printed,
+            lecture.hidden_layer_gradient_one_example,
         ),
-    ):  # fmt: skip
+    ):
         checks.append(check(id, "any shape", "must be", form, part))
         # The printed sum, divided by n, so that only the product of the factors is judged.
         checks.append(check(id, "letter by letter", "printed", lambda *a, f=printed: f(*a) / n, part))
@@ -334,10 +342,13 @@ def scalar_family(config: Config) -> Family:
         Check("F15", "dCE/dh", "must be", partial(of_label_h, form=lecture.logit_adjoint_signed), "dCE/dh"),
         Check("F15", "CE(y, p)", "printed", partial(of_label_p, form=lecture.cross_entropy_as_printed), "CE"),
         Check(
-            "F15", "dCE/dp", "printed",
-            partial(of_label_p, form=lecture.cross_entropy_derivative_as_printed), "dCE/dp",
+            "F15",
+            "dCE/dp",
+            "printed",
+            partial(of_label_p, form=lecture.cross_entropy_derivative_as_printed),
+            "dCE/dp",
         ),
-    ]  # fmt: skip
+    ]
     for i, (outer, f) in enumerate(ACTIVATIONS):
         inner, g = ACTIVATIONS[(i + 1) % len(ACTIVATIONS)]
         name, derivative = f"pair {i + 1}", lecture.chain_rule(outer, inner).derivative
@@ -639,9 +650,11 @@ def nan_logits() -> dict[str, Any]:
         for dtype, h in zip(DTYPES, between, strict=True)
     ]
     return {
-        "nan/found": np.asarray(found), "nan/predicted": predicted,
-        "nan/between": between, "nan/value_between": np.asarray(values),
-    }  # fmt: skip
+        "nan/found": np.asarray(found),
+        "nan/predicted": predicted,
+        "nan/between": between,
+        "nan/value_between": np.asarray(values),
+    }
 
 
 def textbook_logloss(h: Any, y: Any) -> Any:
@@ -807,54 +820,74 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
     table = chosen(numbers, id="F1", series="printed")
     off = float(np.max(np.abs(table["ratio"] / table["shape"][:, 0] - 1)))
     add(
-        "F1", "The gradient of the mean is the mean of the gradients; the sum that some slides have is n times it",
-        f"sum/mean is n to {off:.0e}", "n", off < 1e-12,
-    )  # fmt: skip
+        "F1",
+        "The gradient of the mean is the mean of the gradients; the sum that some slides have is n times it",
+        f"sum/mean is n to {off:.0e}",
+        "n",
+        off < 1e-12,
+    )
     random, back = numbers["slopes"]
     add(
-        "F2", "L grows fastest along its gradient; the step goes the other way",
-        f"steepest of 1,000 directions has {random:.4f} of the gradient's slope", "below 1",
+        "F2",
+        "L grows fastest along its gradient; the step goes the other way",
+        f"steepest of 1,000 directions has {random:.4f} of the gradient's slope",
+        "below 1",
         bool(random < 1 and abs(back - 1) < 1e-12),
-    )  # fmt: skip
+    )
     stopped = numbers["stopped"]
     add(
-        "F3", "Descent takes the same path by hand and by autodiff, and stops after the same step",
-        f"{stopped.sum()} of {stopped.size} stop together", "all", bool(stopped.all()),
-    )  # fmt: skip
+        "F3",
+        "Descent takes the same path by hand and by autodiff, and stops after the same step",
+        f"{stopped.sum()} of {stopped.size} stop together",
+        "all",
+        bool(stopped.all()),
+    )
     ratio = chosen(numbers, id="F4", series="printed")["ratio"]
     add(
-        "F4", "The factor is 2; the slide's 1/2 in its place gives a quarter of the gradient",
-        f"ratio {np.median(ratio):.4g} ± {np.max(np.abs(ratio - 0.25)):.0e}", "1/4",
+        "F4",
+        "The factor is 2; the slide's 1/2 in its place gives a quarter of the gradient",
+        f"ratio {np.median(ratio):.4g} ± {np.max(np.abs(ratio - 0.25)):.0e}",
+        "1/4",
         bool(np.max(np.abs(ratio - 0.25)) < 1e-12),
-    )  # fmt: skip
+    )
     for id, what, size, of in (("F12", "dL/dW2", "k", "output"), ("F13", "dL/dW1", "h", "hidden unit")):
         none, wrong, right, as_said = products(numbers, id)
         add(
-            id, f"{what}, with its factors in the order that multiplies; as printed they need {size} = n and are "
+            id,
+            f"{what}, with its factors in the order that multiplies; as printed they need {size} = n and are "
             f"right for one example and one {of} only",
             f"as printed: no product at {none} shapes, wrong at {wrong}, right at {right}",
-            f"right only where n = {size} = 1", as_said,
-        )  # fmt: skip
+            f"right only where n = {size} = 1",
+            as_said,
+        )
     lost = np.max(chosen(numbers, id="F14", series="printed", kind="saturated")["relative"])
     auto = np.max(chosen(numbers, id="F14", series="autodiff", kind="saturated")["relative"])
     add(
-        "F14", "s′ = s(1 − s); computed so it loses its digits as s nears 1, as does autodiff of s",
-        f"so computed, wrong by up to {lost:.0%}, autodiff by {auto:.0%}", "100%", bool(lost == auto == 1),
-    )  # fmt: skip
+        "F14",
+        "s′ = s(1 − s); computed so it loses its digits as s nears 1, as does autodiff of s",
+        f"so computed, wrong by up to {lost:.0%}, autodiff by {auto:.0%}",
+        "100%",
+        bool(lost == auto == 1),
+    )
     broken = ~np.isfinite(chosen(numbers, id="F15", series="printed", kind="saturated")["relative"])
     add(
-        "F15", "Logloss from the logit keeps its digits; from p it is NaN or infinite where p rounds to 0 or 1",
-        f"from p not finite at {broken.mean():.0%} of saturated logits", "some", bool(broken.any()),
-    )  # fmt: skip
+        "F15",
+        "Logloss from the logit keeps its digits; from p it is NaN or infinite where p rounds to 0 or 1",
+        f"from p not finite at {broken.mean():.0%} of saturated logits",
+        "some",
+        bool(broken.any()),
+    )
     printed = chosen(numbers, id="F16", series="printed", kind="saturated")["relative"]
     algebra = chosen(numbers, id="F16", series="algebra")["relative"]
     add(
-        "F16", "As printed one saturated example makes the gradient NaN; (p − y)x is finite, and "
+        "F16",
+        "As printed one saturated example makes the gradient NaN; (p − y)x is finite, and "
         "[(1−y)s(h) − y s(−h)]x keeps its digits too",
         f"NaN at {np.mean(~np.isfinite(printed)):.0%} of saturated points; (p − y)x finite everywhere, wrong by up to "
         f"{np.max(algebra):.0%}",
-        "NaN at some; finite", bool((~np.isfinite(printed)).any() and np.isfinite(algebra).all()),
-    )  # fmt: skip
+        "NaN at some; finite",
+        bool((~np.isfinite(printed)).any() and np.isfinite(algebra).all()),
+    )
     unit = np.finfo(float).eps
     both = [[np.maximum(numbers[f"curve/{series}/y={y}"], unit) for series in ("printed", "algebra")] for y in (0, 1)]
     ratios = np.concatenate([printed / algebra for printed, algebra in both])

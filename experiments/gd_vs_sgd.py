@@ -132,10 +132,12 @@ def _run(config: Config, session: Session) -> dict[str, Any]:
         jobs += [(problem, b) for b in sizes]
         numbers["problems"].append(prefix)
         numbers |= {
-            f"{prefix}/what": problem.what, f"{prefix}/n": n, f"{prefix}/labels": [label_of(b) for b in sizes],
+            f"{prefix}/what": problem.what,
+            f"{prefix}/n": n,
+            f"{prefix}/labels": [label_of(b) for b in sizes],
             f"{prefix}/kind": "gap to the minimum" if problem.minimum else "training loss",
             f"{prefix}/start": _excess(problem, jax.tree.map(lambda leaf: leaf[None], problem.start))[0],
-        }  # fmt: skip
+        }
         if problem.minimum:
             numbers |= {f"{prefix}/minimum": problem.minimum.value, f"{prefix}/bound": problem.minimum.bound}
     found = side_by_side(lambda job: _tuned(job[0], job[1], config, session), jobs)
@@ -143,8 +145,9 @@ def _run(config: Config, session: Session) -> dict[str, Any]:
         session.say(f"{problem.name}, {label_of(b)}: seconds per update")
         per_update = _seconds_per_update(problem, sampling_of(b), run_numbers["eta"], jax.random.key(2023), session)
         run_numbers |= {
-            "seconds_per_update": float(np.median(per_update)), "seconds_per_update_runs": per_update,
-        }  # fmt: skip
+            "seconds_per_update": float(np.median(per_update)),
+            "seconds_per_update_runs": per_update,
+        }
         numbers |= {f"{problem.name}/{label_of(b)}/{key}": value for key, value in run_numbers.items()}
     return numbers
 
@@ -198,25 +201,40 @@ def _tuned(problem: Problem, b: int | None, config: Config, session: Session) ->
 
     def tuned() -> np.ndarray:
         final = finals(
-            problem.loss, problem.start, problem.spread or problem.batch, sampling_of(b), steps,
-            random_keys(2021, tuning), etas,
-        )  # fmt: skip
+            problem.loss,
+            problem.start,
+            problem.spread or problem.batch,
+            sampling_of(b),
+            steps,
+            random_keys(2021, tuning),
+            etas,
+        )
         return np.median(np.where(np.isfinite(final), final, np.inf), axis=1)
 
     score = session.keep(f"{problem.name} {label_of(b)} tuning", tuned)
     eta = float(etas[np.argmin(score)])
     session.say(f"{problem.name}, {label_of(b)}: {runs} fresh runs with step size {eta:.3g}")
     many = descend(
-        problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling_of(b),
-        steps=steps, key=random_keys(2022, runs), record=log_spaced(steps, config.points),
+        problem.loss,
+        problem.start,
+        problem.spread or problem.batch,
+        optimizer=eta,
+        sampling=sampling_of(b),
+        steps=steps,
+        key=random_keys(2022, runs),
+        record=log_spaced(steps, config.points),
         observe=(lambda params: params) if problem.minimum else problem.accuracy,
         checkpoint=session.checkpoint(f"{problem.name} {label_of(b)}", steps),
-    )  # fmt: skip
+    )
     numbers = {
-        "eta": eta, "etas": etas, "tuning": score, "steps": many.steps, "examples": many.examples,
+        "eta": eta,
+        "etas": etas,
+        "tuning": score,
+        "steps": many.steps,
+        "examples": many.examples,
         "excess": many.loss if problem.minimum is None else _excess(problem, many.observed),
         "diverged": int(sum(s.startswith("diverged") for s in many.status)),
-    }  # fmt: skip
+    }
     return numbers | ({"test_accuracy": many.observed[:, -1]} if problem.accuracy else {})
 
 
@@ -227,9 +245,15 @@ def _seconds_per_update(
 
     def chunks(steps: int, points: int) -> np.ndarray:
         trace = descend(
-            problem.loss, problem.start, problem.spread or problem.batch, optimizer=eta, sampling=sampling, steps=steps,
-            key=key, record=points,
-        )  # fmt: skip
+            problem.loss,
+            problem.start,
+            problem.spread or problem.batch,
+            optimizer=eta,
+            sampling=sampling,
+            steps=steps,
+            key=key,
+            record=points,
+        )
         return np.diff(trace.seconds) / np.diff(trace.steps)
 
     own = float(np.median(chunks(40, 5)))  # compiles, too

@@ -114,10 +114,13 @@ def _measure(problem: Problem, place: int, config: Config) -> dict[str, Any]:
     exact = [noise.measure(problem.loss, point, problem.batch) for point in points]
     sizes = [b for b in config.batch_sizes if b <= n]
     numbers: dict[str, Any] = {
-        "what": problem.what, "n": n, "sizes": np.array(sizes),
-        "trace": np.array([e.trace for e in exact]), "gradient_squared": np.array([e.gradient_squared for e in exact]),
+        "what": problem.what,
+        "n": n,
+        "sizes": np.array(sizes),
+        "trace": np.array([e.trace for e in exact]),
+        "gradient_squared": np.array([e.gradient_squared for e in exact]),
         "noise_scale": np.array([e.noise_scale for e in exact]),
-    }  # fmt: skip
+    }
     full = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves), jnp.float32), *[e.gradient for e in exact])
     for fold, (name, kind) in enumerate(KINDS.items()):
         mean, error = np.zeros((2, len(points), len(sizes)))
@@ -136,10 +139,16 @@ def _points(problem: Problem, steps: np.ndarray) -> Params:
     """The parameters of GD after those steps: leaves `[k, ...]`."""
     go = jax.jit(
         lambda record: trajectory(
-            problem.loss, problem.start, problem.batch, optimizer=optax.sgd(problem.eta), sampling=full_batch(),
-            key=jax.random.key(0), record=record, observe=lambda params: params,
+            problem.loss,
+            problem.start,
+            problem.batch,
+            optimizer=optax.sgd(problem.eta),
+            sampling=full_batch(),
+            key=jax.random.key(0),
+            record=record,
+            observe=lambda params: params,
         )[1]
-    )  # fmt: skip
+    )
     return go(jnp.asarray(steps, jnp.int32))
 
 
@@ -183,16 +192,26 @@ def _one_batch(problem: Problem, numbers: dict[str, Any], config: Config) -> dic
     for row in range(len(config.path)):
         point = jax.tree.map(lambda leaf, row=row: leaf[row], path)
         found = noise.estimate_scale(
-            problem.loss, point, problem.batch, small=distinct(small),
-            big=full_batch() if big == small else distinct(big), key=jax.random.key(10), draws=config.seeds,
+            problem.loss,
+            point,
+            problem.batch,
+            small=distinct(small),
+            big=full_batch() if big == small else distinct(big),
+            key=jax.random.key(10),
+            draws=config.seeds,
             level=LEVEL,
-        ).scale  # fmt: skip
+        ).scale
         two.append([float(found.estimate), float(found.low), float(found.high)])
     return {
-        "one/sizes": np.array(sizes), "one/scale": scale, "one/estimate": estimate, "one/low": low, "one/high": high,
-        "one/expected": scale[:, None] / (1 + scale[:, None] / np.array(sizes)[None, :]), "two": np.array(two),
+        "one/sizes": np.array(sizes),
+        "one/scale": scale,
+        "one/estimate": estimate,
+        "one/low": low,
+        "one/high": high,
+        "one/expected": scale[:, None] / (1 + scale[:, None] / np.array(sizes)[None, :]),
+        "two": np.array(two),
         "two/sizes": np.array([small, big]),
-    }  # fmt: skip
+    }
 
 
 @partial(jax.jit, static_argnames=("loss",))
@@ -282,12 +301,14 @@ def claims(numbers: dict[str, Any]) -> list[Claim]:
             "C3",
             f"two batch sizes ({numbers['two/sizes'][0]} and {numbers['two/sizes'][1]}), with the right γ, show the "
             "noise scale B that one cannot: estimate (99 % interval) at each point",
-            "; ".join(f"{_number(row[0])} ({_number(row[1])} to {_number(row[2])}), true {b:.3g}"
-                      for row, b in zip(two, scale, strict=True)),
+            "; ".join(
+                f"{_number(row[0])} ({_number(row[1])} to {_number(row[2])}), true {b:.3g}"
+                for row, b in zip(two, scale, strict=True)
+            ),
             "99 % intervals hold the true B",
             bool(held.all()),
         )
-    )  # fmt: skip
+    )
     return [*out, _with_the_wrong_factor(numbers)]
 
 
@@ -337,7 +358,7 @@ def report(numbers: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in numbers["problems"]:
-        at = lambda key, name=name: numbers[f"{name}/{key}"]  # noqa: E731
+        at = lambda key, name=name: numbers[f"{name}/{key}"]
         for i, step in enumerate(numbers["path"]):
             trace, squared = at("trace")[i], at("gradient_squared")[i]
             cells = []
@@ -370,9 +391,14 @@ def draw(numbers: dict[str, Any]) -> Figure:
                 seen = numbers[f"{name}/{kind}/gamma"] > 0
                 colour = plots.sampling_colour(kind)
                 axis.plot(
-                    sizes[seen], numbers[f"{name}/{kind}/mean"][i, seen], marks[i], color=colour, markersize=size,
-                    markerfacecolor=colour if face else "none", alpha=1 if face else 0.9,
-                )  # fmt: skip
+                    sizes[seen],
+                    numbers[f"{name}/{kind}/mean"][i, seen],
+                    marks[i],
+                    color=colour,
+                    markersize=size,
+                    markerfacecolor=colour if face else "none",
+                    alpha=1 if face else 0.9,
+                )
         plots.log_scale(axis, "xy")
         lowest = numbers[f"{name}/trace"].min() / n
         axis.set_ylim(0.15 * lowest, 2.5 * numbers[f"{name}/trace"].max())
@@ -396,8 +422,15 @@ def _draw_one_batch(axis: Any, numbers: dict[str, Any], marks: str) -> None:
     b = np.geomspace(sizes.min() / 1.5, sizes.max() * 1.3, 80)
     colours = (plots.SKY, plots.BLUE, plots.BLACK)
     axis.plot(b, b, color=plots.GREY, linestyle=":", linewidth=1.2)
-    axis.annotate("b itself", (b[25], b[25]), xytext=(-6, 6), textcoords="offset points", fontsize=9, ha="right",
-                  color=plots.ink(plots.GREY))  # fmt: skip
+    axis.annotate(
+        "b itself",
+        (b[25], b[25]),
+        xytext=(-6, 6),
+        textcoords="offset points",
+        fontsize=9,
+        ha="right",
+        color=plots.ink(plots.GREY),
+    )
     top = axis.get_yaxis_transform()
     for i, colour in zip(range(len(scale)), colours, strict=False):
         axis.plot(b, scale[i] / (1 + scale[i] / b), color=colour, linewidth=1.2)

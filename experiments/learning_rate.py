@@ -40,8 +40,16 @@ class Config:
     steps: int = 3000
     """Budget of GD; a target not reached in it is not reached."""
     fractions: tuple[float, ...] = (
-        *np.round(geometric(0.005, 0.9, 19, digits=9), 6).tolist(), 0.95, 0.98, 0.99, 0.998, 1.002, 1.01, 1.02, 1.05,
-    )  # fmt: skip
+        *np.round(geometric(0.005, 0.9, 19, digits=9), 6).tolist(),
+        0.95,
+        0.98,
+        0.99,
+        0.998,
+        1.002,
+        1.01,
+        1.02,
+        1.05,
+    )
     """GD's step sizes, as fractions of the edge 2/λmax."""
     shares: tuple[float, ...] = (0.1, 0.01, 0.001)
     """Targets: these shares of the starting gap."""
@@ -58,9 +66,14 @@ class Config:
 
 
 QUICK = Config(
-    steps=400, fractions=(0.05, 0.2, 0.5, 0.9, 0.99, 1.01), shares=(0.1, 0.03), sgd_steps=300,
-    sgd_fractions=(0.01, 0.1, 0.5, 0.9), seeds=5, rows=4000,
-)  # fmt: skip
+    steps=400,
+    fractions=(0.05, 0.2, 0.5, 0.9, 0.99, 1.01),
+    shares=(0.1, 0.03),
+    sgd_steps=300,
+    sgd_fractions=(0.01, 0.1, 0.5, 0.9),
+    seeds=5,
+    rows=4000,
+)
 NUMBERS = {
     "data": EXACT, "n": EXACT, "d": EXACT, "b": EXACT, "steps": EXACT, "sgd_steps": EXACT,
     "shares": EXACT, "fractions": EXACT, "sgd_fractions": EXACT, "shown": EXACT, "shown_steps": EXACT,
@@ -98,9 +111,15 @@ def run(config: Config, session: Session) -> dict[str, Any]:
 
         def one(eta: Any, key: Any) -> Any:
             _, params = trajectory(
-                LOSS, start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=record,
+                LOSS,
+                start,
+                batch,
+                optimizer=optax.sgd(eta),
+                sampling=sampling,
+                key=key,
+                record=record,
                 observe=lambda params: jnp.append(params.w, params.b),
-            )  # fmt: skip
+            )
             return params
 
         runs = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(jnp.asarray(etas, jnp.float32), keys)
@@ -286,8 +305,15 @@ def draw(numbers: dict[str, Any]) -> Figure:
         left.plot(numbers["fractions"][inside], predicted[inside], color=colour, linewidth=1.2)
         left.plot(numbers["fractions"], measured, "o", color=colour, markersize=4.5, label=f"to {100 * share:g} %")
     left.axvline(1, color=plots.VERMILLION, linewidth=1.2, linestyle="--")
-    left.text(0.93, 0.94, "edge 2/λmax", color=plots.ink(plots.VERMILLION), ha="right", fontsize=9,
-              transform=left.get_xaxis_transform())  # fmt: skip
+    left.text(
+        0.93,
+        0.94,
+        "edge 2/λmax",
+        color=plots.ink(plots.VERMILLION),
+        ha="right",
+        fontsize=9,
+        transform=left.get_xaxis_transform(),
+    )
     left.set(title="GD: steps to a target", xlabel="step size η / edge", ylabel="steps")
     plots.log_scale(left, "xy")
     left.legend(title="share of the start", loc="lower left", title_fontsize=9)
@@ -310,25 +336,50 @@ def draw(numbers: dict[str, Any]) -> Figure:
     x = numbers["sgd_etas"] / edge
     spread = np.where(np.isfinite(gaps), gaps, np.inf)
     middle_of = np.median(spread, axis=1)
-    right.plot(numbers["sgd_fine_etas"] / edge, numbers["sgd_expected"], color=plots.BLUE, linewidth=1.4,
-               label="expected, exact")  # fmt: skip
-    right.plot(numbers["sgd_fine_etas"] / edge, numbers["sgd_floor"], "--", color=plots.GREY, linewidth=1.4,
-               label="noise floor, exact")  # fmt: skip
+    right.plot(
+        numbers["sgd_fine_etas"] / edge,
+        numbers["sgd_expected"],
+        color=plots.BLUE,
+        linewidth=1.4,
+        label="expected, exact",
+    )
+    right.plot(
+        numbers["sgd_fine_etas"] / edge,
+        numbers["sgd_floor"],
+        "--",
+        color=plots.GREY,
+        linewidth=1.4,
+        label="noise floor, exact",
+    )
     seen = np.isfinite(middle_of) & np.isfinite(high)
     right.errorbar(
-        x[seen], middle_of[seen], yerr=[middle_of[seen] - low[seen], high[seen] - middle_of[seen]], fmt="o",
-        color=plots.BLACK, markersize=4, linewidth=1, label="runs: median, 10–90 %",
-    )  # fmt: skip
+        x[seen],
+        middle_of[seen],
+        yerr=[middle_of[seen] - low[seen], high[seen] - middle_of[seen]],
+        fmt="o",
+        color=plots.BLACK,
+        markersize=4,
+        linewidth=1,
+        label="runs: median, 10–90 %",
+    )
     sgd_edge = numbers["sgd_edge"] / edge
     right.axvline(sgd_edge, color=plots.VERMILLION, linewidth=1.2, linestyle="--")
     right.set(
         title=f"SGD, b = {numbers['b']}: the end",
-        xlabel="step size η / edge of GD", ylabel=f"gap after {numbers['sgd_steps']:,} steps",
-    )  # fmt: skip
+        xlabel="step size η / edge of GD",
+        ylabel=f"gap after {numbers['sgd_steps']:,} steps",
+    )
     plots.log_scale(right, "xy")
     right.set_ylim(0.3 * np.nanmin(low), numbers["start"])
-    right.text(sgd_edge * 0.9, 0.03, "edge of SGD", color=plots.ink(plots.VERMILLION), ha="right", fontsize=9,
-               transform=right.get_xaxis_transform())  # fmt: skip
+    right.text(
+        sgd_edge * 0.9,
+        0.03,
+        "edge of SGD",
+        color=plots.ink(plots.VERMILLION),
+        ha="right",
+        fontsize=9,
+        transform=right.get_xaxis_transform(),
+    )
     right.legend(loc="upper center", bbox_to_anchor=(0.45, 1.0))
     return figure
 

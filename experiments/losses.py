@@ -78,9 +78,14 @@ def run(config: Config, session: Session) -> dict[str, Any]:
     X = theory.design_matrix(bmi - bmi.min())
     rows, targets = _targets(config)
     numbers: dict[str, Any] = {
-        "x": X[:, 0], "rows": np.sort(rows), "factor": config.factor, "steps": config.steps, "eta/MAE": config.mae_eta,
-        "start": np.array(START), **{f"y/{kind}": y for kind, y in targets.items()},
-    }  # fmt: skip
+        "x": X[:, 0],
+        "rows": np.sort(rows),
+        "factor": config.factor,
+        "steps": config.steps,
+        "eta/MAE": config.mae_eta,
+        "start": np.array(START),
+        **{f"y/{kind}": y for kind, y in targets.items()},
+    }
 
     session.say("minima of MSE and MAE, with and without outliers")
     for kind, y in targets.items():
@@ -93,7 +98,7 @@ def run(config: Config, session: Session) -> dict[str, Any]:
     record = log_spaced(config.steps, 80)[1:]
     batch = Batch(jnp.asarray(X[:, :1], jnp.float32), jnp.asarray(dirty, jnp.float32))
     mse_eta = float(np.float32(config.fraction * theory.edge(geometry)))
-    shrinking = lambda t: 1 / jnp.sqrt(1.0 + t)  # noqa: E731
+    shrinking = lambda t: 1 / jnp.sqrt(1.0 + t)
     paths = {
         "MSE": _path("MSE", batch, mse_eta, record),
         "MAE": _path("MAE", batch, config.mae_eta, record),
@@ -103,10 +108,12 @@ def run(config: Config, session: Session) -> dict[str, Any]:
     mae = numbers["minimum/MAE/outliers"]
     lowest = float(np.mean(np.abs(dirty - X @ mae)))
     numbers |= {
-        "record": record, "eta/MSE": mse_eta, **{f"path/{name}": path for name, path in paths.items()},
+        "record": record,
+        "eta/MSE": mse_eta,
+        **{f"path/{name}": path for name, path in paths.items()},
         "gap/MSE": theory.excess_loss(geometry, paths["MSE"]),
         "theory/MSE": theory.gd_excess(geometry, start, mse_eta, record),
-    }  # fmt: skip
+    }
     # ‖∇‖ <= mean ‖x‖ wherever it exists.
     steepest, away = float(np.mean(np.linalg.norm(X, axis=1))), float(np.linalg.norm(start - mae))
     numbers["theory/MAE"] = away**2 / (2 * config.mae_eta * record) + config.mae_eta * steepest**2 / 2
@@ -152,9 +159,15 @@ def _path(loss: str, batch: Batch, eta: Any, record: np.ndarray) -> np.ndarray:
 
     def go() -> Any:
         _, seen = trajectory(
-            mean_loss(models.linear, LOSSES[loss]), start, batch, optimizer=optax.sgd(eta), sampling=full_batch(),
-            key=jax.random.key(0), record=record, observe=lambda params: jnp.append(params.w, params.b),
-        )  # fmt: skip
+            mean_loss(models.linear, LOSSES[loss]),
+            start,
+            batch,
+            optimizer=optax.sgd(eta),
+            sampling=full_batch(),
+            key=jax.random.key(0),
+            record=record,
+            observe=lambda params: jnp.append(params.w, params.b),
+        )
         return seen
 
     return np.asarray(jax.jit(go)(), float)
@@ -213,11 +226,15 @@ def _logistic(config: Config, record: np.ndarray) -> dict[str, Any]:
         new = (1 / (1 + np.exp(-(row @ w))) - y[i]) * row
         first_order.append(w[0] - np.linalg.solve(hessian, new - old)[0] / n)
     return {
-        "minimum/logloss/clean": w, "minimum/logloss/outliers": where, "bound/logloss": best.bound, "eta/logloss": eta,
+        "minimum/logloss/clean": w,
+        "minimum/logloss/outliers": where,
+        "bound/logloss": best.bound,
+        "eta/logloss": eta,
         "gap/logloss": np.logaddexp(0, sign[None, :] * (path @ X.T)).mean(axis=1) - best.value,
         "theory/logloss": np.sum((np.array(START) - where) ** 2) / (2 * eta * record),
-        "influence/logloss": np.array(moved), "influence_theory/logloss": np.array(first_order),
-    }  # fmt: skip
+        "influence/logloss": np.array(moved),
+        "influence_theory/logloss": np.array(first_order),
+    }
 
 
 # --- what the numbers say --------------------------------------------------------------------------------------

@@ -101,9 +101,15 @@ def run(config: Config, session: Session) -> dict[str, Any]:
 
         def one(start: Params, eta: Any, key: Any) -> Any:
             return trajectory(
-                loss, start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=record,
+                loss,
+                start,
+                batch,
+                optimizer=optax.sgd(eta),
+                sampling=sampling,
+                key=key,
+                record=record,
                 observe=lambda params: jnp.stack([loss(params, batch), slope(params, batch)]),
-            )  # fmt: skip
+            )
 
         return jax.jit(jax.vmap(one))
 
@@ -342,16 +348,21 @@ def draw(numbers: dict[str, Any]) -> Figure:
             shares.barh(y, interval.estimate[k], 0.7 / len(levels), color=colour(k))
             shares.plot([interval.low[k], interval.high[k]], [y, y], color="black", linewidth=1.3)
     shares.set(
-        title="Where the starts end", xlim=(0, 1), xlabel="share of starts, 95 % interval", yticks=[0, 1],
+        title="Where the starts end",
+        xlim=(0, 1),
+        xlabel="share of starts, 95 % interval",
+        yticks=[0, 1],
         yticklabels=["GD", f"SGD\nb = {numbers['b']}"],
-    )  # fmt: skip
+    )
     shares.invert_yaxis()
     shares.grid(visible=False, axis="y")
     shares.legend(
         [shares.patches[k] for k in range(len(levels))],
         [f"{name}: L = {level:.4f}" for name, level in zip(names, levels, strict=True)],
-        loc="upper center", bbox_to_anchor=(0.42, -0.2), ncols=2,
-    )  # fmt: skip
+        loc="upper center",
+        bbox_to_anchor=(0.42, -0.2),
+        ncols=2,
+    )
 
     for k, steps in enumerate(numbers["fan_steps"]):
         shown = np.where(np.isfinite(steps), steps, np.nan)
@@ -362,8 +373,10 @@ def draw(numbers: dict[str, Any]) -> Figure:
     plots.log_scale(fan, "xy")
     fan.set(title=f"Two starts: the last {LAST} steps", xlabel="step size η", ylabel="length of a step, η‖∇L‖")
     fan.set_ylim(1e-7, 1e6)
-    for text, at, shade in (("2/λmax", 0.9 * _edges(numbers).min(), colour(len(levels) - 1)),
-                            ("2/l2", 0.85 * 2 / numbers["l2"], plots.GREY)):  # fmt: skip
+    for text, at, shade in (
+        ("2/λmax", 0.9 * _edges(numbers).min(), colour(len(levels) - 1)),
+        ("2/l2", 0.85 * 2 / numbers["l2"], plots.GREY),
+    ):
         fan.text(at, 0.92, text, ha="right", color=plots.ink(shade), fontsize=9, transform=fan.get_xaxis_transform())
 
     fates, base = _fates(numbers), np.zeros(len(numbers["sweep"]))

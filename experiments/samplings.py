@@ -87,9 +87,14 @@ def run(config: Config, session: Session) -> dict[str, Any]:
     n, edge = len(batch.y), theory.edge(problem)
     keys = random_keys(6, config.seeds)
     numbers: dict[str, Any] = {
-        "data": dataset.name, "features": list(names), "n": n, "edge": edge, "sizes": np.array(config.batch_sizes),
-        "seeds": config.seeds, "whole_with_replacement": theory.sgd_edge(problem, with_replacement(n)) / edge,
-    }  # fmt: skip
+        "data": dataset.name,
+        "features": list(names),
+        "n": n,
+        "edge": edge,
+        "sizes": np.array(config.batch_sizes),
+        "seeds": config.seeds,
+        "whole_with_replacement": theory.sgd_edge(problem, with_replacement(n)) / edge,
+    }
     for b in config.batch_sizes:
         fresh_edge, tame = theory.sgd_edge(problem, distinct(b)), theory.deviation_edge(problem, distinct(b))
         # Near where the variance of the loss explodes, a sample mean says nothing.
@@ -146,10 +151,13 @@ def compare(
     away = exact.mean[-1] - problem.minimiser
     variance = np.diag(exact.second[-1]) - away**2
     return {
-        "measured": gaps.mean(), "error": gaps.std(ddof=1) / np.sqrt(len(gaps)), "exact": exact.excess.mean(),
-        "bias": runs[:, -1].mean(axis=0) - problem.minimiser, "exact bias": away,
+        "measured": gaps.mean(),
+        "error": gaps.std(ddof=1) / np.sqrt(len(gaps)),
+        "exact": exact.excess.mean(),
+        "bias": runs[:, -1].mean(axis=0) - problem.minimiser,
+        "exact bias": away,
         "bias error": np.sqrt(variance / len(runs)),
-    }  # fmt: skip
+    }
 
 
 def _large(batch: Batch, keys: Any, config: Config, session: Session) -> dict[str, Any]:
@@ -163,12 +171,15 @@ def _large(batch: Batch, keys: Any, config: Config, session: Session) -> dict[st
     # Four places in each pass: what a pass has on average, not at its best moment.
     record = np.unique(np.round(np.arange(1, 4 * config.passes + 1) * per_pass / 4).astype(int))
     numbers: dict[str, Any] = {
-        "large/n": n, "large/b": b, "large/eta": eta, "large/passes": record / per_pass,
+        "large/n": n,
+        "large/b": b,
+        "large/eta": eta,
+        "large/passes": record / per_pass,
         "large/exact": theory.sgd_moments(problem, start, eta, distinct(b), record).excess,
         "large/leading": reshuffling.floor_leading(problem, eta, b),
         "large/floor": theory.floor(problem, eta, distinct(b)),
         "large/speed": float(n * eta * problem.eigenvalues[0] / b),
-    }  # fmt: skip
+    }
     for kind in ("distinct", "reshuffled"):
         session.say(f"{kind}, n = {n}, b = {b}")
         sampling, some = KINDS[kind](b), keys[:500]
@@ -298,7 +309,7 @@ def report(numbers: dict[str, Any]) -> str:
     ]
     for b in numbers["sizes"]:
         for kind in KINDS:
-            at = lambda key, name=f"{kind} {b}": numbers[f"{name}/{key}"]  # noqa: E731
+            at = lambda key, name=f"{kind} {b}": numbers[f"{name}/{key}"]
             edge = numbers[f"{b}/edge" + ("" if kind == "distinct" else f" {kind}")] / numbers["edge"]
             cells = [f"{m:.3g} ({e:.3g})" for m, e in zip(at("measured"), at("exact"), strict=True)]
             cells += ["–"] * (len(_shown(numbers)) - len(cells))
@@ -332,9 +343,12 @@ def draw(numbers: dict[str, Any]) -> Figure:
         exact = numbers[f"reshuffled {b}/floor"] / numbers[f"distinct {b}/floor"]
         ratio.plot(relative, exact, styles[b], color=colour, label=f"b = {b}")
         r, d = (numbers[f"{kind} {b}/measured"] for kind in ("reshuffled", "distinct"))
-        error = statistics.z_limit(1) * r / d * np.hypot(
-            numbers[f"reshuffled {b}/error"] / r, numbers[f"distinct {b}/error"] / d
-        )  # fmt: skip
+        error = (
+            statistics.z_limit(1)
+            * r
+            / d
+            * np.hypot(numbers[f"reshuffled {b}/error"] / r, numbers[f"distinct {b}/error"] / d)
+        )
         ratio.errorbar(at, r / d, yerr=error, fmt="o", color=colour, markersize=4.5, linewidth=1)
         bias.plot(relative, numbers[f"{b}/bias"], styles[b], color=plots.sampling_colour("reshuffled"), linewidth=1.3)
         bias.plot(relative, numbers[f"{b}/bias leading"], ":", color=plots.GREY, linewidth=1.2)

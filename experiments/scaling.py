@@ -301,13 +301,20 @@ def run(config: Config, session: Session) -> dict[str, Any]:
     loss, start = problem("net", images.x, config.hidden)
     cases = _cases(config)
     numbers: dict[str, Any] = {
-        "cores": machine.cores(), "devices": np.array(config.devices), "cases": [case.name for case in cases],
-        "apart": [case.name for case in cases if case.apart], "rows": config.rows, "hidden": config.hidden,
-        "images": config.images, "b": config.b, "large": config.large, "shares": config.shares,
+        "cores": machine.cores(),
+        "devices": np.array(config.devices),
+        "cases": [case.name for case in cases],
+        "apart": [case.name for case in cases if case.apart],
+        "rows": config.rows,
+        "hidden": config.hidden,
+        "images": config.images,
+        "b": config.b,
+        "large": config.large,
+        "shares": config.shares,
         "path": np.array(config.path),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(start)),
         "row_bytes": sum(leaf[:1].nbytes for leaf in images),
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory(prefix="scaling-") as scratch:
         folder = Path(scratch)
         for name, batch in (("net", images), ("linear", stones)):
@@ -354,8 +361,16 @@ def _measure(config: Config, cases: list[Case], folder: Path, session: Session) 
     runs, why = [], "" if config.processes else "left out of a quick run"
     for P in config.processes:
         session.say(f"steps in {P} process{'es' * (P > 1)}")
-        command = ["-m", "jaxgrad.launch", "-n", str(P), "--logs", str(folder / f"logs-{P}"),
-                   "-m", "experiments.support.step_parts"]  # fmt: skip
+        command = [
+            "-m",
+            "jaxgrad.launch",
+            "-n",
+            str(P),
+            "--logs",
+            str(folder / f"logs-{P}"),
+            "-m",
+            "experiments.support.step_parts",
+        ]
         for file in folder.glob(f"{P}-*.npz"):
             file.unlink()  # of as many virtual devices
         why = _worker(command, folder, job._replace(devices=[]), {"NPROC": "1"}, config.patience, session)
@@ -376,9 +391,14 @@ def _worker(command: list[str], folder: Path, job: Job, own: dict[str, str], pat
         env.pop(name, None)
     with session.alone():
         process = subprocess.Popen(
-            [sys.executable, *command, str(folder)], env=env, cwd=root, text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, *command, str(folder)],
+            env=env,
+            cwd=root,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         try:
             said = process.communicate(timeout=patience)[1]
         except subprocess.TimeoutExpired:
@@ -422,19 +442,26 @@ def _table(runs: list[list[dict[str, np.ndarray]]], cases: list[Case], where: st
     return {
         f"{where}/whole": np.array(whole),
         f"{where}/split": np.array([[parts(run, name) for name in apart] for run in runs]),
-        f"{where}/arrays": np.array(count[0], int), f"{where}/bytes": np.array(count[1], int),
+        f"{where}/arrays": np.array(count[0], int),
+        f"{where}/bytes": np.array(count[1], int),
         f"{where}/differ": np.array([[of(run, name, "differ").max() for name in apart] for run in runs]),
-    }  # fmt: skip
+    }
 
 
 def _noise(loss: Loss, start: Params, batch: Batch, config: Config) -> dict[str, Any]:
     """B_simple and its parts along the path of GD, exactly."""
     go = jax.jit(
         lambda record: trajectory(
-            loss, start, batch, optimizer=optax.sgd(ETA), sampling=full_batch(), key=jax.random.key(0), record=record,
+            loss,
+            start,
+            batch,
+            optimizer=optax.sgd(ETA),
+            sampling=full_batch(),
+            key=jax.random.key(0),
+            record=record,
             observe=lambda params: params,
         )[1]
-    )  # fmt: skip
+    )
     path = go(jnp.asarray(config.path, jnp.int32))
     found = [
         noise.measure(loss, jax.tree.map(lambda leaf, i=i: leaf[i], path), batch, curvature=False, chunk=64)
@@ -614,8 +641,9 @@ def report(numbers: dict[str, Any]) -> str:
         out += [
             f"Milliseconds of a step of the net (p = {numbers['parameters']:,}, n = {numbers['rows']:,}) on {kind}, "
             f"{numbers['cores']} cores: the compiled loop (taken apart: {' + '.join(PARTS)})\n",
-            f"| step | {head} |", "|---" * (len(numbers[where]) + 1) + "|",
-        ]  # fmt: skip
+            f"| step | {head} |",
+            "|---" * (len(numbers[where]) + 1) + "|",
+        ]
         for k, name in enumerate(numbers["apart"]):
             j, cells = numbers["cases"].index(name), []
             for i in range(len(numbers[where])):
@@ -672,8 +700,13 @@ def draw(numbers: dict[str, Any]) -> Figure:
     handles: list[Any] = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     handles[-1].set(hatch="////", edgecolor="white", linewidth=0)
     handles.append(Line2D([], [], color=plots.BLACK, marker="D", linestyle="", label="whole step, compiled loop"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, title="A step of the net (the first two panels)",
-                  alignment="left")  # fmt: skip
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=4,
+        title="A step of the net (the first two panels)",
+        alignment="left",
+    )
     return figure
 
 
@@ -681,8 +714,15 @@ def _bars(axis: Any, numbers: dict[str, Any], where: str, title: str) -> None:
     axis.set(title=title)
     if not len(numbers[where]):
         axis.set_axis_off()
-        axis.text(0.5, 0.5, f"not timed:\n{_wrapped(numbers['why_not'])}", ha="center", va="center", color=plots.GREY,
-                  transform=axis.transAxes)  # fmt: skip
+        axis.text(
+            0.5,
+            0.5,
+            f"not timed:\n{_wrapped(numbers['why_not'])}",
+            ha="center",
+            va="center",
+            color=plots.GREY,
+            transform=axis.transAxes,
+        )
         return
     counts, places, labels, tallest = numbers[where], [], [], 0.0
     for k, name in enumerate(numbers["apart"]):
@@ -690,8 +730,16 @@ def _bars(axis: Any, numbers: dict[str, Any], where: str, title: str) -> None:
         for i, P in enumerate(counts):
             x, bottom = k * (len(counts) + 1) + i, 0.0
             for part, seconds in zip(PARTS, np.median(numbers[f"{where}/split"][i, k], axis=-1) * 1e3, strict=True):
-                axis.bar(x, seconds, 0.85, bottom=bottom, color=COLOURS[part],
-                         hatch="////" if part == "waiting" else None, edgecolor="white", linewidth=0)  # fmt: skip
+                axis.bar(
+                    x,
+                    seconds,
+                    0.85,
+                    bottom=bottom,
+                    color=COLOURS[part],
+                    hatch="////" if part == "waiting" else None,
+                    edgecolor="white",
+                    linewidth=0,
+                )
                 bottom += seconds
             whole = np.median(numbers[f"{where}/whole"][i, j]) * 1e3
             axis.plot(x, whole, "D", color=plots.BLACK, markersize=4)
@@ -700,8 +748,16 @@ def _bars(axis: Any, numbers: dict[str, Any], where: str, title: str) -> None:
             labels.append(str(P))
         middle = k * (len(counts) + 1) + (len(counts) - 1) / 2
         words = name.removeprefix("net/").replace(" b = ", "\nb = ")
-        axis.annotate(words, (middle, 0), xycoords=("data", "axes fraction"), xytext=(0, -18),
-                      textcoords="offset points", ha="center", va="top", fontsize=9)  # fmt: skip
+        axis.annotate(
+            words,
+            (middle, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -18),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=9,
+        )
     axis.set_xticks(places, labels)
     axis.grid(axis="x", visible=False)
     axis.set(ylabel="ms per step")
@@ -717,8 +773,15 @@ def _model(axis: Any, numbers: dict[str, Any]) -> None:
     axis.set(title="The model, measured")
     if len(numbers["processes"]) < 2:
         axis.set_axis_off()
-        axis.text(0.5, 0.5, "nothing to fit to:\nno processes were timed", ha="center", va="center", color=plots.GREY,
-                  transform=axis.transAxes)  # fmt: skip
+        axis.text(
+            0.5,
+            0.5,
+            "nothing to fit to:\nno processes were timed",
+            ha="center",
+            va="center",
+            color=plots.GREY,
+            transform=axis.transAxes,
+        )
         return
     model, shown, hidden, _ = fitted(numbers)
     both = [p.seconds * 1e3 for p in (*shown, *hidden)]
@@ -750,8 +813,9 @@ def _hosts(left: Any, right: Any, numbers: dict[str, Any]) -> None:
         "ideal", (60, 60), xytext=(-4, 4), textcoords="offset points", ha="right", color=plots.GREY, fontsize=8
     )
     right.axhline(B, color=plots.BLACK, linewidth=1.2)
-    right.annotate(f"B = {B:,.0f}", (1e4, B), xytext=(0, -4),
-                   textcoords="offset points", fontsize=8, ha="right", va="top")  # fmt: skip
+    right.annotate(
+        f"B = {B:,.0f}", (1e4, B), xytext=(0, -4), textcoords="offset points", fontsize=8, ha="right", va="top"
+    )
     for axis in (left, right):
         plots.log_scale(axis, "xy")
         axis.set_xlabel("hosts, each like one core here")
@@ -769,8 +833,11 @@ def _hosts(left: Any, right: Any, numbers: dict[str, Any]) -> None:
 
 def _variances(axis: Any, numbers: dict[str, Any]) -> None:
     sizes = numbers["variance/sizes"]
-    looks = {"global": (plots.BLACK, "-", "s"), "shuffled": (plots.VERMILLION, "--", "o"),
-             "as they lie": (plots.BLUE, "-", "^")}  # fmt: skip
+    looks = {
+        "global": (plots.BLACK, "-", "s"),
+        "shuffled": (plots.VERMILLION, "--", "o"),
+        "as they lie": (plots.BLUE, "-", "^"),
+    }
     labels = {
         "global": "global",
         "shuffled": "stratified, shuffled rows",
@@ -779,8 +846,16 @@ def _variances(axis: Any, numbers: dict[str, Any]) -> None:
     for name, (colour, style, marker) in looks.items():
         exact, mean, error = (numbers[f"variance/{name}/{key}"] for key in ("exact", "mean", "error"))
         axis.plot(sizes, exact, style, color=colour, label=labels[name])
-        axis.errorbar(sizes, mean, 2 * error, fmt=marker, color=colour, markersize=5, capsize=2,
-                      markerfacecolor="none" if name == "global" else colour)  # fmt: skip
+        axis.errorbar(
+            sizes,
+            mean,
+            2 * error,
+            fmt=marker,
+            color=colour,
+            markersize=5,
+            capsize=2,
+            markerfacecolor="none" if name == "global" else colour,
+        )
     plots.log_scale(axis, "xy")
     axis.set(title="Variance of the gradient", xlabel="b, examples in the batch", ylabel="tr Cov of the batch gradient")
     axis.set_ylim(bottom=numbers["variance/as they lie/exact"].min() / 8)

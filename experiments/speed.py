@@ -105,8 +105,13 @@ class Config:
     profiled: tuple[int, ...] = (1, 32, 0)
     """Batch sizes whose step is taken apart."""
     starts: tuple[str, ...] = (
-        "gd_vs_sgd", "gradient_noise", "samplings", "conditioning", "backprop_cost", "detection",
-    )  # fmt: skip
+        "gd_vs_sgd",
+        "gradient_noise",
+        "samplings",
+        "conditioning",
+        "backprop_cost",
+        "detection",
+    )
     """Experiments that are started twice, to see what the second start saves: every third of the study."""
     start_rounds: int = 1
     import_rounds: int = 6
@@ -242,9 +247,13 @@ def contender(name: str, device: str, folder: Path, patience: float) -> Iterator
     with tempfile.TemporaryFile() as errors:
         handle = subprocess.Popen(
             [sys.executable, "-m", "experiments.support.contenders", name, device, str(folder)],
-            cwd=Path(__file__).parents[1], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            cwd=Path(__file__).parents[1],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
-        )  # fmt: skip
+        )
         assert handle.stdin is not None
         assert handle.stdout is not None
         try:
@@ -477,9 +486,13 @@ def _imports(rounds: int, folder: Path) -> dict[str, Any]:
         for name in sorted(wanted, reverse=bool(k % 2)):
             code = f"import time; t = time.perf_counter(); {wanted[name]}; print(time.perf_counter() - t)"
             done = subprocess.run(
-                [sys.executable, "-c", code], cwd=Path(jaxgrad.__file__).parents[1], env=env, capture_output=True,
-                text=True, check=True,
-            )  # fmt: skip
+                [sys.executable, "-c", code],
+                cwd=Path(jaxgrad.__file__).parents[1],
+                env=env,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             took[name].append(float(done.stdout))
     return {name: np.array(seconds[1:]) for name, seconds in took.items()}  # the first one wrote the bytecode
 
@@ -495,8 +508,11 @@ def _starts(config: Config, folder: Path) -> dict[str, Any]:
             began = time.perf_counter()
             subprocess.run(
                 [sys.executable, "-m", "experiments", "--quick", *config.starts, "--out", str(folder / f"out-{k}")],
-                cwd=Path(__file__).parents[1], env=env, capture_output=True, check=True,
-            )  # fmt: skip
+                cwd=Path(__file__).parents[1],
+                env=env,
+                capture_output=True,
+                check=True,
+            )
             took.append(time.perf_counter() - began)
     return {"starts": np.array(took).reshape(-1, 2), "started": list(config.starts)}
 
@@ -795,14 +811,23 @@ def _where_time_goes(numbers: dict[str, Any]) -> str:
 
 
 COLOURS = {
-    "scikit-learn": plots.ORANGE, "NumPy loop": plots.BLUE, "PyTorch eager": plots.VERMILLION,
-    "torch.compile": plots.PURPLE, "PyTorch CUDA graph": plots.PURPLE, "optax loop": plots.GREEN,
+    "scikit-learn": plots.ORANGE,
+    "NumPy loop": plots.BLUE,
+    "PyTorch eager": plots.VERMILLION,
+    "torch.compile": plots.PURPLE,
+    "PyTorch CUDA graph": plots.PURPLE,
+    "optax loop": plots.GREEN,
     "optimistix": plots.SKY,
-}  # fmt: skip
+}
 MARKERS = {
-    "scikit-learn": "D", "NumPy loop": "s", "PyTorch eager": "o", "torch.compile": "P", "PyTorch CUDA graph": "P",
-    "optax loop": "^", "optimistix": "v",
-}  # fmt: skip
+    "scikit-learn": "D",
+    "NumPy loop": "s",
+    "PyTorch eager": "o",
+    "torch.compile": "P",
+    "PyTorch CUDA graph": "P",
+    "optax loop": "^",
+    "optimistix": "v",
+}
 
 
 def draw(numbers: dict[str, Any]) -> Figure:
@@ -824,11 +849,26 @@ def draw(numbers: dict[str, Any]) -> Figure:
         if found:
             x, y = np.array([ratio for ratio, _ in found]), np.array([y for _, y in found])
             axis.hlines(y, x[:, 1], x[:, 2], color=COLOURS[name], linewidth=1.4)
-            axis.plot(x[:, 0], y, MARKERS[name], color=COLOURS[name], label=name, markersize=5.5, markeredgewidth=0.5,
-                      markeredgecolor="white")  # fmt: skip
+            axis.plot(
+                x[:, 0],
+                y,
+                MARKERS[name],
+                color=COLOURS[name],
+                label=name,
+                markersize=5.5,
+                markeredgewidth=0.5,
+                markeredgecolor="white",
+            )
     limits = {i: np.nanmedian(numbers[f"seconds/{OURS}"][i]) / floor_seconds(numbers, i) for i in at}
-    axis.plot(list(limits.values()), [at[i] for i in limits], "|", color=plots.BLACK, markersize=9, markeredgewidth=2,
-              label="what the machine allows")  # fmt: skip
+    axis.plot(
+        list(limits.values()),
+        [at[i] for i in limits],
+        "|",
+        color=plots.BLACK,
+        markersize=9,
+        markeredgewidth=2,
+        label="what the machine allows",
+    )
     axis.axvline(1, color=plots.BLACK, linewidth=1)
     for side, words in (("right", "ours is faster  "), ("left", "  theirs is")):
         axis.text(1, -0.8, words, ha=side, va="center", fontsize=9, color=plots.GREY)

@@ -71,9 +71,16 @@ class Config:
 
 TIMED = True
 QUICK = Config(
-    batch_sizes=(1, 64), shares=(0.01,), exact_shares=(0.1, 0.01), most=20_000, seeds=20, path_points=3,
-    repeats=6, min_seconds=0.001, rows=4000,
-)  # fmt: skip
+    batch_sizes=(1, 64),
+    shares=(0.01,),
+    exact_shares=(0.1, 0.01),
+    most=20_000,
+    seeds=20,
+    path_points=3,
+    repeats=6,
+    min_seconds=0.001,
+    rows=4000,
+)
 NUMBERS = {
     "data": EXACT, "n": EXACT, "labels": EXACT, "sizes": EXACT, "shares": EXACT, "exact_shares": EXACT,
     "most": EXACT, "seeds": EXACT, "*/steps": EXACT, "exact_steps": EXACT, "*/record": EXACT,
@@ -99,12 +106,20 @@ def run(config: Config, session: Session) -> dict[str, Any]:
     gap = float(theory.excess_loss(geometry, start))
     sizes: list[int | None] = [*(b for b in config.batch_sizes if b < n), None]
     numbers: dict[str, Any] = {
-        "data": dataset.name, "n": n, "start": gap, "bound": certified.bound, "minimum": certified.value,
-        "condition_number": theory.condition_number(geometry), "labels": [label_of(b) for b in sizes],
-        "sizes": np.array([b or n for b in sizes]), "gamma": np.array([noise.gamma(sampling_of(b), n) for b in sizes]),
-        "shares": np.array(config.shares), "exact_shares": np.array(config.exact_shares), "most": config.most,
+        "data": dataset.name,
+        "n": n,
+        "start": gap,
+        "bound": certified.bound,
+        "minimum": certified.value,
+        "condition_number": theory.condition_number(geometry),
+        "labels": [label_of(b) for b in sizes],
+        "sizes": np.array([b or n for b in sizes]),
+        "gamma": np.array([noise.gamma(sampling_of(b), n) for b in sizes]),
+        "shares": np.array(config.shares),
+        "exact_shares": np.array(config.exact_shares),
+        "most": config.most,
         "seeds": config.seeds,
-    }  # fmt: skip
+    }
 
     session.say("exact steps to each target, at the best step size of each batch size")
     best = {
@@ -156,9 +171,15 @@ def _runs(
     def paths(eta: Any, record: Any) -> Any:
         def one(key: Any) -> Any:
             _, seen = trajectory(
-                LOSS, start, batch, optimizer=optax.sgd(eta), sampling=sampling_of(b), key=key, record=record,
+                LOSS,
+                start,
+                batch,
+                optimizer=optax.sgd(eta),
+                sampling=sampling_of(b),
+                key=key,
+                record=record,
                 observe=lambda params: jnp.append(params.w, params.b),
-            )  # fmt: skip
+            )
             return seen
 
         return jax.vmap(one)(keys)
@@ -173,10 +194,11 @@ def _runs(
         record = np.round(np.linspace(0, max(POINTS, 1.5 * step.steps), POINTS + 1)).astype(int)
         excess = theory.excess_loss(geometry, np.asarray(paths(jnp.float32(eta), jnp.asarray(record))))
         numbers |= {
-            f"{label}/{share:g}/record": record, f"{label}/{share:g}/mean": excess.mean(axis=0),
+            f"{label}/{share:g}/record": record,
+            f"{label}/{share:g}/mean": excess.mean(axis=0),
             f"{label}/{share:g}/first": first_at_most(excess, record, target),
             f"{label}/{share:g}/expected": theory.sgd_moments(geometry, start, eta, sampling_of(b), record).excess,
-        }  # fmt: skip
+        }
         at = int(np.searchsorted(record, step.steps))
         numbers[f"{label}/{share:g}/z"] = _z(excess[:, at], numbers[f"{label}/{share:g}/expected"][at])
     return numbers
@@ -418,8 +440,13 @@ def draw(numbers: dict[str, Any]) -> Figure:
     rest = np.where(np.isfinite(finest), finest, np.nan)
     if numbers["exact_shares"][-1] not in numbers["shares"]:
         for axis, values in ((steps, rest), (seconds, rest * numbers["seconds"][:, 0])):
-            axis.plot(sizes, values, color=plots.GREY, linewidth=1.2,
-                      label=f"to {100 * numbers['exact_shares'][-1]:g} %, theory")  # fmt: skip
+            axis.plot(
+                sizes,
+                values,
+                color=plots.GREY,
+                linewidth=1.2,
+                label=f"to {100 * numbers['exact_shares'][-1]:g} %, theory",
+            )
     for axis in (steps, seconds):
         plots.log_scale(axis, "xy")
         axis.xaxis.set_major_locator(LogLocator(numticks=4))
@@ -431,15 +458,43 @@ def draw(numbers: dict[str, Any]) -> Figure:
     seconds.set(title="Time to the target", ylabel="seconds, one run alone")
 
     fitted, predicted = _critical(numbers), numbers["noise_scale"]
-    critical.plot(numbers["exact_shares"], predicted, "s--", color=plots.ORANGE, markersize=4.5, linewidth=1.2,
-                  label="usual prediction:\nnoise scale along path")  # fmt: skip
-    critical.plot(numbers["exact_shares"], numbers["floor_scale"], "D--", color=plots.GREEN, markersize=4.5,
-                  linewidth=1.2, label="floor = half the target")  # fmt: skip
-    critical.plot(numbers["exact_shares"], fitted, "o-", color=plots.BLACK, markersize=4.5, linewidth=1.2,
-                  label="fitted to exact steps")  # fmt: skip
+    critical.plot(
+        numbers["exact_shares"],
+        predicted,
+        "s--",
+        color=plots.ORANGE,
+        markersize=4.5,
+        linewidth=1.2,
+        label="usual prediction:\nnoise scale along path",
+    )
+    critical.plot(
+        numbers["exact_shares"],
+        numbers["floor_scale"],
+        "D--",
+        color=plots.GREEN,
+        markersize=4.5,
+        linewidth=1.2,
+        label="floor = half the target",
+    )
+    critical.plot(
+        numbers["exact_shares"],
+        fitted,
+        "o-",
+        color=plots.BLACK,
+        markersize=4.5,
+        linewidth=1.2,
+        label="fitted to exact steps",
+    )
     best = [_size(numbers, label) for label in _winners(numbers)]
-    critical.plot(numbers["exact_shares"], best, "^:", color=plots.PURPLE, markersize=5, linewidth=1.2,
-                  label="fastest by the clock")  # fmt: skip
+    critical.plot(
+        numbers["exact_shares"],
+        best,
+        "^:",
+        color=plots.PURPLE,
+        markersize=5,
+        linewidth=1.2,
+        label="fastest by the clock",
+    )
     plots.log_scale(critical, "xy")
     critical.invert_xaxis()
     critical.set(title="Which batch size", xlabel="target, share of the start", ylabel="batch size")
@@ -451,8 +506,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
 
 def _points(axis: Any, x: np.ndarray, taken: np.ndarray, colour: str, label: str) -> None:
     middle, low, high = np.where(np.isfinite(taken), taken, np.nan).T
-    axis.errorbar(x, middle, yerr=[middle - low, high - middle], fmt="o", color=colour, markersize=4.5, linewidth=1,
-                  label=label)  # fmt: skip
+    axis.errorbar(
+        x, middle, yerr=[middle - low, high - middle], fmt="o", color=colour, markersize=4.5, linewidth=1, label=label
+    )
 
 
 if __name__ == "__main__":

@@ -90,11 +90,16 @@ def run(config: Config, session: Session) -> dict[str, Any]:
         return session.race(contenders, repeats=config.repeats, min_seconds=longer * config.min_seconds)
 
     numbers: dict[str, Any] = {
-        "b": config.b, "d": config.d, "rows": np.array(config.rows), "batch_sizes": np.array(config.batch_sizes),
-        "rows_for_b": config.rows_for_b, "index_rows": np.array([3 * 2**k for k in config.index_exponents]),
-        "shuffle_rows": np.array(config.shuffle_rows), "loop_rows": config.loop_rows,
+        "b": config.b,
+        "d": config.d,
+        "rows": np.array(config.rows),
+        "batch_sizes": np.array(config.batch_sizes),
+        "rows_for_b": config.rows_for_b,
+        "index_rows": np.array([3 * 2**k for k in config.index_exponents]),
+        "shuffle_rows": np.array(config.shuffle_rows),
+        "loop_rows": config.loop_rows,
         "loop_columns": config.loop_columns,
-    }  # fmt: skip
+    }
 
     def keep(name: str, timings: list[timing.Timing], steps: list[int]) -> None:
         """Seconds per step: median, low, high, `[3, points]`."""

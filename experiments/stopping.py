@@ -67,9 +67,14 @@ class Config:
 
 
 QUICK = Config(
-    fractions=(0.001, 0.01, 0.1, 0.5, 0.9), thresholds=(1e-2, 1e-3), most=4000, batch_sizes=(1, 2), seeds=100,
-    watched=200, budget=500,
-)  # fmt: skip
+    fractions=(0.001, 0.01, 0.1, 0.5, 0.9),
+    thresholds=(1e-2, 1e-3),
+    most=4000,
+    batch_sizes=(1, 2),
+    seeds=100,
+    watched=200,
+    budget=500,
+)
 NUMBERS = {
     "n": EXACT, "p": EXACT, "p_few": EXACT, "seeds": EXACT, "budget": EXACT, "watched": EXACT,
     "most": EXACT, "sgd_fraction": EXACT, "fractions": EXACT, "shares": EXACT, "thresholds": EXACT,
@@ -113,9 +118,15 @@ def _gd(config: Config, batch: Batch) -> dict[str, Any]:
 
         rule = optax.sgd(eta)
         end = advance(
-            init(start, rule), jax.random.key(0), batch, config.most, loss=LOSS, optimizer=rule,
-            sampling=full_batch(), halt=fires,
-        )  # fmt: skip
+            init(start, rule),
+            jax.random.key(0),
+            batch,
+            config.most,
+            loss=LOSS,
+            optimizer=rule,
+            sampling=full_batch(),
+            halt=fires,
+        )
         return jnp.where(end.halted, end.step, jnp.inf), jnp.append(end.params.w, end.params.b)
 
     # Just beyond the edge, from a start that hardly has the component that grows.
@@ -130,15 +141,22 @@ def _gd(config: Config, batch: Batch) -> dict[str, Any]:
     steps, ends = (np.asarray(leaf, float) for leaf in many)
     shape = (len(config.fractions), len(config.thresholds))
     numbers: dict[str, Any] = {
-        "n": len(batch.y), "p": len(hidden), "edge": edge, "condition_number": theory.condition_number(geometry),
-        "fractions": np.array(config.fractions), "thresholds": np.array(config.thresholds), "most": config.most,
-        "start": float(theory.excess_loss(geometry, origin)), "gd_steps": steps[:-1].reshape(shape),
+        "n": len(batch.y),
+        "p": len(hidden),
+        "edge": edge,
+        "condition_number": theory.condition_number(geometry),
+        "fractions": np.array(config.fractions),
+        "thresholds": np.array(config.thresholds),
+        "most": config.most,
+        "start": float(theory.excess_loss(geometry, origin)),
+        "gd_steps": steps[:-1].reshape(shape),
         "gd_excess": theory.excess_loss(geometry, ends)[:-1].reshape(shape),
         "gd_predicted": np.array([exact.gd_stop_time(geometry, origin, *pair) for pair in pairs[:-1]]).reshape(shape),
         "at_once": np.array([exact.fires_at_once(geometry, origin, e) for e in config.thresholds]) / edge,
-        "diverging": steps[-1], "diverging_predicted": exact.gd_stop_time(geometry, hidden, unstable, 1e-3),
+        "diverging": steps[-1],
+        "diverging_predicted": exact.gd_stop_time(geometry, hidden, unstable, 1e-3),
         "diverging_excess": float(theory.gd_excess(geometry, hidden, unstable, [1500])[0]),
-    }  # fmt: skip
+    }
     fine = geometric(config.fractions[0], 0.99, 120)
     numbers["fine"], etas = fine, decimals(fine * edge)
     for name, law in (("time", exact.gd_stop_time), ("gap", exact.gd_stop_excess)):
@@ -158,10 +176,13 @@ def _false_stops(config: Config, batch: Batch) -> dict[str, Any]:
     best = Linear(jnp.asarray(geometry.minimiser[:-1]), jnp.asarray(geometry.minimiser[-1]))
     settle = 200
     numbers: dict[str, Any] = {
-        "batch_sizes": np.array(config.batch_sizes), "shares": np.array(config.shares),
-        "p_few": len(geometry.minimiser), "seeds": config.seeds, "watched": config.watched,
+        "batch_sizes": np.array(config.batch_sizes),
+        "shares": np.array(config.shares),
+        "p_few": len(geometry.minimiser),
+        "seeds": config.seeds,
+        "watched": config.watched,
         "sgd_fraction": config.sgd_fraction,
-    }  # fmt: skip
+    }
     for b in config.batch_sizes:
         sampling = with_replacement(1) if b == 1 else distinct(b)
         eta = decimals(config.sgd_fraction * theory.sgd_edge(geometry, sampling))
@@ -169,9 +190,15 @@ def _false_stops(config: Config, batch: Batch) -> dict[str, Any]:
 
         def one(key: Any, eta: Any = eta, sampling: Any = sampling) -> Any:
             _, seen = trajectory(
-                LOSS, best, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key,
-                record=settle + np.arange(config.watched + 1), observe=lambda params: jnp.append(params.w, params.b),
-            )  # fmt: skip
+                LOSS,
+                best,
+                batch,
+                optimizer=optax.sgd(eta),
+                sampling=sampling,
+                key=key,
+                record=settle + np.arange(config.watched + 1),
+                observe=lambda params: jnp.append(params.w, params.b),
+            )
             return jnp.linalg.norm(jnp.diff(seen, axis=0), axis=1)
 
         norms = np.asarray(jax.jit(jax.vmap(one))(keys))
@@ -214,9 +241,16 @@ def _compared(config: Config, diabetes: Any) -> dict[str, Any]:
         eta = decimals(0.5 * (theory.edge(geometry) if name == "GD" else theory.sgd_edge(geometry, sampling)))
         for rule, stop in rules.items():
             trace = descend(
-                LOSS, start, batch, optimizer=eta, sampling=sampling, steps=config.budget,
-                key=keys[:1] if name == "GD" else keys, record=2, stop=stop,
-            )  # fmt: skip
+                LOSS,
+                start,
+                batch,
+                optimizer=eta,
+                sampling=sampling,
+                steps=config.budget,
+                key=keys[:1] if name == "GD" else keys,
+                record=2,
+                stop=stop,
+            )
             numbers[f"{name}/{rule}/steps"] = np.asarray(trace.stopped_at)
             numbers[f"{name}/{rule}/excess"] = theory.excess_loss(geometry, trace.params)
             numbers[f"{name}/{rule}/validation"] = np.asarray(jax.vmap(validation)(trace.params), float)
@@ -356,8 +390,14 @@ def draw(numbers: dict[str, Any]) -> Figure:
         label = f"ε = {below:g}"
         when.plot(numbers["fine"], numbers["fine_time"][:, k], color=colour, linewidth=1.2)
         steps = numbers["gd_steps"][:, k]
-        when.plot(numbers["fractions"], np.where(np.isfinite(steps), steps, np.nan), "o", color=colour, markersize=4.5,
-                  label=label)  # fmt: skip
+        when.plot(
+            numbers["fractions"],
+            np.where(np.isfinite(steps), steps, np.nan),
+            "o",
+            color=colour,
+            markersize=4.5,
+            label=label,
+        )
         where.plot(numbers["fine"], numbers["fine_gap"][:, k] / numbers["start"], color=colour, linewidth=1.2)
         left = np.where(np.isfinite(steps), numbers["gd_excess"][:, k], np.nan) / numbers["start"]
         where.plot(numbers["fractions"], left, "o", color=colour, markersize=4.5, label=label)

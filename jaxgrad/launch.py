@@ -94,9 +94,12 @@ def run(argv: Sequence[str] | None = None) -> Ended:
     alive, held = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     guard = subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-S", "-E", "-c", _GUARD],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for rank in range(arguments.n):
             processes.append(_start(rank, arguments, coordinator, logs, alive))
@@ -181,10 +184,14 @@ def _start(
     with log.open("wb") as file:
         # A session of its own: a Ctrl-C comes to the launcher, which passes it on once.
         process = subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, **own}, stdin=subprocess.DEVNULL, start_new_session=True,
-            stdout=subprocess.PIPE if rank == 0 else file, stderr=subprocess.PIPE if rank == 0 else subprocess.STDOUT,
+            [sys.executable, "-c", code],
+            env={**os.environ, **own},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            stdout=subprocess.PIPE if rank == 0 else file,
+            stderr=subprocess.PIPE if rank == 0 else subprocess.STDOUT,
             pass_fds=[alive],
-        )  # fmt: skip
+        )
     if rank == 0:
         for pipe, screen in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
             assert pipe is not None

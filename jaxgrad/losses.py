@@ -188,7 +188,7 @@ def mean_loss(
     finite numbers >= 0.
     """
     if weights is None:
-        example = lambda params, row: example_loss(model(params, row.x), row.y)  # noqa: E731
+        example = lambda params, row: example_loss(model(params, row.x), row.y)
         return replace(mean_of(example, l2), model=model, example_loss=example_loss)
     weight = weights if callable(weights) else _of_class(weights)
     classes = None if callable(weights) else len(weights)

@@ -136,7 +136,7 @@ def _pass_orders(key: Key, first: Any, steps: int, n: int, b: int) -> Int[Array,
     step = jnp.asarray(first, jnp.int32) + jnp.arange(steps, dtype=jnp.int32)
     place, start = step // steps_per_pass, jnp.asarray(first, jnp.int32) // steps_per_pass
     passes = (steps + steps_per_pass - 2) // steps_per_pass + 1  # as many as so many steps can touch
-    of_pass = lambda k: _order_words(_stream(key, start + k), n)  # noqa: E731
+    of_pass = lambda k: _order_words(_stream(key, start + k), n)
     words = jax.vmap(of_pass, out_axes=-1)(jnp.arange(passes, dtype=jnp.int32))
     # A choice of two is faster than a look into a table.
     words = jnp.where(place > start, words[..., 1:], words[..., :1]) if passes == 2 else words[..., place - start]

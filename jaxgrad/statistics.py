@@ -287,7 +287,7 @@ def _quantile_each(draws: np.ndarray, quantile: Any) -> np.ndarray:
     position = np.clip(np.asarray(quantile) * (len(draws) + 1) - 1, 0, len(draws) - 1)
     low = np.floor(position).astype(int)
     high = np.minimum(low + 1, len(draws) - 1)
-    at = lambda i: np.take_along_axis(ordered, i[None], axis=0)[0]  # noqa: E731
+    at = lambda i: np.take_along_axis(ordered, i[None], axis=0)[0]
     weight = position - low
     return np.asarray((1 - weight) * at(low) + weight * at(high))
 

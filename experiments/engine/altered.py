@@ -113,6 +113,8 @@ def run(
     flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), variables.get("XLA_FLAGS"))))
     done = subprocess.run(
         [python or sys.executable, "-m", "experiments", "altered", json.dumps(what._asdict()), *arguments],
-        check=False, cwd=Path(experiments.__path__[0]).parent, env={**os.environ, **variables, "XLA_FLAGS": flags},
-    )  # fmt: skip
+        check=False,
+        cwd=Path(experiments.__path__[0]).parent,
+        env={**os.environ, **variables, "XLA_FLAGS": flags},
+    )
     return done.returncode

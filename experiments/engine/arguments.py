@@ -258,9 +258,12 @@ def plan(arguments: Arguments) -> Plan:
         if getattr(arguments, name):
             raise Unusable(f"--{name} is for spread: python -m experiments spread --{name} ...")
     given = {
-        "seeds": whole(arguments.seeds), "data": arguments.data, "target": arguments.target,
-        "memory": gibibytes(arguments.memory), "options": reading(arguments),
-    }  # fmt: skip
+        "seeds": whole(arguments.seeds),
+        "data": arguments.data,
+        "target": arguments.target,
+        "memory": gibibytes(arguments.memory),
+        "options": reading(arguments),
+    }
     overrides = {field: value for field, value in given.items() if value is not None}
     entries = tuple(known[name] for name in dict.fromkeys(arguments.names)) or tuple(known.values())
     if arguments.names:

@@ -43,13 +43,13 @@ ENVIRONMENTS: dict[str, dict[str, Environment]] = {
         "AVX, nudged": Environment(
             {"XLA_FLAGS": "--xla_cpu_max_isa=AVX", "OPENBLAS_CORETYPE": "Sandybridge", **_NUMPY_SSE, **_PLAIN_LIBM}, 3
         ),
-        "AVX2": Environment(
-            {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2", "OPENBLAS_CORETYPE": "Haswell", **_NUMPY_AVX2}
-        ),
+        "AVX2": Environment({"XLA_FLAGS": "--xla_cpu_max_isa=AVX2", "OPENBLAS_CORETYPE": "Haswell", **_NUMPY_AVX2}),
         "AVX2, one thread, nudged": Environment(
             {
-                "XLA_FLAGS": "--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=false", "OPENBLAS_CORETYPE": "Zen",
-                **_NUMPY_AVX2, **_ONE_THREAD,
+                "XLA_FLAGS": "--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=false",
+                "OPENBLAS_CORETYPE": "Zen",
+                **_NUMPY_AVX2,
+                **_ONE_THREAD,
             },
             4,
         ),
@@ -67,7 +67,9 @@ ENVIRONMENTS: dict[str, dict[str, Environment]] = {
     },
     "gpu": {
         "no autotuning, nudged": Environment({"XLA_FLAGS": "--xla_gpu_autotune_level=0"}, 1),
-        "as is, nudged": Environment({}, 2), "as is again": Environment(), "nudged once more": Environment({}, 3),
+        "as is, nudged": Environment({}, 2),
+        "as is again": Environment(),
+        "nudged once more": Environment({}, 3),
     },
-}  # fmt: skip
+}
 """By device. At least eight on a CPU, no two alike; the last one only where another interpreter is given."""

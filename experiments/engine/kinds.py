@@ -147,8 +147,15 @@ class Ratio(Seconds):
 
 
 EXACT, SAME_JAX, MACHINE, ROUNDING, COUNT, RANDOM, SECONDS, RATIO = (
-    Exact(), SameJax(), Machine(), Rounding(), Count(), Random(), Seconds(), Ratio(),
-)  # fmt: skip
+    Exact(),
+    SameJax(),
+    Machine(),
+    Rounding(),
+    Count(),
+    Random(),
+    Seconds(),
+    Ratio(),
+)
 
 
 class Part(NamedTuple):

@@ -25,8 +25,13 @@ def processor() -> str:
 
 
 LEVELS = (
-    ("AVX-512", "avx512f"), ("AVX2", "avx2"), ("AVX", "avx"), ("SSE4.2", "sse4_2"), ("SVE", "sve"), ("NEON", "asimd"),
-)  # fmt: skip
+    ("AVX-512", "avx512f"),
+    ("AVX2", "avx2"),
+    ("AVX", "avx"),
+    ("SSE4.2", "sse4_2"),
+    ("SVE", "sve"),
+    ("NEON", "asimd"),
+)
 
 
 def instructions() -> str:

@@ -306,7 +306,7 @@ def circumstances(chapter: Chapter, result: Result) -> str:
 def _size(chapter: Chapter, result: Result) -> str:
     """What the saved settings are, compared with today's experiment."""
     # A setting that is not made is None, or was unknown when the result was saved.
-    made = lambda config: {key: value for key, value in config.items() if value is not None}  # noqa: E731
+    made = lambda config: {key: value for key, value in config.items() if value is not None}
     for label, config in (("Full size", chapter.module.Config()), ("`--quick` size", chapter.module.QUICK)):
         if made(json.loads(json.dumps(dataclasses.asdict(config)))) == made(result.config):
             return label

@@ -259,9 +259,17 @@ def _document(path: Path, again: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not whole JSON ({error}); {again}") from None
     kinds = {
-        "experiment": str, "device": str, "config": dict, "numbers": dict, "arrays": dict, "claims": list,
-        "times": dict, "versions": dict, "machine": dict, "sha256": dict,
-    }  # fmt: skip
+        "experiment": str,
+        "device": str,
+        "config": dict,
+        "numbers": dict,
+        "arrays": dict,
+        "claims": list,
+        "times": dict,
+        "versions": dict,
+        "machine": dict,
+        "sha256": dict,
+    }
     for key, kind in kinds.items():
         if not isinstance(document, dict) or not isinstance(document.get(key), kind):
             raise ValueError(f"{path} is not a result: it has no {key!r}; {again}")

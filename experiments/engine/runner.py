@@ -129,9 +129,10 @@ def _unfinished(task: Task, config: Any) -> Unfinished | None:
     data = Path(task.overrides.get("data", ""))
     files = sorted(data.iterdir()) if data.is_dir() else [data] if data.is_file() else []
     own = {
-        "config": dataclasses.asdict(config), "code": provenance.code(task.entry.name),
+        "config": dataclasses.asdict(config),
+        "code": provenance.code(task.entry.name),
         "data": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-    }  # fmt: skip
+    }
     kept = Unfinished(task.unfinished, json.dumps(own, default=str).encode())
     kept.begin(task.resume)
     return kept

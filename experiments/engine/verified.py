@@ -18,9 +18,11 @@ def note(folder: str | Path, rerun: str | Path, device: str, comparisons: Iterab
     comparisons = [one for one in comparisons if (Path(rerun) / one.name / f"{device}.json").is_file()]
     here = results.read(rerun, comparisons[0].name, device).provenance
     where = {
-        "python": here["versions"]["python"], "jax": here["versions"]["jax"], "device": device,
+        "python": here["versions"]["python"],
+        "jax": here["versions"]["jax"],
+        "device": device,
         **{key: here["machine"].get(key) for key in WHERE},
-    }  # fmt: skip
+    }
     found = {
         one.name: {
             "seal": results.seal(folder, one.name, device),

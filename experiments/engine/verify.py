@@ -35,7 +35,7 @@ from experiments.engine.kinds import (
     Seconds,
     look_up,
     parts,
-)  # fmt: skip
+)
 from experiments.engine.results import Claim, Result
 from experiments.engine.tolerance import (
     LEVEL,
@@ -144,9 +144,16 @@ def compare(
         if isinstance(part.kind, Seconds) and name in after and comparable(part.value, after[name].value)
     }
     case = Case(
-        old, new, before, after, spread, LEVEL / max(1, judged), max(sizes, default=1.0),
-        echoes.median_pace(before, logs), timed,
-    )  # fmt: skip
+        old,
+        new,
+        before,
+        after,
+        spread,
+        LEVEL / max(1, judged),
+        max(sizes, default=1.0),
+        echoes.median_pace(before, logs),
+        timed,
+    )
     drawn = same_draws(case)
     findings = [_verdict(case, name, drawn) for name in before]
     findings += [

@@ -40,8 +40,11 @@ STEP = 50
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.recorded.failures", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.recorded.failures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--job", nargs=3, metavar=("HOW", "RANK", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.job:
@@ -119,12 +122,17 @@ def _absent(rank: int, processes: int) -> dict[str, Any]:
     program = "from jaxgrad import parallel; parallel.run(parallel.start)"
     began = time.time()
     started: list[Any] = [
-        None if other == rank else subprocess.Popen(
-            [sys.executable, "-c", program], env={**os.environ, **own, "JAXGRAD_PROCESS_ID": str(other)}, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        None
+        if other == rank
+        else subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, **own, "JAXGRAD_PROCESS_ID": str(other)},
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         for other in range(processes)
-    ]  # fmt: skip
+    ]
     overdue = threading.Timer(PATIENCE, _kill, [[process for process in started if process]])
     overdue.start()
     words = [process.communicate()[1] for process in started if process]
@@ -139,9 +147,13 @@ def _found(how: str, rank: int, seconds: float, statuses: Sequence[int | None], 
     # Neither a temporary folder nor a port that was free: they say nothing, and change.
     said = re.sub(r"/\S*/(rank\d+\.log)", r"\1", re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:port", said))
     return {
-        "what": how, "rank": rank, "processes": len(statuses), "seconds_until_all_are_gone": seconds,
-        "statuses": list(statuses), "said": said,
-    }  # fmt: skip
+        "what": how,
+        "rank": rank,
+        "processes": len(statuses),
+        "seconds_until_all_are_gone": seconds,
+        "statuses": list(statuses),
+        "said": said,
+    }
 
 
 def _kill(processes: list[subprocess.Popen[Any]]) -> None:

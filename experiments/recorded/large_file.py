@@ -29,8 +29,11 @@ ROUNDS, PASSES = 2, 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.recorded.large_file", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.recorded.large_file",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=["rows"])
     parser.add_argument("--rows", type=int, default=10**8, help="how many rows (default: 10^8)")
     parser.add_argument("--steps", type=int, default=100_000, help="steps of SGD (default: 100,000)")
@@ -52,13 +55,20 @@ def main(argv: list[str] | None = None) -> int:
     found = {name: max((turn[name] for turn in rounds), key=_speed) for name in CONTENDERS}
     disk, memory, gradient, reading = (found[name] for name in ("disk", "memory", "gradient", "reading"))
     record = {
-        "command": "python -m experiments.recorded.large_file rows", "rows": arguments.rows, "columns": COLUMNS, "b": B,
-        "steps": arguments.steps, "gigabytes": arguments.rows * COLUMNS * 4 / 1e9, **found, "page_cache": "warm",
+        "command": "python -m experiments.recorded.large_file rows",
+        "rows": arguments.rows,
+        "columns": COLUMNS,
+        "b": B,
+        "steps": arguments.steps,
+        "gigabytes": arguments.rows * COLUMNS * 4 / 1e9,
+        **found,
+        "page_cache": "warm",
         "speeds_in_turns": {name: [_speed(turn[name]) for turn in rounds] for name in CONTENDERS},
         "steps_per_second_disk_over_memory": disk["steps_per_second"] / memory["steps_per_second"],
         "gradient_over_reading": gradient["gigabytes_per_second"] / reading["gigabytes_per_second"],
-        "same_parameters": disk["w"] == memory["w"], **provenance.surroundings(),
-    }  # fmt: skip
+        "same_parameters": disk["w"] == memory["w"],
+        **provenance.surroundings(),
+    }
     print(tables.write("rows", record))
     return 0
 
@@ -107,8 +117,16 @@ def _sgd(data: Any, steps: int) -> dict[str, Any]:
     from jaxgrad import descend, distinct, losses, models
 
     loss = losses.mean_loss(models.linear, losses.squared)
-    run = descend(loss, models.init_linear(COLUMNS - 1), data, optimizer=0.01, sampling=distinct(B), steps=steps,
-                  key=jax.random.key(0), record=[steps])  # fmt: skip
+    run = descend(
+        loss,
+        models.init_linear(COLUMNS - 1),
+        data,
+        optimizer=0.01,
+        sampling=distinct(B),
+        steps=steps,
+        key=jax.random.key(0),
+        record=[steps],
+    )
     return {"steps_per_second": steps / float(run.seconds[-1]), "w": np.asarray(run.params.w).tolist()}
 
 

@@ -29,8 +29,11 @@ BOUND = 1e-5
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.recorded.launchers", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.recorded.launchers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.parse_args(argv)
     engines = {name: prefix for name, prefix in ENGINES.items() if shutil.which(name)}
     if not engines:
@@ -43,8 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, prefix in engines.items():
             runs = compare(alone, _study(prefix, folder / name))
             found[_version(name)] = {
-                "command": " ".join([*prefix, *STUDY, "two"]), "agreement_with_one_process": runs,
-            }  # fmt: skip
+                "command": " ".join([*prefix, *STUDY, "two"]),
+                "agreement_with_one_process": runs,
+            }
     record = {"against": " ".join([*STUDY, "one"]), "engines": found, **provenance.surroundings()}
     print(tables.write("engines", record))
     return int(not all(agrees(engine["agreement_with_one_process"]) for engine in found.values()))

@@ -135,9 +135,15 @@ def ours(case: Case, x: Any, y: Any, device: str) -> list[Entrant]:
     def run(steps: int) -> float:
         until = steps + (0 if state[0] is start else int(state[0].step))
         trace = descend(
-            loss, state[0], data,
-            optimizer=case.eta, sampling=sampling, steps=until, record=[until], key=jax.random.key(0),
-        )  # fmt: skip
+            loss,
+            state[0],
+            data,
+            optimizer=case.eta,
+            sampling=sampling,
+            steps=until,
+            record=[until],
+            key=jax.random.key(0),
+        )
         state[0] = trace.state
         return float(trace.seconds[-1])
 
@@ -502,8 +508,13 @@ CONTENDERS: dict[str, Callable[[Case, Any, Any, str], list[Entrant]]] = {
 }
 
 
-PACKAGES = {"scikit-learn": "scikit-learn", "NumPy loop": "numpy", "PyTorch eager": "torch", "optax loop": "optax",
-            "optimistix": "optimistix"}  # fmt: skip
+PACKAGES = {
+    "scikit-learn": "scikit-learn",
+    "NumPy loop": "numpy",
+    "PyTorch eager": "torch",
+    "optax loop": "optax",
+    "optimistix": "optimistix",
+}
 """Where the contenders come from."""
 
 

@@ -68,12 +68,16 @@ def run(config: Any, session: Session) -> dict[str, Any]:
     name, n = plain(path.stem), raw.n
     sizes: list[int | None] = [None, *(b for b in config.batch_sizes if b < n)]
     numbers: dict[str, Any] = {
-        "problems": [name], f"{name}/what": f"linear regression from disk, n = {n:,}, d = {len(features)}",
-        f"{name}/n": n, f"{name}/labels": [label_of(b) for b in sizes], f"{name}/kind": "gap to the minimum",
-        f"{name}/start": float(gap(start)), f"{name}/minimum": minimum,
+        "problems": [name],
+        f"{name}/what": f"linear regression from disk, n = {n:,}, d = {len(features)}",
+        f"{name}/n": n,
+        f"{name}/labels": [label_of(b) for b in sizes],
+        f"{name}/kind": "gap to the minimum",
+        f"{name}/start": float(gap(start)),
+        f"{name}/minimum": minimum,
         # What solving left of the gradient, squared, over four times the least curvature.
         f"{name}/bound": float(np.sum((2 * (R @ best - r)) ** 2) / (4 * np.linalg.eigvalsh(R)[0])),
-    }  # fmt: skip
+    }
     rng = np.random.default_rng(2021)
     sample = np.asarray(pick(rows, np.sort(rng.integers(0, n, min(n, TUNING_ROWS)))))
     batch = jax.tree.map(jnp.asarray, rows.as_batch(jnp.asarray(sample)))
@@ -97,16 +101,28 @@ def run(config: Any, session: Session) -> dict[str, Any]:
             session.say(f"{name}, {label_of(b)}: run {i + 1} of {runs} with step size {eta:.3g}")
             record = log_spaced(steps, config.points)
             trace = descend(
-                loss, start, rows, optimizer=eta, sampling=sampling, steps=steps, key=key, record=record,
+                loss,
+                start,
+                rows,
+                optimizer=eta,
+                sampling=sampling,
+                steps=steps,
+                key=key,
+                record=record,
                 checkpoint=session.checkpoint(f"{name} {label_of(b)} run {i}", steps),
-            )  # fmt: skip
+            )
             traces.append(trace)
         per_update = np.array([trace.seconds[-1] / steps for trace in traces])
         own = {
-            "eta": eta, "etas": etas, "tuning": score, "steps": traces[0].steps, "examples": traces[0].examples,
+            "eta": eta,
+            "etas": etas,
+            "tuning": score,
+            "steps": traces[0].steps,
+            "examples": traces[0].examples,
             "excess": np.stack([trace.loss for trace in traces]) - minimum,
             "diverged": sum(trace.status.startswith("diverged") for trace in traces),
-            "seconds_per_update": float(np.median(per_update)), "seconds_per_update_runs": per_update,
-        }  # fmt: skip
+            "seconds_per_update": float(np.median(per_update)),
+            "seconds_per_update_runs": per_update,
+        }
         numbers |= {f"{name}/{label_of(b)}/{what}": value for what, value in own.items()}
     return numbers

@@ -71,9 +71,15 @@ def runs_of(keys: Any, eta: Any, batch: Batch, record: Any, start: Any, *, sampl
 
     def one(key: Any) -> Any:
         return trajectory(
-            loss, start, batch, optimizer=optax.sgd(eta), sampling=sampling, key=key, record=record,
+            loss,
+            start,
+            batch,
+            optimizer=optax.sgd(eta),
+            sampling=sampling,
+            key=key,
+            record=record,
             observe=lambda params: jnp.append(params.w, params.b),
-        )[1]  # fmt: skip
+        )[1]
 
     return jax.vmap(one)(keys)
 

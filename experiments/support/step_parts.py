@@ -121,9 +121,7 @@ def _prepared(case: Case, data: parallel.Sharded, job: Job) -> tuple[dict[str, A
     sampling = make.get(case.kind, partial(parallel.stratified, case.b, data.counts))()
     loss, rows, sampling = parallel.on(data, loss, sampling)
     state, key = parallel.replicate((init(start, OPTIMIZER), jax.random.key(1)), data.mesh)
-    program = _advance.lower(
-        state, key, rows, np.int32(0), loss=loss, optimizer=OPTIMIZER, sampling=sampling
-    ).compile()  # fmt: skip
+    program = _advance.lower(state, key, rows, np.int32(0), loss=loss, optimizer=OPTIMIZER, sampling=sampling).compile()
 
     def whole(steps: int) -> Any:
         return jax.block_until_ready(program(state, key, rows, np.int32(steps)))

@@ -72,11 +72,11 @@ class Log:
         """All of it as arrays."""
         stacked = (lambda *leaves: np.stack(leaves)) if self.seen else (lambda leaf: leaf)
         columns = jax.tree.map(stacked, *(self.seen or [self._nothing]))
-        told = self.reason.astype("U") if self.reason.ndim else np.array(str(self.reason))
-        return (self.state, columns, self.active, told, self.ended, self.memory, self.best, self.seconds)
+        reasons = self.reason.astype("U") if self.reason.ndim else np.array(str(self.reason))
+        return (self.state, columns, self.active, reasons, self.ended, self.memory, self.best, self.seconds)
 
     def resume(self, found: Any, put: Callable[[Any], Any]) -> None:
-        """Go on from what `saved` told."""
+        """Go on from what `saved` returned."""
         state, columns, active, reason, ended, memory, best, seconds = found
         if state.batch_loss is not None:
             room = np.array(self.state.batch_loss)
@@ -107,7 +107,7 @@ class Log:
         reason = np.where((reason == "finished") & (grown != ""), grown, reason)
         pairs = zip(reason.reshape(-1).tolist(), self.ended.reshape(-1).tolist(), strict=True)
         status = [f"diverged at step {t}" if why == "diverged" else str(why) for why, t in pairs]
-        together = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves, axes), *trees)  # noqa: E731
+        together = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves, axes), *trees)
         state = self.state
         batch_loss = None if state.batch_loss is None else np.asarray(state.batch_loss)[..., first : max(at)]
         return Trace(

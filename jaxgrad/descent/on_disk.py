@@ -59,32 +59,32 @@ def on_disk(job: Job, rows: Rows) -> Placement:
             reader.append(Reader(rows, sampling, key, job.steps))
         steps = reader[0].steps
         ordered = _in_order(b, steps, rows.layout)._replace(drop_last=sampling.drop_last, n=sampling.n or rows.n)
-        go = partial(step, objective=objective, sampling=ordered, halt=halt, single=single)
+        take = partial(step, objective=objective, sampling=ordered, halt=halt, single=single)
         now, until = int(state.step), int(until)
         if now >= until:
             # Nothing to do but to compile. To fetch a block here would take it off the clock.
             nothing = jnp.zeros((steps * b, rows.columns), rows.dtype)
-            return go(state, key, nothing, np.int32(until))
+            return take(state, key, nothing, np.int32(until))
         while True:
             number = now // steps
             now = min(until, (number + 1) * steps)
-            state = jax.block_until_ready(go(state, key, reader[0].block(number), np.int32(now)))
+            state = jax.block_until_ready(take(state, key, reader[0].block(number), np.int32(now)))
             if now >= until or (halt is not None and bool(state.halted)):
                 return state
 
     def advance_full(state: State, key: Key, until: Any, *, halt: Any, single: bool) -> State:
         # The gradient of ⟨g, w⟩ is g: the same compiled step, with a gradient that is known.
-        go = partial(step, objective=Objective(along), sampling=sampling, halt=halt, single=single)
+        take = partial(step, objective=Objective(along), sampling=sampling, halt=halt, single=single)
         if int(state.step) >= int(until):
             full_gradient(objective.loss, optimizers.trained(state.params), beginning(rows))  # it compiles
         for now in range(int(state.step), int(until)):
             w = optimizers.trained(state.params)
             slope = jax.tree.map(lambda leaf: leaf[None], full_gradient(objective.loss, w, rows))
-            own = go
+            own = take
             if valued:
                 there = jax.tree.map(lambda leaf: leaf[None], w)
                 slope = (slope, there, full_loss(objective.loss, w, rows)[None])
-                own = partial(go, objective=Objective(along_from))
+                own = partial(take, objective=Objective(along_from))
             state = own(state, key, slope, np.int32(now + 1))
             if halt is not None and bool(state.halted):
                 break

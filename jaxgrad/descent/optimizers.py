@@ -249,14 +249,14 @@ def _looked_through(optimizer: Optimizer, params: Params, shapes: Any) -> tuple[
         "optimizer cannot take a step with these params (update gets the gradient, its state and params, and by name "
         "value, grad and value_fn, or grad_fn and obj_fn)"
     ):
-        told = _told(optimizer, _shape(pair))
-    if told is None or shapes is None:
+        text = _as_text(optimizer, _shape(pair))
+    if text is None or shapes is None:
         return optimizer, twice
-    return _known.setdefault((told, shapes), (optimizer, twice))
+    return _known.setdefault((text, shapes), (optimizer, twice))
 
 
-def _told(optimizer: Optimizer, params: Params) -> str | None:
-    """What tells an optimizer's programs from others; None where that cannot be told for sure.
+def _as_text(optimizer: Optimizer, params: Params) -> str | None:
+    """The programs of an optimizer as text; None where the text does not show all of what they do.
 
     Two that give the same text do the same: they have the same traced programs of `init` and `update`, numbers
     included. A compiled program is found by its optimizer, and `optax.adam(1e-2)` written twice makes two that do not
@@ -357,7 +357,7 @@ def typed(leaf: Any) -> bool:
 
 def _folded(keys: Any, key: Key) -> Any:
     word = jax.random.bits(key)
-    fold = lambda each: jax.random.fold_in(each, word)  # noqa: E731
+    fold = lambda each: jax.random.fold_in(each, word)
     for _ in range(keys.ndim):
         fold = jax.vmap(fold)
     return fold(keys)

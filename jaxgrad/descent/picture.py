@@ -4,8 +4,14 @@ from typing import Any
 
 import numpy as np
 
-LABELS = {"steps": "steps", "examples": "examples (gradients of one)", "seconds": "seconds of steps",
-          "loss": "full loss", "step_norm": "size of a step", "batch_loss": "loss of the step's batch"}  # fmt: skip
+LABELS = {
+    "steps": "steps",
+    "examples": "examples (gradients of one)",
+    "seconds": "seconds of steps",
+    "loss": "full loss",
+    "step_norm": "size of a step",
+    "batch_loss": "loss of the step's batch",
+}
 
 
 def draw(trace: Any, x: str, of: str, axes: Any) -> Any:

@@ -88,7 +88,7 @@ def with_fallback(advance: Any, single: bool) -> Any:
     """The same, compiled as XLA usually does where `small_steps` took the step for simpler than the compiler does."""
     chosen = [advance]
 
-    def go(*args: Any, halt: Any) -> State:
+    def advance_or_fall_back(*args: Any, halt: Any) -> State:
         try:
             return chosen[0](*args, halt=halt)
         except jax.errors.JaxRuntimeError as error:
@@ -97,4 +97,4 @@ def with_fallback(advance: Any, single: bool) -> Any:
             chosen[0] = partial(advance, single=False)
             return chosen[0](*args, halt=halt)
 
-    return go
+    return advance_or_fall_back

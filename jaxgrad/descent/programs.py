@@ -40,7 +40,7 @@ def with_given_gradient(slope: Callable[[Params, Any], Any], optimizer: optimize
     """`advance` of one run for the full batch with a gradient that cannot be part of a program: on all cores."""
     compiled = set()
 
-    def go(state: State, key: Key, data: Any, until: Any, *, halt: Any) -> State:
+    def advance_full(state: State, key: Key, data: Any, until: Any, *, halt: Any) -> State:
         if halt not in compiled:
             compiled.add(halt)
             _next(state, slope(state.params, data), optimizer=optimizer, halt=halt)
@@ -50,7 +50,7 @@ def with_given_gradient(slope: Callable[[Params, Any], Any], optimizer: optimize
             state = _next(state, slope(state.params, data), optimizer=optimizer, halt=halt)
         return state
 
-    return go
+    return advance_full
 
 
 _next = partial(jax.jit, static_argnames=("optimizer", "halt"))(one_step)
@@ -119,7 +119,7 @@ def value_and_gradient(params, model, key, data, *, objective, rows):
     if objective.plain:
         both = jax.value_and_grad(objective.loss)
         return (both if rows is None else row_blocks.mean(both, rows))(params, data)
-    of_batch = lambda params: objective.of_batch(params, model, data, key)[0]  # noqa: E731
+    of_batch = lambda params: objective.of_batch(params, model, data, key)[0]
     return jax.value_and_grad(of_batch)(params)
 
 
@@ -130,9 +130,11 @@ def point(state: State, evaluate_at: Callable[[State], Params] | None) -> Params
 
 def seen_state(state: State, whole: bool) -> State:
     """What of the state a program needs that looks at it: all of it, or parameters, last step and the loss's state."""
-    return state._replace(examples=None, batch_loss=None) if whole else State(
-        None, state.params, None, state.update, None, model=state.model
-    )  # fmt: skip
+    return (
+        state._replace(examples=None, batch_loss=None)
+        if whole
+        else State(None, state.params, None, state.update, None, model=state.model)
+    )
 
 
 def two_arguments(observe: Any) -> bool:

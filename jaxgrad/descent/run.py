@@ -17,9 +17,8 @@ from jaxgrad import checkpoint as saved
 from jaxgrad import checks, parallel
 from jaxgrad.checkpoint import Checkpoint
 from jaxgrad.checks import Natural, Positive, checked
-from jaxgrad.descent import optimizers, programs, run_tiles, stopping
+from jaxgrad.descent import identity, optimizers, programs, run_tiles, stopping
 from jaxgrad.descent.at_start import leaf_name
-from jaxgrad.descent.identity import fingerprint
 from jaxgrad.descent.in_memory import in_memory
 from jaxgrad.descent.log import Log, of_starts
 from jaxgrad.descent.objective import Objective, hashable
@@ -142,7 +141,7 @@ def descend(
     start = jax.tree.map(jnp.asarray, params) if state is None else state.params
     _check_start(start, runs, params_axis if state is None else None)
     ahead = len(runs.shape) if state else 0 if params_axis is None else 1
-    one = lambda tree: jax.tree.map(lambda leaf: leaf[(0,) * ahead], tree)  # noqa: E731
+    one = lambda tree: jax.tree.map(lambda leaf: leaf[(0,) * ahead], tree)
     model = jax.tree.map(jnp.asarray, loss_state) if state is None else one(state.model)
     known, twice = optimizers.usable(runs.optimizer, one(start))
     runs = runs._replace(optimizer=known)
@@ -170,7 +169,7 @@ def descend(
         (0, 0) if earlier is None else (int(earlier.step if state is None else state.step), _examples(earlier))
     )
     pauses = marks(record, first, steps, judged, checkpoint.every if checkpoint else None)
-    whose = _fingerprint(checkpoint, job, rows)
+    fingerprint = _fingerprint(checkpoint, job, rows)
     halt = stopping.halting(rules)
 
     if rows.mesh is not None:
@@ -190,7 +189,7 @@ def descend(
             rows.recorded(state, key)
 
     def at_start(which: Any) -> np.ndarray:
-        words = lambda start: _at_start(start, rows, key)  # noqa: E731
+        words = lambda start: _at_start(start, rows, key)
         return of_starts(words, (begin.params, begin.model), which, one=ahead == 0)
 
     with closing(_Open(rows)):
@@ -202,7 +201,7 @@ def descend(
         with saved.held(checkpoint), parallel.Interruption() if checkpoint else nullcontext() as asked:
             if checkpoint is not None:
                 log.expect(*rows.recorded(state, key))
-                if (found := saved.resumed(checkpoint, log.saved(), whose)) is not None:
+                if (found := saved.resumed(checkpoint, log.saved(), fingerprint)) is not None:
                     log.resume(found, rows.put)
                     done = int(np.max(log.state.step))
             show = _progress(progress if callable(progress) or parallel.is_main() else False)
@@ -219,9 +218,9 @@ def descend(
                     log.record(step, *rows.look(log.state, key))
                 show(step, steps)
                 if checkpoint is not None and (log.over or mark.saved):
-                    saved.save(checkpoint, log.saved(), whose)
+                    saved.save(checkpoint, log.saved(), fingerprint)
                 if checkpoint is not None and asked is not None and not log.over and asked() and step < steps:
-                    saved.save(checkpoint, log.saved(), whose)
+                    saved.save(checkpoint, log.saved(), fingerprint)
                     raise parallel.Preempted(step, checkpoint.path)
         return log.trace(
             runs,
@@ -373,16 +372,24 @@ def _room(runs: Runs, steps: int) -> Any:
 
 
 def _fingerprint(checkpoint: Checkpoint | None, job: Job, rows: Placement) -> dict[str, str]:
-    """Whose checkpoint it is; raises where none can be written."""
+    """What the checkpoint is known by; raises an error where no checkpoint can be written."""
     if checkpoint is None:
         return {}
     parallel.together(lambda: saved.check(checkpoint) if parallel.is_main() else None)
-    objective, data, told = rows.identity
+    objective, data, hash_of_rows = rows.identity
     runs = job.runs
-    return fingerprint(
-        objective, job.params, job.model, data, rows.n, runs.optimizer, runs.digest_settings(), job.sampling, runs.key,
-        told(),
-    )  # fmt: skip
+    return identity.fingerprint(
+        objective,
+        job.params,
+        job.model,
+        data,
+        rows.n,
+        runs.optimizer,
+        runs.digest_settings(),
+        job.sampling,
+        runs.key,
+        hash_of_rows(),
+    )
 
 
 def _at_start(start: tuple[Params, Any], rows: Placement, key: Key) -> str:

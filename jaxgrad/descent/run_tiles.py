@@ -25,7 +25,7 @@ import numpy as np
 from jaxgrad import checks
 
 MEMORY = 1.0
-"""GiB that a program of many runs may take beside the data, unless `descend` is told otherwise. Not a share of what is
+"""GiB that a program of many runs may take beside the data, unless `descend` is usage otherwise. Not a share of what is
 free: the same call would be cut otherwise on another day."""
 
 
@@ -118,8 +118,8 @@ def _bytes_of_runs(program: Any, args: Any, axes: Any, static: Any) -> int:
     It is compiled for them, not run; if they fit, this is the program that runs.
     """
     compiled = program.func.lower(*args, **program.keywords, **static).compile()
-    told = compiled.memory_analysis()
-    if told is None:  # a backend that does not say
+    usage = compiled.memory_analysis()
+    if usage is None:  # a backend that does not say
         return 0
     given = [leaf for arg, ahead in zip(args, axes, strict=True) if ahead for leaf in jax.tree.leaves(arg)]
-    return told.temp_size_in_bytes + told.output_size_in_bytes + sum(map(_nbytes, given))
+    return usage.temp_size_in_bytes + usage.output_size_in_bytes + sum(map(_nbytes, given))

@@ -250,7 +250,7 @@ def _sweep(optimizer: Any, sweep: Any) -> tuple[Optimizer, dict[str, np.ndarray]
 
 def _injected(state: Any, settings: dict[str, np.ndarray], shape: tuple[int, ...]) -> Any:
     """The state of `optax.inject_hyperparams`, wherever it is in the optimizer's, with the settings of each run."""
-    is_injected = lambda node: hasattr(node, "hyperparams") and hasattr(node, "_replace")  # noqa: E731
+    is_injected = lambda node: hasattr(node, "hyperparams") and hasattr(node, "_replace")
     nodes = [node for node in jax.tree.leaves(state, is_leaf=is_injected) if is_injected(node)]
     if not nodes:
         raise ValueError(

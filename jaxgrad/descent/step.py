@@ -99,9 +99,16 @@ def advance(
     function for one core (`small_steps`), up to ten times as fast.
     """
     return take_steps(
-        state, key, data, until, objective=Objective(loss), optimizer=optimizer, sampling=sampling, halt=halt,
+        state,
+        key,
+        data,
+        until,
+        objective=Objective(loss),
+        optimizer=optimizer,
+        sampling=sampling,
+        halt=halt,
         single=single,
-    )  # fmt: skip
+    )
 
 
 def take_steps(
@@ -184,7 +191,7 @@ def _evaluation(
     if not objective.plain:
 
         def any_form(params: Params, model: Any, batch: Any, key: Any) -> Any:
-            of_batch = lambda params: objective.of_batch(params, model, batch, key)  # noqa: E731
+            of_batch = lambda params: objective.of_batch(params, model, batch, key)
             (value, (new, _)), gradient = differentiable(jax.value_and_grad(of_batch, has_aux=True))(params)
             new = model if model is None else jax.tree.map(optimizers.like, new, model)
             return value, gradient, new, lambda params: of_batch(params)[0]
@@ -232,7 +239,7 @@ def one_step(
 
 def _skipped(update: Any, gradient: Any, optimizer_state: Any) -> Any:
     """Whether the optimizer took no step on purpose: it moved nothing against a gradient, or is still accumulating."""
-    multi = lambda node: isinstance(node, optax.MultiStepsState)  # noqa: E731
+    multi = lambda node: isinstance(node, optax.MultiStepsState)
     waits = [node.mini_step != 0 for node in jax.tree.leaves(optimizer_state, is_leaf=multi) if multi(node)]
     return reduce(jnp.logical_or, waits, _all_zero(update) & ~_all_zero(gradient))
 

@@ -29,7 +29,7 @@ from jaxgrad.means.kinds import (
     plain,
     product_of,
     sum_of,
-)  # fmt: skip
+)
 
 try:  # Where a step is written. JAX does not promise this module; without it the place is not named.
     from jax._src import source_info_util
@@ -586,4 +586,4 @@ RULES: dict[str, Callable[[Step], Found]] = {
     "bitcast_convert_type": _bits,
     "complex": _added,
     "optimization_barrier": _barrier,
-}  # fmt: skip
+}

@@ -239,7 +239,7 @@ def _scan(walk: Walk, step: Step) -> Sequence[Kind]:
     consts, carry, over = step.kinds[:fixed], step.kinds[fixed : fixed + carried], step.kinds[fixed + carried :]
     if any(axis in (0, MANY) for axis in step.axes[fixed + carried :]):
         return [Mixed(f"it goes through the examples one by one{step.where}")] * len(step.out_axes)
-    body = lambda carry: walk.program(_called(step, "jaxpr"), [*consts, *carry, *over])  # noqa: E731
+    body = lambda carry: walk.program(_called(step, "jaxpr"), [*consts, *carry, *over])
     carry = _settled_carry(step, body, carry)
     return [*carry, *body(carry)[carried:]]
 
@@ -251,7 +251,7 @@ def _rank_of(atom: Any) -> int:
 def _while(walk: Walk, step: Step) -> Sequence[Kind]:
     of_test, of_body = step.params["cond_nconsts"], step.params["body_nconsts"]
     test, fixed = step.kinds[:of_test], step.kinds[of_test : of_test + of_body]
-    body = lambda carry: walk.program(_called(step, "body_jaxpr"), [*fixed, *carry])  # noqa: E731
+    body = lambda carry: walk.program(_called(step, "body_jaxpr"), [*fixed, *carry])
     carry = _settled_carry(step, body, step.kinds[of_test + of_body :])
     if walk.program(_called(step, "cond_jaxpr"), [*test, *carry])[0] not in (Same(0), Zero(), Never()):
         return [Mixed(f"how often a loop turns depends on the examples{step.where}")] * len(step.out_axes)

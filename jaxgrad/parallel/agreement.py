@@ -96,14 +96,14 @@ def agree(**things: Any) -> None:
 def digest(thing: Any) -> str:
     """sha256 of a pytree: its structure, and shapes, dtypes and bytes of its arrays (`repr` of what is none)."""
     leaves, structure = jax.tree.flatten(thing)
-    told = hashlib.sha256(str(structure).encode())
+    hashed = hashlib.sha256(str(structure).encode())
     for leaf in leaves:
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         if hasattr(leaf, "__array__"):
             array = np.ascontiguousarray(leaf)
-            told.update(f"{array.dtype.str}{array.shape}".encode())
-            told.update(array.reshape(-1).view(np.uint8).data)
+            hashed.update(f"{array.dtype.str}{array.shape}".encode())
+            hashed.update(array.reshape(-1).view(np.uint8).data)
         else:
-            told.update(repr(leaf).encode())
-    return told.hexdigest()
+            hashed.update(repr(leaf).encode())
+    return hashed.hexdigest()

@@ -85,9 +85,13 @@ def start(
         raise ValueError(f"rank is {rank}, but with {processes} processes it must be from 0 to {processes - 1}")
     roll_call(coordinator, processes, rank, timeout)
     jax.distributed.initialize(
-        coordinator, processes, rank, coordinator_bind_address=coordinator if rank == 0 else None,
-        cluster_detection_method="deactivate", **waits,
-    )  # fmt: skip
+        coordinator,
+        processes,
+        rank,
+        coordinator_bind_address=coordinator if rank == 0 else None,
+        cluster_detection_method="deactivate",
+        **waits,
+    )
     return _joined("arguments" if explicit else "environment")
 
 
@@ -124,13 +128,13 @@ def _joined(how: str) -> Place:
 
 
 def _number(name: str, variable: str, value: Any, at_least: int) -> int | None:
-    what, told = name, value is None
-    if told:
+    what, from_environment = name, value is None
+    if from_environment:
         what, value = variable, os.environ.get(variable)
     if value is None:
         return None
     try:
-        number = int(value) if told else checks.integer(what, value)
+        number = int(value) if from_environment else checks.integer(what, value)
     except (TypeError, ValueError):
         number = at_least - 1
     if not at_least <= number < checks.LIMIT:

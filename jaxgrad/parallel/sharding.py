@@ -75,7 +75,7 @@ def shard(batch: Any, mesh: Mesh) -> Sharded:
                 raise ValueError(f"in rows {low:,} to {high - 1:,}, numbered from the first of them: {error}") from None
 
     together(look)
-    agree(data=jax.tree.map(_telling, batch))
+    agree(data=jax.tree.map(_compared, batch))
     return _laid(batch, 0, counts, mesh)
 
 
@@ -197,8 +197,8 @@ def _mine(counts: Sequence[int], mesh: Mesh) -> list[tuple[int, int]]:
     return [(int(starts[d]), int(starts[d + 1])) for d in here]
 
 
-def _telling(leaf: Any) -> Any:
-    """What tells an array from another: all of it; of a file that is mapped, shape and evenly spaced rows."""
+def _compared(leaf: Any) -> Any:
+    """What processes compare of an array: all of it; of a file that is mapped, its shape and evenly spaced rows."""
     if not isinstance(leaf, np.memmap):
         return leaf
     rows = np.unique(np.linspace(0, len(leaf) - 1, 4096).astype(np.int64))

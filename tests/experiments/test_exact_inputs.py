@@ -169,7 +169,7 @@ def test_a_start_has_the_shapes_dtype_and_law_of_the_models():
 
     from jaxgrad import models
 
-    of = lambda net: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, type(leaf)), net)  # noqa: E731
+    of = lambda net: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, type(leaf)), net)
     assert of(exact.two_layer(0, 6, 5, 3)) == of(models.init_two_layer(jax.random.key(0), 6, 5, 3))
     assert of(exact.layers(0, (6, 5, 4, 3))) == of(models.init_deep(jax.random.key(0), (6, 5, 4, 3)))
     net = exact.two_layer(0, 400, 300, 10)

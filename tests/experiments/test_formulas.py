@@ -59,7 +59,7 @@ def test_a_fault_of_1e_12_is_many_units(monkeypatch, name, id, family):
     right = getattr(lecture, name)
     shape = SMALL.shapes[0]
     assert worst_units(family(shape, SMALL), id) <= formulas.LIMIT
-    wrong = lambda *a: jax.tree.map(lambda leaf: (1 + 1e-12) * leaf, right(*a))  # noqa: E731
+    wrong = lambda *a: jax.tree.map(lambda leaf: (1 + 1e-12) * leaf, right(*a))
     monkeypatch.setattr(lecture, name, wrong)
     assert worst_units(family(shape, SMALL), id) > formulas.LIMIT
 
@@ -67,7 +67,7 @@ def test_a_fault_of_1e_12_is_many_units(monkeypatch, name, id, family):
 def test_first_nan_is_exact_to_the_last_place():
     for dtype in formulas.DTYPES:
         edge = np.asarray(16.25, dtype)
-        form = lambda y, h, edge=edge: jnp.where(jnp.asarray(h) >= edge, jnp.nan, jnp.asarray(y))  # noqa: E731
+        form = lambda y, h, edge=edge: jnp.where(jnp.asarray(h) >= edge, jnp.nan, jnp.asarray(y))
         assert formulas.first_nan(form, 1, dtype, 60) == 16.25
 
 

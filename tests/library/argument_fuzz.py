@@ -750,15 +750,15 @@ def cases():
 
     # --- the lecture
     bound = Kind(0.01, lambda v: REFUSED if real(v) is None or math.isnan(real(v)) else real(v), {})
-    each_x = lambda w, X, Y: (Y - X @ w) ** 2  # noqa: E731
+    each_x = lambda w, X, Y: (Y - X @ w) ** 2
     for f in (lecture.objective, lecture.objective_sum):
         case(f, losses=function(each_x), w=w, X=x, Y=y)
     for f in (lecture.objective_gradient, lecture.objective_gradient_sum):
         case(f, gradients=function(lecture.linear_gradients), w=w, X=x, Y=y)
     case(lecture.step, w=formula(w), gradient=formula(w + 1), eta=number(0.1))
     case(lecture.small_step, new=formula(w), old=formula(w + 1), eps=bound)
-    slope = lambda w: 2 * w  # noqa: E731
-    some = lambda s: np.prod(s) > 0  # noqa: E731
+    slope = lambda w: 2 * w
+    some = lambda s: np.prod(s) > 0
     etas = Kind(
         [0.1, 0.1],
         lambda v: ANY if isinstance(v, range | list | tuple | np.ndarray) or hasattr(v, "__next__") else REFUSED,
@@ -811,7 +811,7 @@ def cases():
         case(f, p=formula(p), y=formula(labels))
     activation = exactly(lecture.TANH, lecture.Activation, more={"f": jnp.tanh, "pair": (jnp.tanh, jnp.tanh)})
     case(lecture.chain_rule, lambda a: a.f(jnp.ones(2)), outer=activation, inner=activation)
-    any_shape = lambda s: True  # noqa: E731
+    any_shape = lambda s: True
     for f in (
         lecture.sigmoid_as_printed,
         lecture.sigmoid_derivative_as_printed,
@@ -916,7 +916,7 @@ def cases():
         draws=count(40, 20),
         level=number(0.9, 0, 1),
     )
-    runs = lambda s: len(s) > 0 and s[0] >= 20  # noqa: E731
+    runs = lambda s: len(s) > 0 and s[0] >= 20
     case(
         noise.scale_from_norms,
         small_squared=array(draws),
@@ -995,7 +995,7 @@ def cases():
         low=number(0.1, 0, 0.9, "lh"),
         high=number(0.9, 0.1, 1, "lh"),
     )
-    number_of = lambda low, high: lambda a: bool((a % 1 == 0).all() and (a >= low).all() and (a <= high).all())  # noqa: E731
+    number_of = lambda low, high: lambda a: bool((a % 1 == 0).all() and (a >= low).all() and (a <= high).all())
     case(
         statistics.proportion_interval,
         successes=array(7, any_shape, where=number_of(0, 40)),
@@ -1011,8 +1011,8 @@ def cases():
     )
     case(statistics.z_limit, comparisons=count(13), level=level)
     case(timing.compiled, lambda c: c.executable(1.0), function=function(jnp.sin), _name="timing.compiled")
-    thunk = lambda: 0  # noqa: E731
-    no_time = lambda t: sorted(t) if isinstance(t, dict) else t.calls * 0  # noqa: E731
+    thunk = lambda: 0
+    no_time = lambda t: sorted(t) if isinstance(t, dict) else t.calls * 0
     case(
         timing.measure,
         no_time,

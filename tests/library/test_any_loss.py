@@ -85,7 +85,7 @@ def test_the_recorded_loss_of_minibatches_beyond_cache_is_that_of_all_rows():
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_losses_that_are_no_means_of_very_few_rows(n):
     rows = (jnp.arange(1.0, n + 1)[:, None], jnp.ones(n))
-    loss = lambda params, rows: jnp.sum((rows[0] @ params.w - rows[1]) ** 2) / jnp.sum(rows[0])  # noqa: E731
+    loss = lambda params, rows: jnp.sum((rows[0] @ params.w - rows[1]) ** 2) / jnp.sum(rows[0])
     run = partial(descend, loss, optimizer=0.01, sampling=full_batch(), steps=1, key=jax.random.key(0))
     start = Linear(jnp.zeros(1))
     expected = start.w - 0.01 * jax.grad(loss)(start, rows).w

@@ -111,7 +111,7 @@ def test_a_loss_is_the_same_whatever_else_was_traced():
     outer = jax.jit(lambda x: inner(x) + 1)
     texts, hashes = set(), set()
     for _ in range(2):
-        loss = lambda params, batch: (outer(params.w) + inner(params.w)).mean()  # noqa: E731
+        loss = lambda params, batch: (outer(params.w) + inner(params.w)).mean()
         shapes = jax.eval_shape(lambda: (start(np.float64), problem(3, np.float64)))
         texts.add(str(jax.make_jaxpr(loss)(*shapes)))
         hashes.add(_program(loss, *shapes))

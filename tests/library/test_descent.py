@@ -116,7 +116,7 @@ def test_all_examples_in_another_order_give_gradient_descent(problem, key, sampl
 @pytest.mark.parametrize("sampling", [with_replacement(4), distinct(4)])
 def test_runs_side_by_side_equal_single_runs(problem, key, sampling):
     keys = jax.random.split(key, 3)
-    run = lambda key: descend(  # noqa: E731
+    run = lambda key: descend(
         LOSS,
         start(),
         problem[0],
@@ -135,7 +135,7 @@ def test_runs_side_by_side_equal_single_runs(problem, key, sampling):
 
 @pytest.mark.parametrize("sampling", [full_batch(), distinct(4), reshuffled(7)])
 def test_the_result_does_not_depend_on_how_a_run_is_cut(problem, key, sampling):
-    run = lambda record, params=None, steps=2500: descend(  # noqa: E731
+    run = lambda record, params=None, steps=2500: descend(
         LOSS, params or start(), problem[0], optimizer=optax.sgd(0.01, momentum=0.5), sampling=sampling,
         steps=steps, key=key, record=record,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def test_the_result_does_not_depend_on_how_a_run_is_cut(problem, key, sampling):
 
 def test_runs_side_by_side_resume(problem, key):
     keys = jax.random.split(key, 3)
-    run = lambda params, steps: descend(  # noqa: E731
+    run = lambda params, steps: descend(
         LOSS, params, problem[0], optimizer=0.01, sampling=distinct(4), steps=steps, key=keys
     )
     np.testing.assert_array_equal(run(run(start(), 30).state, 80).params.w, run(start(), 80).params.w)
@@ -200,7 +200,7 @@ def test_trace_records_steps_examples_seconds_and_step_sizes(problem, key):
 
 def test_one_program_serves_every_chunk_and_every_run(problem, key):
     loss = losses.mean_loss(models.linear, losses.squared)  # a new function: compiled nowhere yet
-    run = lambda steps: descend(  # noqa: E731
+    run = lambda steps: descend(
         loss,
         start(),
         problem[0],
@@ -357,7 +357,7 @@ def test_small_step_is_the_lecture_rule(problem, key):
 
 def test_small_step_stops_each_run_by_itself(problem, key):
     keys, etas = jax.random.split(key, 2), [0.04, 0.05]
-    run = lambda key, eta, params=None, steps=2000: descend(  # noqa: E731
+    run = lambda key, eta, params=None, steps=2000: descend(
         LOSS, params or start(), problem[0], optimizer=eta, sampling=distinct(4), steps=steps, key=key,
         stop=small_step(2e-3),
     )  # fmt: skip
@@ -372,7 +372,7 @@ def test_small_step_stops_each_run_by_itself(problem, key):
 
 
 def test_a_run_stopped_by_the_rule_can_go_on(problem, key):
-    run = lambda params, stop=None: descend(  # noqa: E731
+    run = lambda params, stop=None: descend(
         LOSS, params, problem[0], optimizer=0.3, sampling=full_batch(), steps=400, key=key, stop=stop
     )
     stopped = run(start(), small_step(1e-3))
@@ -387,7 +387,7 @@ def test_small_gradient(problem, key):
     )  # fmt: skip
     assert trace.status == "stopped: small gradient"
     assert trace.stopped_at % 10 == 0
-    norm = lambda params: float(optax.tree.norm(jax.grad(LOSS)(params, problem[0])))  # noqa: E731
+    norm = lambda params: float(optax.tree.norm(jax.grad(LOSS)(params, problem[0])))
     assert norm(trace.params) < 1e-5
     before = descend(
         LOSS,
@@ -403,7 +403,7 @@ def test_small_gradient(problem, key):
 
 def test_validation_with_patience(problem, key):
     """The metric falls until w[0] passes 2, then rises: four checks later the run ends."""
-    metric = lambda params: jnp.abs(params.w[0] - 2.0)  # noqa: E731
+    metric = lambda params: jnp.abs(params.w[0] - 2.0)
     trace = descend(
         LOSS, start(), problem[0], optimizer=0.02, sampling=full_batch(), steps=500, key=key, record=range(501),
         observe=metric, stop=no_improvement(metric, patience=4, every=5),
@@ -496,7 +496,7 @@ def test_states_that_do_not_fit(problem, key):
     alone = init(start(), optax.sgd(0.1))
     many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (3, 3, *leaf.shape)), alone)
     of_grid = many._replace(optimizer=StepSize(jnp.full((3, 3), 0.1)))
-    goes_on = lambda words, state, **how: bad(words, loss=LOSS, params=state, data=problem[0], **how)  # noqa: E731
+    goes_on = lambda words, state, **how: bad(words, loss=LOSS, params=state, data=problem[0], **how)
     goes_on(r"of runs \[3, 3\], but optimizer and key ask for runs \[2, 3\]", of_grid, optimizer=ETAS[:2], key=keys)
     goes_on(r"runs \[3, 3\], but .* a single run", of_grid)
     goes_on(r"this state is of a single run, but", alone, optimizer=ETAS)
@@ -582,7 +582,7 @@ def test_a_step_that_the_optimizer_skipped_is_no_small_step(name, runs, problem,
 
 def test_a_gradient_of_exactly_zero_is_a_small_step(problem, key):
     data, _, _, w_star = problem
-    flat = lambda params, batch: jnp.mean(jnp.maximum(batch.x @ params.w, 0.0)) * 0.0  # noqa: E731
+    flat = lambda params, batch: jnp.mean(jnp.maximum(batch.x @ params.w, 0.0)) * 0.0
     trace = descend(
         flat, Linear(jnp.asarray(w_star)), data, optimizer=0.1, sampling=full_batch(), steps=9, key=key,
         stop=small_step(1e-6),
@@ -592,7 +592,7 @@ def test_a_gradient_of_exactly_zero_is_a_small_step(problem, key):
 
 @pytest.mark.parametrize("runs", [None, 2])
 def test_examples_are_counted_through_a_change_of_the_batch_size(runs, problem, key):
-    run = lambda params, sampling, steps: descend(  # noqa: E731
+    run = lambda params, sampling, steps: descend(
         LOSS, params, problem[0], optimizer=0.01, sampling=sampling, steps=steps,
         key=key if runs is None else jax.random.split(key, runs), record=3,
     )  # fmt: skip
@@ -607,7 +607,7 @@ def test_examples_are_counted_through_a_change_of_the_batch_size(runs, problem, 
 def test_a_state_of_advance_goes_on_and_a_state_of_descend_goes_into_advance(problem, key):
     data, how = problem[0], dict(loss=LOSS, optimizer=optax.sgd(0.01), sampling=distinct(4))
     by_hand = advance(init(start(), how["optimizer"]), key, data, 10, **how)
-    run = lambda state, b: descend(  # noqa: E731
+    run = lambda state, b: descend(
         LOSS, state, data, optimizer=how["optimizer"], sampling=distinct(b), steps=20, key=key
     )
     with pytest.raises(ValueError, match=r"does not count the gradients .* state\._replace\(examples=\.\.\.\)"):
@@ -620,8 +620,8 @@ def test_a_state_of_advance_goes_on_and_a_state_of_descend_goes_into_advance(pro
 
 
 def test_a_gradient_that_is_not_finite_at_the_start_is_not_called_divergence(problem, key):
-    norm = lambda params, batch: LOSS(params, batch) + jnp.linalg.norm(params.w)  # noqa: E731
-    run = lambda start, **how: descend(  # noqa: E731
+    norm = lambda params, batch: LOSS(params, batch) + jnp.linalg.norm(params.w)
+    run = lambda start, **how: descend(
         norm, start, problem[0], sampling=full_batch(), steps=9, **{"key": key, "optimizer": 0.01} | how
     )
     zero = Linear(jnp.zeros(D))
@@ -638,14 +638,14 @@ def test_a_gradient_that_is_not_finite_at_the_start_is_not_called_divergence(pro
 
 def test_the_first_row_that_has_no_finite_loss_is_named(problem, key):
     data = problem[0]._replace(y=problem[0].y.at[17].set(-1e3))
-    log = lambda params, batch: jnp.mean(jnp.log(batch.y + 10 + 0 * (batch.x @ params.w)))  # noqa: E731
+    log = lambda params, batch: jnp.mean(jnp.log(batch.y + 10 + 0 * (batch.x @ params.w)))
     trace = descend(log, start(), data, optimizer=0.1, sampling=full_batch(), steps=3, key=key)
     assert trace.status == "not finite at the start: the loss is nan; the first such example is row 17 (from 0)"
 
 
 def test_a_loss_that_grew_is_not_said_to_have_finished(problem, key):
     lam = problem[1]
-    run = lambda steps: descend(  # noqa: E731
+    run = lambda steps: descend(
         LOSS, start(), problem[0], optimizer=8 / lam.max(), sampling=full_batch(), steps=steps, key=key
     )
     trace = run(12)
@@ -656,8 +656,8 @@ def test_a_loss_that_grew_is_not_said_to_have_finished(problem, key):
 @pytest.mark.parametrize("record", [[12], [11, 12], 50])
 @pytest.mark.parametrize("offset", [0.0, -40.0])
 def test_that_a_loss_grew_does_not_hang_on_what_is_recorded_or_on_its_sign(record, offset, problem, key):
-    loss = lambda params, batch: LOSS(params, batch) + offset  # noqa: E731
-    run = lambda w: descend(  # noqa: E731
+    loss = lambda params, batch: LOSS(params, batch) + offset
+    run = lambda w: descend(
         loss, Linear(w), problem[0], optimizer=8 / problem[1].max(), sampling=full_batch(), steps=12, key=key,
         record=record,
     )  # fmt: skip
@@ -665,7 +665,7 @@ def test_that_a_loss_grew_does_not_hang_on_what_is_recorded_or_on_its_sign(recor
 
 
 def test_blocks_that_were_asked_for_are_refused_inside_a_program_too(problem, key):
-    ratio = lambda p, b: jnp.sum(b.y**2 * (b.x @ p.w - b.y) ** 2) / jnp.sum(b.y**2)  # noqa: E731
+    ratio = lambda p, b: jnp.sum(b.y**2 * (b.x @ p.w - b.y) ** 2) / jnp.sum(b.y**2)
     how = dict(optimizer=optax.sgd(0.01), sampling=full_batch(rows=7))
     with pytest.raises(ValueError, match="needs a loss that is a mean over the examples"):
         trajectory(ratio, start(), problem[0], key=key, record=[0, 5], **how)
@@ -676,7 +676,7 @@ def test_blocks_that_were_asked_for_are_refused_inside_a_program_too(problem, ke
 def test_an_accumulated_batch_without_a_gradient_of_its_own_is_no_small_step(key):
     """Examples 5 have a margin: alone they move nothing, and in between nothing is applied."""
     batch = Batch(jnp.ones(8), jnp.array([1.0, 1, 1, 1, 5, 5, 5, 5]))
-    hinge = lambda w, b: jnp.mean(jnp.maximum(b.y - w * b.x, 0.0))  # noqa: E731
+    hinge = lambda w, b: jnp.mean(jnp.maximum(b.y - w * b.x, 0.0))
     optimizer = optax.MultiSteps(optax.sgd(0.05), 4).gradient_transformation()
     for number in range(3):
         with jax.numpy_dtype_promotion("standard"):
@@ -700,7 +700,7 @@ def test_a_rule_of_ones_own_is_judged_at_every_step(problem, key):
 
 def test_a_bad_row_that_a_minibatch_meets_late_is_found_at_the_start_all_the_same(problem, key):
     data = problem[0]._replace(y=problem[0].y.at[17].set(-1e3))
-    root = lambda p, b: jnp.mean(jnp.sqrt(b.y + 10) * (b.x @ p.w) ** 2)  # noqa: E731
+    root = lambda p, b: jnp.mean(jnp.sqrt(b.y + 10) * (b.x @ p.w) ** 2)
     for number in range(4):
         trace = descend(
             root, start(), data, optimizer=0.01, sampling=distinct(2), steps=60, key=jax.random.fold_in(key, number)
@@ -712,7 +712,7 @@ def test_a_bad_row_that_a_minibatch_meets_late_is_found_at_the_start_all_the_sam
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("sampling", [full_batch(), distinct(4)])
 def test_parameters_that_are_not_finite_at_the_start_are_named(bad, sampling, problem, key):
-    loss = lambda p, b: jnp.mean((b.x @ p["w"] + p["b"] - b.y) ** 2)  # noqa: E731
+    loss = lambda p, b: jnp.mean((b.x @ p["w"] + p["b"] - b.y) ** 2)
     params = {"w": jnp.zeros(D), "b": jnp.asarray(bad)}
     trace = descend(loss, params, problem[0], optimizer=0.1, sampling=sampling, steps=5, key=key)
     assert trace.status == "not finite at the start: the parameters have NaN or infinite entries in ['b']"

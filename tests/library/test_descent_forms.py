@@ -123,7 +123,7 @@ def test_each_run_has_noise_of_its_own_and_is_its_run_alone(memory):
 def test_updates_and_averages_wider_than_the_parameters():
     wide = optax.stateless(lambda updates, params: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), updates))
     start = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), START)
-    loss = lambda params, batch: LOSS(jax.tree.map(lambda w: w.astype(jnp.float64), params), batch)  # noqa: E731
+    loss = lambda params, batch: LOSS(jax.tree.map(lambda w: w.astype(jnp.float64), params), batch)
     trace = run(loss, start, optimizer=optax.chain(wide, optax.sgd(0.1, momentum=0.5)), key=KEYS)
     assert trace.params.w.dtype == jnp.bfloat16
     momentum = [leaf for leaf in jax.tree.leaves(trace.state.optimizer) if leaf.shape == (3, D)]
@@ -217,7 +217,7 @@ def test_a_state_may_have_more_beside_it():
 
 def test_the_whole_state_is_observed_and_the_loss_is_recorded_where_it_is_asked_for():
     optimizer = optax.contrib.schedule_free_sgd(0.05)
-    average = lambda state: optax.contrib.schedule_free_eval_params(state.optimizer, state.params)  # noqa: E731
+    average = lambda state: optax.contrib.schedule_free_eval_params(state.optimizer, state.params)
     trace = run(
         optimizer=optimizer,
         key=KEYS,
@@ -257,7 +257,7 @@ def test_the_first_of_several_rules_ends_a_run():
 
 
 def test_an_improvement_too_small_to_matter_does_not_keep_a_run_going():
-    metric = lambda params: LOSS(params, DATA)  # noqa: E731
+    metric = lambda params: LOSS(params, DATA)
     keen, lazy = (
         run(steps=400, sampling=full_batch(), stop=no_improvement(metric, patience=3, min_delta=delta))
         for delta in (0.0, 1e-3)

@@ -4,7 +4,6 @@ The losses that autodiff differentiates are written here, per example and with `
 words: they share no line with `jaxgrad.lecture`, which is in matrix form. A check takes the module it checks
 as an argument, so that the last tests can hand it a copy with a fault planted and see the check fail.
 """
-# ruff: noqa: E731  (a formula with a name reads best as a lambda)
 
 import ast
 import inspect

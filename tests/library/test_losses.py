@@ -46,7 +46,7 @@ def test_logloss_gradient_under_jit_and_vmap_equals_p_minus_y():
 
 def test_the_textbook_stable_form_is_wrong_at_zero_and_ours_is_not():
     """The reason for softplus: JAX takes d|h|/dh = 1 and dmax(h, 0)/dh = 1/2 at 0."""
-    textbook = lambda h, y: jnp.maximum(h, 0) - y * h + jnp.log1p(jnp.exp(-jnp.abs(h)))  # noqa: E731
+    textbook = lambda h, y: jnp.maximum(h, 0) - y * h + jnp.log1p(jnp.exp(-jnp.abs(h)))
     for y in (0.0, 1.0):
         assert abs(jax.grad(textbook)(0.0, y) - (0.5 - y)) == 0.5
         assert jax.grad(losses.logloss)(jnp.asarray(0.0), jnp.asarray(y)) == 0.5 - y
@@ -83,8 +83,8 @@ def test_mean_loss_is_the_mean_over_examples_F1():
 
 
 def test_l2_spares_biases_and_nothing_else():
-    ones = lambda *shape: jnp.ones(shape)  # noqa: E731
-    zero_model = lambda params, x: jnp.zeros(())  # noqa: E731
+    ones = lambda *shape: jnp.ones(shape)
+    zero_model = lambda params, x: jnp.zeros(())
     loss = losses.mean_loss(zero_model, losses.squared, l2=2.0)
     batch = Batch(ones(4, 3), jnp.zeros(4))
     assert loss((Layer(ones(3, 5), ones(5)), Layer(ones(5, 2), ones(2))), batch) == 15 + 10
@@ -257,7 +257,7 @@ def test_labels_that_count_from_1_are_refused_before_the_first_step(kind):
 
 
 def test_labels_that_a_loss_of_their_own_meets_make_a_run_that_says_so():
-    loss = lambda p, b: jnp.mean(jax.vmap(lambda x, y: losses.logloss(models.linear(p, x), y))(b.x, b.y))  # noqa: E731
+    loss = lambda p, b: jnp.mean(jax.vmap(lambda x, y: losses.logloss(models.linear(p, x), y))(b.x, b.y))
     trace = run(loss, models.init_linear(3), np.array([1.0, 0, 1, -1, 1, 0]), sampling=full_batch())
     assert trace.status == "not finite at the start: the loss is nan; the first such example is row 3 (from 0)"
 
@@ -274,6 +274,6 @@ def test_as_many_class_weights_as_rows_or_too_few_are_not_taken_for_those_of_cla
 
 @pytest.mark.parametrize("y", [np.array([1.0, 2.0, 3.0]), np.eye(3), np.array([0.5, 1.0, 0.0])])
 def test_class_weights_of_what_is_no_class_number_are_refused(y):
-    own = lambda prediction, y: jnp.sum((prediction - y) ** 2)  # noqa: E731
+    own = lambda prediction, y: jnp.sum((prediction - y) ** 2)
     with pytest.raises(ValueError, match="weights by class need labels from 0 to 2, but"):
         run(losses.mean_loss(models.linear, own, weights=[1.0, 2.0, 3.0]), models.init_linear(3), y)

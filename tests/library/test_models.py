@@ -44,7 +44,7 @@ def test_two_layer_and_deep_are_the_forward_propagation_of_F8(rng, name, bias):
     X, W1, W2 = rng.normal(size=(7, 3)), rng.normal(size=(3, 5)), rng.normal(size=(5, 2))
     b1, b2 = (rng.normal(size=5), rng.normal(size=2)) if bias else (None, None)
     expected = f_numpy(X @ W1 + (0 if b1 is None else b1)) @ W2 + (0 if b2 is None else b2)
-    as_jax = lambda a: None if a is None else jnp.asarray(a)  # noqa: E731
+    as_jax = lambda a: None if a is None else jnp.asarray(a)
     two = TwoLayer(as_jax(W1), as_jax(W2), as_jax(b1), as_jax(b2))
     close(jax.vmap(lambda x: models.two_layer(two, x, f))(X), expected)
     layers = (Layer(two.W1, two.b1), Layer(two.W2, two.b2))

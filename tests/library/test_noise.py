@@ -135,7 +135,7 @@ def test_one_step_gains_what_is_predicted_and_no_other_step_gains_more(kind, b):
 
 
 def test_one_step_without_positive_curvature_is_nan():
-    loss = lambda w, batch: -jnp.mean((batch.x @ w) ** 2)  # noqa: E731
+    loss = lambda w, batch: -jnp.mean((batch.x @ w) ** 2)
     exact = noise.measure(loss, jnp.ones(3), linear_case()[2])
     assert exact.curvature < 0
     assert math.isnan(exact.noise_scale)
@@ -178,7 +178,7 @@ def test_estimated_intervals_cover_the_exact_scale(kind):
     small, big = SAMPLINGS[kind](8), SAMPLINGS[kind](64)
     few, many = norms_of_many_estimates(params, small, big, 100, 1000)
     e = noise.scale_from_norms(few, many, small=small, big=big, n=200)
-    covers = lambda i, truth: np.mean((i.low <= truth) & (truth <= i.high))  # noqa: E731
+    covers = lambda i, truth: np.mean((i.low <= truth) & (truth <= i.high))
     # 1000 replicates: standard error 0.7 %.
     assert covers(e.scale, exact.simple_scale) >= 0.93
     assert covers(e.trace, exact.trace) >= 0.93

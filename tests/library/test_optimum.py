@@ -97,7 +97,7 @@ def test_the_logistic_bound_is_a_bound_and_a_tight_one_around_the_minimum():
     best = optimum.logistic(BINARY)
     minimiser = np.append(best.params.w, best.params.b)
     A = np.column_stack([X, np.ones(200)])
-    f = lambda w: jnp.mean(jnp.logaddexp(0.0, -(2 * LABELS - 1) * (A @ w)))  # noqa: E731
+    f = lambda w: jnp.mean(jnp.logaddexp(0.0, -(2 * LABELS - 1) * (A @ w)))
     derivatives = jax.jit(lambda w: (f(w), jax.grad(f)(w), jax.hessian(f)(w)))
     ratios = []
     for scale in (1e-5, 1e-4, 1e-3, 1e-2):
@@ -180,7 +180,7 @@ def test_quadratic_losses_are_recognised_and_only_those():
     start = {"w": jnp.zeros(4)}
 
     def certified(example):
-        loss = lambda p, batch: jnp.mean(jax.vmap(example)(batch.x @ p["w"], batch.y))  # noqa: E731
+        loss = lambda p, batch: jnp.mean(jax.vmap(example)(batch.x @ p["w"], batch.y))
         return optimum.minimum(loss, start, REGRESSION)
 
     assert certified(lambda z, y: (y - z) ** 2).bound < 1e-15

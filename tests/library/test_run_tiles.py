@@ -44,7 +44,7 @@ def test_a_tile_takes_no_more_memory_than_it_may(shape):
 
     x, w = np.linspace(0, 1, 8192)[:, None], np.arange(30.0).reshape(*shape, 1)
     every = tuple(range(len(shape)))
-    run = lambda memory: run_tiles.in_tiles(partial(program), shape, (every, (), ()), memory)(w, 2.0, x, power=3)  # noqa: E731
+    run = lambda memory: run_tiles.in_tiles(partial(program), shape, (every, (), ()), memory)(w, 2.0, x, power=3)
     whole = run(1.0)
     assert traced == [w.shape]
     assert isinstance(whole["sum"], jax.Array)
@@ -56,9 +56,9 @@ def test_a_tile_takes_no_more_memory_than_it_may(shape):
         own = traced[-1]
         assert np.prod(own) < last
         last = np.prod(own)
-        told = program.lower(np.ones(own), 2.0, x, power=3).compile().memory_analysis()
-        assert told.temp_size_in_bytes + told.output_size_in_bytes <= memory * 2**30
-        assert told.temp_size_in_bytes > 0.4 * memory * 2**30  # not smaller than need be
+        usage = program.lower(np.ones(own), 2.0, x, power=3).compile().memory_analysis()
+        assert usage.temp_size_in_bytes + usage.output_size_in_bytes <= memory * 2**30
+        assert usage.temp_size_in_bytes > 0.4 * memory * 2**30  # not smaller than need be
         assert isinstance(tiled["sum"], np.ndarray)
         np.testing.assert_array_equal(tiled["sum"], whole["sum"])
         assert tiled["step"] == 3

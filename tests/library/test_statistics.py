@@ -62,7 +62,7 @@ def test_bca_interval_of_skewed_values(key):
     # It leans towards the long tail, as it must, and Student's cannot.
     assert np.mean(bca.high - bca.estimate) > 1.15 * np.mean(bca.estimate - bca.low)
     # Misses fall more evenly on both sides.
-    lopsided = lambda i: abs(np.mean(i.high < mean) - np.mean(i.low > mean))  # noqa: E731
+    lopsided = lambda i: abs(np.mean(i.high < mean) - np.mean(i.low > mean))
     assert lopsided(bca) < 0.6 * lopsided(student)
 
 
@@ -123,7 +123,7 @@ def test_band_covers_the_whole_curve(key, method):
 
 def test_max_t_is_narrower_than_bonferroni_on_smooth_curves(key):
     c = curves(100, replicates=1)[0]
-    width = lambda b: np.mean(b.high - b.low)  # noqa: E731
+    width = lambda b: np.mean(b.high - b.low)
     assert width(st.band(c, method="max-t", key=key)) < 0.95 * width(st.band(c))
 
 

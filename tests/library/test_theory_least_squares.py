@@ -94,8 +94,8 @@ def test_gd_prediction_with_a_fault_is_caught():
 def test_the_edge_and_its_factor_of_two():
     top = np.linalg.eigvalsh(MIDDLE.X.T @ MIDDLE.X / 80)[-1]
     assert ls.edge(MIDDLE) == pytest.approx(1 / top, rel=1e-12)
-    first = lambda w: abs(ls.components(MIDDLE, w)[0])  # noqa: E731
-    last = lambda eta: first(simulate_gd(MIDDLE, START, eta, 3000)[-1])  # noqa: E731
+    first = lambda w: abs(ls.components(MIDDLE, w)[0])
+    last = lambda eta: first(simulate_gd(MIDDLE, START, eta, 3000)[-1])
     start = first(START)
     assert last(0.9995 * ls.edge(MIDDLE)) < 0.1 * start
     assert last(1.0005 * ls.edge(MIDDLE)) > 10 * start
@@ -439,7 +439,7 @@ def test_the_second_moment_edge_is_where_the_spectral_radius_passes_one(s):
 
 
 def test_the_edge_grows_with_the_batch_to_that_of_gd():
-    ratio = lambda s: ls.sgd_edge(MIDDLE, s) / ls.edge(MIDDLE)  # noqa: E731
+    ratio = lambda s: ls.sgd_edge(MIDDLE, s) / ls.edge(MIDDLE)
     grows = [ratio(sampling.distinct(b)) for b in (1, 2, 4, 8, 40, 79, 80)]
     assert np.all(np.diff(grows) > 0)
     assert grows[-1] == 1

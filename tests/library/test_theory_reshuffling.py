@@ -130,7 +130,7 @@ def test_the_floor_is_where_the_expected_loss_goes():
 
 def test_reshuffling_wins_at_small_steps_and_not_always_at_large_ones():
     fresh = sampling.distinct(1)
-    ratio = lambda eta: rr.floor(MIDDLE, eta, 1).average / ls.floor(MIDDLE, eta, fresh)  # noqa: E731
+    ratio = lambda eta: rr.floor(MIDDLE, eta, 1).average / ls.floor(MIDDLE, eta, fresh)
     assert ratio(1e-3 / MIDDLE.eigenvalues[0]) < 0.02
     small = [rr.floor(MIDDLE, f * ls.edge(MIDDLE), 1).end for f in (1e-3, 2e-3)]
     assert math.log2(small[1] / small[0]) > 1.8, "O(η²) or better, where fresh batches have O(η)"

@@ -212,7 +212,7 @@ def diffusivity_from_the_last_step(p, batch, wrong=True):
     """The diffusivity acts in each of five steps, and only the last one's part is returned."""
     u0, target = batch
     s = 1 / (1 + np.exp(-p["d"]))
-    laplacian = lambda u: np.roll(u, 1) + np.roll(u, -1) - 2 * u  # noqa: E731
+    laplacian = lambda u: np.roll(u, 1) + np.roll(u, -1) - 2 * u
     us = [u0 + p["source"]]
     for _ in range(5):
         us.append(us[-1] + 0.25 * s * laplacian(us[-1]))
@@ -422,7 +422,7 @@ def clipped_outputs_still_learn(w, batch, wrong=True):
 def switch_loss(p, batch):
     X, y, cubic = batch
     z = X @ p["w"]
-    shape = lambda v: lax.cond(cubic, lambda u: u + u**3, lambda u: jnp.sin(u), v)  # noqa: E731
+    shape = lambda v: lax.cond(cubic, lambda u: u + u**3, lambda u: jnp.sin(u), v)
     out = shape(z)
     return jnp.mean((out - y) ** 2)
 

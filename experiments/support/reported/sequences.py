@@ -452,8 +452,11 @@ def attention_weights_not_transposed(p, batch, wrong=True):
     dS = P * (dP - np.einsum("nij,nij->ni", P, dP)[..., None]) / 2
     dQ = np.einsum("nij,njd->nid", dS, k)
     dK = np.einsum("nij,nid->njd", dS, q)
-    return {"Wq": np.tensordot(x, dQ, ((0, 1), (0, 1))), "Wk": np.tensordot(x, dK, ((0, 1), (0, 1))),
-            "Wv": np.tensordot(x, dV, ((0, 1), (0, 1)))}  # fmt: skip
+    return {
+        "Wq": np.tensordot(x, dQ, ((0, 1), (0, 1))),
+        "Wk": np.tensordot(x, dK, ((0, 1), (0, 1))),
+        "Wv": np.tensordot(x, dV, ((0, 1), (0, 1))),
+    }
 
 
 @wrong(

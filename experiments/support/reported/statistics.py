@@ -91,7 +91,7 @@ def dispersion_not_through_its_log(p, batch, wrong=True):
     X, y = batch
     r, mu = np.exp(p["log_r"]), np.exp(X @ p["w"])
     d_mu = y / mu - (y + r) / (r + mu)
-    digamma = lambda v: np.asarray(special.digamma(v))  # noqa: E731
+    digamma = lambda v: np.asarray(special.digamma(v))
     d_r = digamma(y + r) - digamma(r) + np.log(r / (r + mu)) + 1 - (r + y) / (r + mu)
     d_log_r = d_r if wrong else d_r * r
     return {"w": -X.T @ (d_mu * mu) / len(y), "log_r": -np.mean(d_log_r)}
@@ -284,7 +284,7 @@ def noise_variance_for_its_deviation(p, batch, wrong=True):
     a = K_inv @ y
     by_length = S * D / length2
     by_noise = (1 if wrong else 2) * noise2 * np.identity(len(y))
-    half = lambda dK: 0.5 * (np.trace(K_inv @ dK) - a @ dK @ a)  # noqa: E731
+    half = lambda dK: 0.5 * (np.trace(K_inv @ dK) - a @ dK @ a)
     return {"log_l": half(by_length), "log_noise": half(by_noise)}
 
 

@@ -205,8 +205,15 @@ def draw(axis: Axes, numbers: dict[str, Any]) -> None:
         for y, (start, width) in enumerate(zip(left, count, strict=True)):
             if width:
                 dark = colour in (plots.BLUE, plots.VERMILLION, plots.BLACK)
-                axis.text(start + width / 2, y, f"{width}", ha="center", va="center", fontsize=7.5,
-                          color="white" if dark else plots.BLACK)  # fmt: skip
+                axis.text(
+                    start + width / 2,
+                    y,
+                    f"{width}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white" if dark else plots.BLACK,
+                )
         left += count
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)

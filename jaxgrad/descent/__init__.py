@@ -4,8 +4,8 @@
 
 step          the algorithm: `init`, `advance`, `trajectory`, pure functions of a `State`
 objective     the forms that a loss may have: plain, with a key, with a state, with other numbers beside its value
-optimizers    what an optimizer asks for, which ones are equal, whose noise is whose
-stopping      when to end a run, and what to keep of it
+optimizers    what an optimizer asks for, which optimizers are equal, the random keys in their states
+stopping      when to end a run, and which parameters to keep
 schedule      at which steps a run pauses
 runs          settings x keys side by side
 programs      what is compiled

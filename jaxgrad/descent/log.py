@@ -1,4 +1,4 @@
-"""What has happened to each run so far: its losses at the record points, and how and when it ended."""
+"""The log of all runs so far: losses at the record points, and how and when each run ended."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from jaxgrad.descent.trace import Best, Trace
 from jaxgrad.types import Params
 
 GREW, LEAST = 1000, 1e-6
-"""A run whose loss ends `GREW` times as far from 0 as it started, or as `LEAST`, has not merely finished."""
+"""The status of a run says so if its last loss is over `GREW` times its first one, or `GREW` times `LEAST`."""
 
 
 class Log:
@@ -33,7 +33,7 @@ class Log:
         self._nothing: tuple[Any, ...] = ()
 
     def expect(self, aux: Any, observed: Any) -> None:
-        """The structure of what will be recorded, so that a checkpoint may come before it."""
+        """Set the structure of what will be recorded, so that a checkpoint can be saved before the first record."""
         self._nothing = jax.tree.map(lambda _: np.zeros(0), (0, 0.0, 0.0, 0.0, aux, observed))
 
     @property
@@ -42,7 +42,7 @@ class Log:
         return not self.active.any()
 
     def end(self, which: Any, why: Any, at: Any) -> None:
-        """These runs ended, for a reason, at a step."""
+        """Note that these runs ended, why, and at which step."""
         shape = self.active.shape
         self.reason[which], self.ended[which] = np.broadcast_to(why, shape)[which], np.broadcast_to(at, shape)[which]
         self.active[which] = False
@@ -61,7 +61,7 @@ class Log:
             self.end(met, f"stopped: {rule.reason}", np.asarray(at))
 
     def record(self, mark: int, loss: Any, norm: Any, aux: Any, observed: Any) -> None:
-        """What was seen at a record point, or where the last run ended."""
+        """Record what was evaluated at a record point, or where the last run ended."""
         at = int(self.ended.max()) if self.over else mark
         lost = is_lost(self.reason)
         self.seen.append((at, self.seconds, np.where(lost, np.nan, loss), np.asarray(norm), aux, observed))
@@ -94,7 +94,7 @@ class Log:
     def trace(
         self, runs: Runs, first: int, examples: Callable[[Any], Any], loss_first: Any, at_start: Any, compiled: float
     ) -> Trace:
-        """The trace. `loss_first()` is the loss at the start, `at_start(which)` what is not finite there in words."""
+        """Make the trace. `loss_first()` is the loss at the start; `at_start(which)` says what is not finite there."""
         axes = len(self.active.shape)
         at, clock, losses, norms, aux, observed = zip(*self.seen, strict=True)
         loss_at = np.stack(losses, axes)
@@ -135,7 +135,7 @@ def is_lost(reason: np.ndarray) -> np.ndarray:
 
 
 def _growth(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Of each run, what is to be said of its last loss; empty where nothing is."""
+    """For each run, a remark if its loss grew; else an empty text."""
 
     def words(first: float, last: float) -> str:
         if not np.isfinite(last):
@@ -148,7 +148,7 @@ def _growth(first: np.ndarray, last: np.ndarray) -> np.ndarray:
 
 
 def of_starts(words: Callable[[Params], str], params: Params, which: Any, one: bool) -> np.ndarray:
-    """`words(start)` of each run in `which`; of `one` run for all if they have one start."""
+    """`words(start)` for each run in `which`. If all runs have `one` start, it is evaluated once."""
     found = np.full(np.shape(which), "", dtype=object)
     for place in np.argwhere(which):
         index = tuple(place)

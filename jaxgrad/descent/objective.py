@@ -1,9 +1,9 @@
-"""What a run makes small, whatever form its loss has: one signature for the step, one for the recorded loss.
+"""The loss that a run minimises, in any of its forms: one signature for the step, one for the recorded loss.
 
     loss(params, batch)                       a number
     loss(params, batch, key=...)              `random=True`: dropout, augmentation, any draw of its own
-    loss(params, batch, state=...)            `loss_state=...`: running statistics, handed back with the value
-    ... -> (value, aux)                       `has_aux=True`: other numbers that it computes on its way
+    loss(params, batch, state=...)            `loss_state=...`: running statistics, returned with the value
+    ... -> (value, aux)                       `has_aux=True`: other numbers that it computes
 
 A loss with state returns `(value, new_state)`; with both, `(value, (new_state, aux))`, as `jax.value_and_grad` wants
 them. The arguments `key` and `state` go by name, so their order does not matter.
@@ -26,9 +26,9 @@ _LOSSES_OWN = 0x6C6F7373  # "loss"
 def loss_key(key: Key, step: Any) -> Key:
     """The key that a loss with `random=True` gets at step `step` (counted from 0) of the run with key `key`.
 
-    `fold_in(fold_in(key, 0x6c6f7373), step)`: a pure function of both, so that a step draws the same numbers alone,
-    beside other runs, after a resume and on any number of devices. It has nothing in common with the order of the
-    examples, which comes from `key` too.
+    `fold_in(fold_in(key, 0x6c6f7373), step)`: a pure function of both, so a step draws the same numbers alone, beside
+    other runs, after a resume and on any number of devices. It is independent of the order of the examples, which
+    comes from `key` too.
     """
     return jax.random.fold_in(jax.random.fold_in(key, _LOSSES_OWN), step)
 
@@ -36,26 +36,26 @@ def loss_key(key: Key, step: Any) -> Key:
 def recorded_key(key: Key) -> Key:
     """The one key with which the recorded loss of the run with key `key` is evaluated: that of step 2³² − 1.
 
-    The same at every record point, so that the curve does not move with the draw.
+    It is the same at every record point, so that draws do not move the curve.
     """
     return loss_key(key, jnp.uint32(2**32 - 1))
 
 
 class Objective(NamedTuple):
-    """A loss with what is known of its form; equal for equal functions, so that compiled programs are found again."""
+    """A loss and its form. Equal functions give equal objectives, so that compiled programs are found again."""
 
     loss: Any
     random: bool = False
     stateful: bool = False
     has_aux: bool = False
     evaluate: Any = None
-    """What is recorded in place of the loss: the same form, without a new state."""
+    """Recorded in place of the loss: the same form, without a new state."""
     evaluates: tuple[str, ...] = ()
-    """Which of `key` and `state` `evaluate` takes."""
+    """Which of `key` and `state` the function `evaluate` takes."""
 
     @classmethod
     def of(cls, loss: Any, random: bool, stateful: bool, has_aux: bool, evaluate: Any) -> "Objective":
-        """The objective that `descend` is asked for."""
+        """The objective from the arguments of `descend`."""
         names = [name for name, there in (("key", random), ("state", stateful)) if there]
         if evaluate is not None:
             checks.function("evaluate", evaluate)
@@ -66,7 +66,7 @@ class Objective(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether the step needs no more than `loss(params, batch)`."""
+        """Whether the step needs only `loss(params, batch)`."""
         return not (self.random or self.stateful or self.has_aux)
 
     @property
@@ -75,7 +75,7 @@ class Objective(NamedTuple):
         return self.random and (self.evaluate is None or "key" in self.evaluates)
 
     def of_batch(self, params: Params, state: Any, batch: Any, key: Any) -> tuple[Any, tuple[Any, Any]]:
-        """`(value, (new state, aux))` of a step, None for what the loss does not have."""
+        """`(value, (new state, aux))` of a step; None for parts that the loss does not have."""
         found = self.loss(params, batch, **self._named(state, key))
         if not (self.stateful or self.has_aux):
             return found, (None, None)
@@ -85,7 +85,7 @@ class Objective(NamedTuple):
         return value, ((rest, None) if self.stateful else (None, rest))
 
     def recorded(self, params: Params, state: Any, data: Any, key: Any) -> tuple[Any, Any]:
-        """`(value, aux)` of what is recorded; `key` is `recorded_key` of the run."""
+        """The recorded `(value, aux)`; `key` is the run's `recorded_key`."""
         if self.evaluate is None:
             value, (_, aux) = self.of_batch(params, state, data, key)
             return value, aux
@@ -101,13 +101,13 @@ class Objective(NamedTuple):
         return self.loss if self.plain else None
 
     def of_point(self) -> Callable[[Any, Any], Any] | None:
-        """The recorded loss as a function of `((params, state), batch)`, where a state is all that it needs besides."""
+        """The recorded loss as a function of `((params, state), batch)`; None if it needs more than a state."""
         if self.has_aux or not self.stateful or self.draws_when_recorded or self.evaluate is None:
             return None
         return _OfPoint(self)
 
     def check(self, params: Params, state: Any, data: Any, key: Any) -> None:
-        """Raise TypeError or ValueError unless loss and `evaluate` trace to what their form promises."""
+        """Raise TypeError or ValueError unless loss and `evaluate` return what their form promises."""
         if self.plain:
             self._check_plain(params, data)
         else:
@@ -183,7 +183,7 @@ def _check_value(name: str, out: Any) -> None:
 
 
 def _check_state(new: Any, old: Any) -> None:
-    """Raise TypeError unless the state that a step hands on has the structure and shapes of the one it got."""
+    """Raise TypeError unless the new state has the structure and shapes of the old one."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise TypeError(
             "the loss must hand back a state of the structure that it got (loss_state): got "
@@ -198,7 +198,7 @@ def _check_state(new: Any, old: Any) -> None:
 
 
 def hashable(function: Any) -> Any:
-    """The function itself if it can key a cache of compiled programs, else a stand-in that can."""
+    """The function itself if it is hashable, so that compiled programs are found by it; else a wrapper that is."""
     try:
         hash(function)
     except TypeError:
@@ -219,7 +219,7 @@ def takes(function: Any, name: str) -> bool:
     """Whether a function can be called with an argument of that name."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some of C's say nothing
+    except (TypeError, ValueError):  # some functions in C have no signature
         return True
     return any(
         each.kind is each.VAR_KEYWORD or (each.name == name and each.kind is not each.POSITIONAL_ONLY)

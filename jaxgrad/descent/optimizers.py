@@ -1,7 +1,7 @@
-"""Any optax transformation as a step calls it: what it asks for besides the gradient, and when two are the same.
+"""Optax transformations: what they ask for besides the gradient, and when two are the same.
 
-`update(gradient, state, params)` is all that most need. Line searches, Polyak's step size and plateau rules also ask
-for the loss, by optax's names; `asked` finds out which by tracing:
+Most need only `update(gradient, state, params)`. Line searches, Polyak's step size and plateau rules also ask for the
+loss, by optax's names; `asked` finds out by tracing what they use:
 
     value        the loss of the batch at the parameters of the step
     grad         its gradient
@@ -28,7 +28,7 @@ from jaxgrad.types import Key, Params
 if TYPE_CHECKING:
     Optimizer = optax.GradientTransformation
 else:
-    # Whatever has `init` and `update`, as optax.MultiSteps has; anything else is refused in words.
+    # Anything with `init` and `update`, as optax.MultiSteps; `transformation` refuses other values with a sentence.
     Optimizer = Any
 
 _USUAL, _RARE = ("value", "grad", "value_fn"), ("obj_fn", "grad_fn")
@@ -47,17 +47,17 @@ def transformation(name: str, value: Any) -> Optimizer:
 
 
 def trained(params: Params) -> Params:
-    """The parameters at which the gradient is taken: all, or the fast ones of `optax.lookahead`."""
+    """The parameters at which the gradient is taken; with `optax.lookahead`, the fast ones."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 def evaluated(params: Params) -> Params:
-    """The parameters at which the loss is recorded: all, or the slow ones of `optax.lookahead`."""
+    """The parameters at which the loss is recorded; with `optax.lookahead`, the slow ones."""
     return params.slow if isinstance(params, optax.LookaheadParams) else params
 
 
 def paired(optimizer: Optimizer, params: Params) -> Params:
-    """The same parameters, twice for `optax.lookahead`, which keeps a fast and a slow copy."""
+    """The parameters; for `optax.lookahead` a pair of them, a fast and a slow copy."""
     if isinstance(params, optax.LookaheadParams):
         return params
     with _without_warnings():
@@ -67,13 +67,13 @@ def paired(optimizer: Optimizer, params: Params) -> Params:
         except AttributeError as error:
             return optax.LookaheadParams.init_synced(params) if error.name == "fast" else params
         except Exception:
-            return params  # what is wrong is said where a step is tried
+            return params  # the error is reported where a step is tried
     return params
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Optax warns where lookahead gets parameters that are not a pair: that is how it is found."""
+    """Suppress the warning of optax when lookahead gets parameters that are no pair: `paired` tries just that."""
     logger, quiet = logging.getLogger("absl"), lambda record: "has no attribute `fast`" not in record.getMessage()
     logger.addFilter(quiet)
     try:
@@ -89,17 +89,17 @@ class Asked(NamedTuple):
     """What an optimizer asks for besides the gradient."""
 
     names: tuple[str, ...] = ()
-    """The arguments by name that it is called with."""
+    """The names of the arguments that it is called with."""
     value: bool = False
     """Whether its update depends on the value of the loss."""
     function: bool = False
     """Whether it evaluates the loss at other parameters."""
     needed: bool = False
-    """Whether it cannot do without them."""
+    """Whether it cannot run without them."""
 
 
 def asked(optimizer: Optimizer, params: Params, state: Any) -> Asked:
-    """What the optimizer asks for, found by tracing one update; raises what the update raises if that is not enough."""
+    """What the optimizer asks for, found by tracing one update. An error of the update itself is raised."""
     known = _accepted(optimizer.update)
     usual = tuple(name for name in known if name in _USUAL)
     try:
@@ -121,7 +121,7 @@ def update(
     value: Any,
     function: Callable[[Params], Any] | None,
 ) -> tuple[Params, Any]:
-    """`optimizer.update`, with what it asks for; the new state keeps the dtypes of the old one."""
+    """Call `optimizer.update` with what it asks for. The new state keeps the dtypes of the old one."""
     given = {
         "value": jnp.zeros(()) if value is None else value,
         "grad": gradient,
@@ -134,8 +134,8 @@ def update(
 
 
 def first_state(optimizer: Optimizer, params: Params) -> Any:
-    """`optimizer.init(params)` in the dtypes that the state has after a step, as where averages of small floats are
-    wider than the parameters."""
+    """`optimizer.init(params)` in the dtypes that the state has after a step. They differ where an optimizer keeps
+    averages in a wider dtype than the parameters."""
     state = optimizer.init(params)
     for _ in range(3):
         shapes = jax.eval_shape(lambda tree: tree, state)
@@ -149,7 +149,7 @@ def first_state(optimizer: Optimizer, params: Params) -> Any:
 
 
 def with_placeholders(optimizer: Optimizer) -> Callable[[Params, Any, Params], Any]:
-    """`update(gradient, state, params)` for a loss of which nothing is known: for its shapes, or its program."""
+    """`update(gradient, state, params)` with a stand-in for the loss: to find shapes, or the update's program."""
 
     def update(gradient: Params, state: Any, params: Params) -> Any:
         what = asked(optimizer, params, state)
@@ -159,7 +159,7 @@ def with_placeholders(optimizer: Optimizer) -> Callable[[Params, Any, Params], A
 
 
 def like(leaf: Any, other: Any) -> Any:
-    """The leaf in the dtype of the other one."""
+    """The leaf, cast to the dtype of `other`."""
     same = not hasattr(leaf, "dtype") or not hasattr(other, "dtype") or leaf.dtype == other.dtype
     return leaf if same else leaf.astype(other.dtype)
 
@@ -173,7 +173,7 @@ def _widest(tree: Any) -> Any:
 
 
 def _accepted(function: Any) -> tuple[str, ...]:
-    """Which of our arguments an update can be called with."""
+    """The names, among ours, that the update accepts as arguments."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -224,9 +224,9 @@ _known: OrderedDict[Any, Any] = OrderedDict()
 
 
 def usable(optimizer: Optimizer, params: Params) -> tuple[Optimizer, bool]:
-    """The optimizer, or an equal one that was used before, and whether it keeps the parameters twice (`paired`).
+    """The optimizer, or an equal one that was used before; and whether it keeps a pair of parameters (`paired`).
 
-    TypeError or ValueError where it cannot take a step with such parameters.
+    Raises TypeError or ValueError if it cannot take a step with such parameters.
     """
     leaves, structure = jax.tree.flatten(_shape(params))
     shapes = (structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves))
@@ -276,19 +276,19 @@ def _as_text(optimizer: Optimizer, params: Params) -> str | None:
 
 
 class StepSize(NamedTuple):
-    """The optimizer's state where each run has a step size of its own: plain descent with it."""
+    """The optimizer's state when each run has its own step size: plain descent."""
 
     eta: Any
     """float[]."""
 
 
 class Swept(NamedTuple):
-    """The optimizer's state where each run has settings of its own (`sweep`)."""
+    """The optimizer's state when each run has its own settings (`sweep`)."""
 
     settings: dict[str, Any]
     """The settings by name, one number of each."""
     inner: Any
-    """The state of the optimizer that they make."""
+    """The state of the optimizer that is made with these settings."""
 
 
 def _own_step(updates: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
@@ -296,14 +296,13 @@ def _own_step(updates: Params, state: Any, params: Params = None) -> tuple[Param
     return jax.tree.map(lambda gradient: -state.eta.astype(gradient.dtype) * gradient, updates), state
 
 
-# Plain descent with a step size that the state holds: one program for all, whatever they are.
+# Plain descent with the step size in the state: one program serves all step sizes.
 own_sgd = optax.GradientTransformation(lambda params: StepSize(jnp.zeros(())), _own_step)
-sgd = lru_cache(optax.sgd)  # the same step size is the same transformation, so nothing compiles twice
+sgd = lru_cache(optax.sgd)  # equal step sizes give the same transformation, so nothing compiles twice
 
 
 class Made(NamedTuple):
-    """The transformation that a function makes of settings that the state holds: one program for all, whatever they
-    are."""
+    """A transformation with its settings in the state: one program serves all settings."""
 
     make: Any
     names: tuple[str, ...]
@@ -326,9 +325,9 @@ class Made(NamedTuple):
 
 
 def own_keys(state: Any, key: Key) -> Any:
-    """The same state with each random key in it folded with the key of the run, so that runs differ in their noise.
+    """Fold each random key in the state with the run's key, so that each run has its own noise.
 
-    Typed keys are known by their dtype, raw ones (uint32[2]) by a name that ends with `key` or `rng`.
+    Typed keys are recognised by their dtype, raw keys (uint32[2]) by a name that ends with `key` or `rng`.
     """
 
     def folded(path: Any, leaf: Any) -> Any:

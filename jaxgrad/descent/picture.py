@@ -49,7 +49,7 @@ def draw(trace: Any, x: str, of: str, axes: Any) -> Any:
 
 
 def _along(trace: Any, x: str, of: str, count: int) -> np.ndarray:
-    """The numbers along the horizontal axis, one for each value of a curve."""
+    """The positions on the horizontal axis, one for each value of a curve."""
     if of != "batch_loss":
         return np.asarray(getattr(trace, x), float)
     steps = trace.steps[-1] - count + np.arange(1, count + 1)

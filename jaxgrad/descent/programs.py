@@ -1,4 +1,7 @@
-"""The compiled programs of a run: steps, what is recorded, what a rule judges. Each serves all runs side by side."""
+"""The compiled programs of a run: take steps, evaluate what is recorded, evaluate what a rule judges.
+
+Each program serves all runs side by side.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from jaxgrad.types import Key, Params
 
 @partial(jax.jit, static_argnames=("objective", "optimizer", "sampling", "halt", "over", "single"))
 def advance(state, key, data, until, *, objective, optimizer, sampling, halt, over, single):
-    """Take the steps to `until`, of all runs."""
+    """Take the steps of all runs to `until`."""
     one = partial(take_steps, objective=objective, optimizer=optimizer, sampling=sampling, halt=halt)
     if not over:
         return one(state, key, data, until, single=single)
@@ -37,7 +40,7 @@ def _axes(of_step: int | None) -> State:
 
 
 def with_given_gradient(slope: Callable[[Params, Any], Any], optimizer: optimizers.Optimizer) -> Callable[..., State]:
-    """`advance` of one run for the full batch with a gradient that cannot be part of a program: on all cores."""
+    """`advance` for one run on the full batch, with a gradient that is called from Python (on all cores)."""
     compiled = set()
 
     def advance_full(state: State, key: Key, data: Any, until: Any, *, halt: Any) -> State:
@@ -58,7 +61,7 @@ _next = partial(jax.jit, static_argnames=("optimizer", "halt"))(one_step)
 
 @partial(jax.jit, static_argnames=("objective", "observe", "evaluate_at", "over", "rows"))
 def look(state, key, data, *, objective, observe, evaluate_at, over, rows):
-    """`(loss, norm of the last step, aux, observed)` of all runs; `observe(params, state)`."""
+    """`(loss, norm of the last step, aux, observed)` for all runs; observed is `observe(params, state)`."""
 
     def one(state: State, key: Any, data: Any) -> Any:
         at = point(state, evaluate_at)
@@ -71,7 +74,7 @@ def look(state, key, data, *, objective, observe, evaluate_at, over, rows):
 
 @partial(jax.jit, static_argnames=("objective", "measured", "metric", "evaluate_at", "over", "rows"))
 def judge(state, key, data, *, objective, measured, metric, evaluate_at, over, rows):
-    """Of all runs what a rule measures: the norm of the full gradient, the full loss, or a metric."""
+    """What a rule measures, for all runs: the norm of the full gradient, the full loss, or a metric."""
 
     def one(state: State, key: Any, data: Any) -> Any:
         at = point(state, evaluate_at)
@@ -91,7 +94,7 @@ def judge(state, key, data, *, objective, measured, metric, evaluate_at, over, r
 
 @partial(jax.jit, static_argnames=("evaluate_at", "over"))
 def points(state, *, evaluate_at, over):
-    """The parameters of all runs at which the loss is recorded."""
+    """The parameters at which the loss is recorded, for all runs."""
     return _over_runs(lambda state, key, data: point(state, evaluate_at), state, over)(state, (), ())
 
 
@@ -115,7 +118,7 @@ def not_finite(state: State) -> Any:
 
 @partial(jax.jit, static_argnames=("objective", "rows"))
 def value_and_gradient(params, model, key, data, *, objective, rows):
-    """The full loss and its gradient as the first full-batch step would see them."""
+    """The full loss and its gradient, as the first full-batch step would evaluate them."""
     if objective.plain:
         both = jax.value_and_grad(objective.loss)
         return (both if rows is None else row_blocks.mean(both, rows))(params, data)
@@ -129,7 +132,7 @@ def point(state: State, evaluate_at: Callable[[State], Params] | None) -> Params
 
 
 def seen_state(state: State, whole: bool) -> State:
-    """What of the state a program needs that looks at it: all of it, or parameters, last step and the loss's state."""
+    """The part of the state that an evaluation needs: all of it, or parameters, last step and the loss's state."""
     return (
         state._replace(examples=None, batch_loss=None)
         if whole

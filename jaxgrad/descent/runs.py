@@ -18,11 +18,11 @@ from jaxgrad.types import Key, Params
 
 
 class Runs(NamedTuple):
-    """What is run side by side."""
+    """The runs that go side by side."""
 
     optimizer: Optimizer
     settings: dict[str, np.ndarray]
-    """Of m settings their numbers by name, each `[m]`; of one setting what is known of it, each a number."""
+    """The settings by name: `[m]` numbers each; or one number each, as far as known, if there is one setting."""
     key: Key
     many_keys: bool
     swept: bool
@@ -30,7 +30,7 @@ class Runs(NamedTuple):
 
     @classmethod
     def of(cls, optimizer: Any, sweep: Any, key: Key) -> "Runs":
-        """The runs that `descend` is asked for; raises TypeError or ValueError for what is no optimizer or setting."""
+        """The runs from the arguments of `descend`. Raises TypeError or ValueError for a wrong optimizer or setting."""
         optimizer, settings = _optimizer(optimizer, sweep)
         swept = any(np.ndim(each) for each in settings.values())
         return cls(optimizer, settings, key, key.ndim > 0, swept)
@@ -43,7 +43,7 @@ class Runs(NamedTuple):
 
     @property
     def over(self) -> tuple[int | None, ...]:
-        """For each axis of runs the axis of the keys: None along the settings, which share keys."""
+        """For each axis of runs, the axis of the keys: None along the settings, because they share keys."""
         return (None,) * self.swept + (0,) * self.many_keys
 
     @property
@@ -62,7 +62,7 @@ class Runs(NamedTuple):
         return self.swept and self.optimizer is optimizers.own_sgd
 
     def starts(self, state: State) -> State:
-        """The same first state with the settings and the noise of each run; leaves `[*shape, …]`."""
+        """The first state with each run's own settings and noise; leaves `[*shape, …]`."""
         if self.swept:
             state = state._replace(optimizer=self._set(state))
         if optimizers.has_keys(state.optimizer):
@@ -86,7 +86,7 @@ class Runs(NamedTuple):
         return _injected(state.optimizer, self.settings, self.shape)
 
     def digest_settings(self) -> Any:
-        """What tells these settings from others, for checkpoints and processes; empty for one setting."""
+        """The settings to compare, for checkpoints and between processes; empty for one setting."""
         if not self.swept:
             return ()
         return self.settings["step_size"] if self.plain_sizes else dict(sorted(self.settings.items()))
@@ -98,7 +98,7 @@ def described(shape: tuple[int, ...]) -> str:
 
 
 def first_state(runs: Runs, start: Params, axis: int | None) -> State:
-    """The state before the first step of all runs, on the host where there are many."""
+    """The state of all runs before the first step. If there are many runs, it is on the host."""
     ahead = 0 if axis is None else 1
     state = _init(start, optimizer=runs.optimizer, many=ahead == 1)
     return runs.starts(_spread(state, runs.shape, ahead))
@@ -113,7 +113,7 @@ def _init(params, *, optimizer, many):
 
 
 def _spread(state: State, shape: tuple[int, ...], ahead: int) -> State:
-    """The first state of all runs, on the host: leaves `[*shape, …]`, of leaves with `ahead` axes of runs."""
+    """Copy the first state to all runs, on the host: leaves `[*shape, …]`, from leaves with `ahead` axes of runs."""
     if not shape:
         return state
 
@@ -125,7 +125,7 @@ def _spread(state: State, shape: tuple[int, ...], ahead: int) -> State:
 
 
 def copies(tree: Any, shape: tuple[int, ...]) -> Any:
-    """The same for all runs: leaves `[*shape, …]`, on the host where there are many."""
+    """Copy a tree to all runs: leaves `[*shape, …]`. If there are many runs, they are on the host."""
     return (
         jax.tree.map(lambda leaf: np.broadcast_to(np.asarray(leaf), (*shape, *np.shape(leaf))), tree) if shape else tree
     )
@@ -155,20 +155,20 @@ def continued(state: State, runs: Runs) -> State:
 
 
 def keep(active: Any, new: State, old: State) -> State:
-    """`new` where active, `old` where a run has ended."""
+    """`new` for active runs, `old` for runs that have ended."""
     picked = chosen(active, new._replace(step=0), old._replace(step=0))
     step = new.step
     return picked._replace(step=chosen(active, step, old.step) if jnp.ndim(step) == active.ndim else step)
 
 
 def chosen(where: Any, new: Any, old: Any) -> Any:
-    """The leaves `[*runs, …]` of `new` where true, of `old` elsewhere."""
+    """The leaves `[*runs, …]`: `new` where `where` is true, `old` elsewhere."""
 
     def pick(new: Any, old: Any) -> Any:
         if jnp.ndim(new) < where.ndim:
             return new
         mask = where.reshape(where.shape + (1,) * (jnp.ndim(new) - where.ndim))
-        # What came in tiles lies on the host, and stays there.
+        # Results of tiles are on the host, and stay there.
         return (np if isinstance(new, np.ndarray) else jnp).where(mask, new, old)
 
     return jax.tree.map(pick, new, old)
@@ -241,7 +241,7 @@ def _sweep(optimizer: Any, sweep: Any) -> tuple[Optimizer, dict[str, np.ndarray]
             f"sweep names {strange[0]!r}, which is no setting of {checks.shown(optimizer)}"
             f"{checks.nearest(strange[0], [*inspect.signature(optimizer).parameters])}"
         )
-    # The numbers are not part of it, so that others need no new program.
+    # `Made` does not hold the numbers, so that other numbers need no new program.
     made = Made(optimizer, tuple(sorted(settings)))
     with checks.saying(f"optimizer({', '.join(f'{name}=...' for name in settings)}) makes no optax transformation"):
         optimizers.transformation("optimizer", optimizer(**{name: float(each[0]) for name, each in settings.items()}))
@@ -249,7 +249,7 @@ def _sweep(optimizer: Any, sweep: Any) -> tuple[Optimizer, dict[str, np.ndarray]
 
 
 def _injected(state: Any, settings: dict[str, np.ndarray], shape: tuple[int, ...]) -> Any:
-    """The state of `optax.inject_hyperparams`, wherever it is in the optimizer's, with the settings of each run."""
+    """The optimizer's state with each run's settings put into the state of `optax.inject_hyperparams` within it."""
     is_injected = lambda node: hasattr(node, "hyperparams") and hasattr(node, "_replace")
     nodes = [node for node in jax.tree.leaves(state, is_leaf=is_injected) if is_injected(node)]
     if not nodes:

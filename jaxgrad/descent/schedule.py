@@ -1,4 +1,4 @@
-"""At which steps a run pauses: to be recorded, judged or saved."""
+"""The steps at which a run pauses, to be recorded, judged or saved."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -47,7 +47,7 @@ class Marks(NamedTuple):
         return sorted(found)
 
     def at(self, step: int) -> Mark:
-        """What is to be done at a step."""
+        """What to do at a step."""
         due = tuple(i for i, every in enumerate(self.every) if step < self.steps and (step - self.first) % every == 0)
         saved = self.saving is not None and (step == self.steps or step % self.saving == 0)
         return Mark(step, step in self.recorded, due, saved)

@@ -26,21 +26,21 @@ from jaxgrad.types import Loss, Params, Sampling
 
 
 def _finite_data(name: str, value: Any) -> Any:
-    """Rows on disk, on many devices, or in arrays, every number finite where JAX does not trace it."""
+    """Rows on disk, on many devices, or in arrays; every number finite unless JAX traces it."""
     return value if isinstance(value, Rows | parallel.Sharded) else checks.batch(name, value)
 
 
 Transformation: TypeAlias = Annotated[optimizers.Optimizer, optimizers.transformation]
 FiniteData: TypeAlias = Annotated[Any, _finite_data]
 
-# The indices of so many steps are drawn at once, in one vectorised draw: 128 steps hide its overhead even at b = 1,
-# and a run that is recorded at every step does not draw too much in vain.
+# The indices of up to 128 steps are drawn at once, in one vectorised draw. 128 steps hide its overhead even at b = 1,
+# and a run that is recorded at every step does not draw too many in vain.
 _STEPS_PER_DRAW = 128
 _INDICES_PER_DRAW = 8192
 
 
 class State(NamedTuple):
-    """What the next step needs, and nothing else: save it, and the run continues with the same numbers."""
+    """Exactly what the next step needs: save it, and the run continues with the same numbers."""
 
     step: Any
     """int32[]: steps taken so far."""
@@ -50,13 +50,13 @@ class State(NamedTuple):
     update: Params
     """`w_t − w_{t−1}`, the last step taken; zeros before the first."""
     halted: Any
-    """bool[]: `halt` was true after step `step`, and no step is taken any more."""
+    """bool[]: `halt` was true after step `step`; no further step is taken."""
     examples: Any = None
-    """int64[]: gradients of single examples evaluated so far. `descend` counts them, `advance` does not: None."""
+    """int64[]: gradients of single examples evaluated so far. `descend` counts them; `advance` leaves None."""
     model: Any = None
-    """The state of the loss (`loss_state`): what it hands on from step to step and no gradient changes."""
+    """The state of the loss (`loss_state`): it passes from step to step, and no gradient changes it."""
     batch_loss: Any = None
-    """float[steps]: the loss of the batch of each step so far (`batch_losses`), NaN for steps that were not taken."""
+    """float[steps]: the loss of each step's batch so far (`batch_losses`); NaN for steps that were not taken."""
 
 
 # --- the algorithm ---------------------------------------------------------------------------------------------
@@ -90,12 +90,12 @@ def advance(
 ) -> State:
     """Take steps until `state.step == until`: `g_t = ∇L(w_{t−1}; batch t)`, `w_t = w_{t−1} + optimizer(g_t)`.
 
-    `until` may be traced. Which examples batch t holds is `sampling.indices(key, t − 1, n)`: t counts from 1,
-    the sampling's steps from 0. The result does not depend on how a run is cut into calls.
+    `until` may be traced. Batch t holds the examples `sampling.indices(key, t − 1, n)`: t counts from 1, the
+    sampling's steps from 0. The result does not depend on how a run is cut into calls.
 
     With `halt`, each run ends at the first step after which `halt(state)` is true.
 
-    `single` says that this is one run, not under `vmap`: on a CPU a loop of small steps is then compiled into one
+    `single` says that this is one run, not under `vmap`. On a CPU, a loop of small steps is then compiled into one
     function for one core (`small_steps`), up to ten times as fast.
     """
     return take_steps(
@@ -149,7 +149,7 @@ def take_steps(
     if sampling.batch_size is None:
         return jax.lax.while_loop(partial(to_go, bound=until), lambda state: take(state, data), state)
 
-    # The indices of many steps are drawn at once: a pure function of (key, step), they are the same one by one.
+    # Indices are a pure function of (key, step), so drawing many steps at once gives the same as one by one.
     ahead = max(1, min(_STEPS_PER_DRAW, _INDICES_PER_DRAW // sampling.batch_size))
     batch = jax.eval_shape(sampling.batch, data, jax.ShapeDtypeStruct((sampling.batch_size,), jnp.int32))
     last = sampling.last_of_pass(n)
@@ -164,7 +164,7 @@ def take_steps(
                 indices = drawn[state.step - first]
                 if last is None:
                     return take(state, sampling.batch(data, indices))
-                # Two shapes of a batch, and so two programs of a step: what the last one lacks is not made up.
+                # Two shapes of a batch, and so two programs of a step: the last batch is not padded.
                 per_pass, left = last
                 return jax.lax.cond(
                     state.step % per_pass == per_pass - 1,
@@ -184,7 +184,7 @@ def take_steps(
 def _evaluation(
     objective: Objective, state: State, data: Any, sampling: Sampling, what: Asked
 ) -> Callable[[Params, Any, Any, Any], tuple[Any, Params, Any, Any]]:
-    """`(params, model, batch, key) -> (value, gradient, new model, loss of this batch)`; None for what is not asked."""
+    """`(params, model, batch, key) -> (value, gradient, new model, loss of this batch)`; None for what is not needed."""
     differentiable = checks.saying("loss(params, batch) cannot be differentiated for these params and data")
     loss, valued = objective.loss, what.value or state.batch_loss is not None
 
@@ -223,7 +223,7 @@ def one_step(
     halt: Callable[[State], Any] | None,
     extras: tuple[Asked, Any, Any] = (Asked(), None, None),
 ) -> State:
-    """`w_t = w_{t−1} + optimizer(g_t)`; `extras` are what the optimizer asks for, the loss and the loss function."""
+    """`w_t = w_{t−1} + optimizer(g_t)`. `extras`: what the optimizer asks for, the loss, and the loss function."""
     what, value, function = extras
     made, optimizer_state = optimizers.update(optimizer, what, gradient, state.optimizer, state.params, value, function)
     params: Any = optax.apply_updates(state.params, made)
@@ -238,14 +238,14 @@ def one_step(
 
 
 def _skipped(update: Any, gradient: Any, optimizer_state: Any) -> Any:
-    """Whether the optimizer took no step on purpose: it moved nothing against a gradient, or is still accumulating."""
+    """Whether the optimizer skipped the step on purpose: no update for a nonzero gradient, or it still accumulates."""
     multi = lambda node: isinstance(node, optax.MultiStepsState)
     waits = [node.mini_step != 0 for node in jax.tree.leaves(optimizer_state, is_leaf=multi) if multi(node)]
     return reduce(jnp.logical_or, waits, _all_zero(update) & ~_all_zero(gradient))
 
 
 def _all_zero(tree: Any) -> Any:
-    # By sums, which `small_steps` knows. One with NaN in it is not 0.
+    # Sums, because `small_steps` supports them. A sum with NaN is not 0.
     return reduce(jnp.logical_and, [jnp.sum(jnp.abs(leaf)) == 0 for leaf in jax.tree.leaves(tree)])
 
 

@@ -1,7 +1,7 @@
 """When to end a run before its budget of steps (F3), and which of its parameters to keep.
 
-Each rule is a value, made by the function of its name; `stop=` takes one or several, and the first that is met ends a
-run. Runs side by side end each by itself.
+Each rule is a value, made by the function of its name. `stop=` takes one or several; the first rule that is met ends
+a run. Of runs side by side, each ends by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ class TargetLoss(NamedTuple):
 
 
 class NoImprovement(NamedTuple):
-    """Judged each `every` steps, from a metric of the parameters, whose best are kept."""
+    """Judged each `every` steps, from a metric of the parameters. The best parameters are kept."""
 
     metric: Callable[[Params], Any]
     patience: int | None
@@ -81,7 +81,7 @@ class NoImprovement(NamedTuple):
     measured = "metric"
 
     def met(self, value: np.ndarray, memory: Any) -> tuple[Any, Any]:
-        """Whether each run ends, and what to remember: the value to beat and how many checks did not."""
+        """Whether each run ends, and what to remember: the value to beat, and how many checks failed to beat it."""
         best, waited = memory
         better = value < best - self.min_delta
         best, waited = np.where(better, value, best), np.where(better, 0, waited + 1)
@@ -94,7 +94,7 @@ class NoImprovement(NamedTuple):
 
 
 class TimeLimit(NamedTuple):
-    """Judged after every few steps, from the clock of the steps."""
+    """Judged after every few steps, by the time that the steps took."""
 
     seconds: float
 
@@ -113,11 +113,11 @@ Judged: TypeAlias = SmallGradient | TargetLoss | NoImprovement
 def small_step(below: Positive) -> SmallStep:
     """The lecture's rule (F3): stop at the first step with `‖w_t − w_{t−1}‖ < below`, judged every step.
 
-    It measures `η‖g‖`, not the distance to a minimum: a smaller step size makes it fire sooner and further
-    away, and for small batches it fires by luck. `small_gradient` is what it should have been.
+    It measures `η‖g‖`, not the distance to a minimum. A smaller step size makes it fire sooner and further away, and
+    for small batches it fires by luck. `small_gradient` is the better rule.
 
-    A step that the optimizer skipped is not judged: an update of exactly 0 against a gradient that is not 0, as of
-    `optax.MultiSteps` between two updates, of a step size that warms up from 0, or of `optax.apply_if_finite`.
+    A step that the optimizer skipped is not judged: an update of exactly 0 for a gradient that is not 0. So does
+    `optax.MultiSteps` between two updates, a step size that warms up from 0, and `optax.apply_if_finite`.
     """
     return SmallStep(below)
 
@@ -143,8 +143,8 @@ def no_improvement(
 ) -> NoImprovement:
     """Stop when `metric(params)` (lower is better, e.g. a validation loss) has not improved in `patience` checks.
 
-    It is evaluated each `every` steps, on the clock. An improvement is a value below the last one that counted by more
-    than `min_delta`. The parameters with the lowest value of all, however little lower, are in `Trace.best`.
+    It is evaluated each `every` steps, on the clock. A value counts as an improvement if it is more than `min_delta`
+    below the last improvement. `Trace.best` has the parameters with the lowest value of all, however little lower.
     """
     return NoImprovement(metric, patience, every, min_delta)
 
@@ -160,16 +160,16 @@ def keep_best(metric: Callable[[Params], Any], *, every: Count = 1) -> NoImprove
 
 @checked
 def time_limit(seconds: Positive) -> TimeLimit:
-    """Stop after `seconds` of steps, by the clock of `Trace.seconds`: without compiling and recording.
+    """Stop after `seconds` of steps, as `Trace.seconds` counts them: compiling and recording are not counted.
 
-    All runs of a program end together, at the end of a chunk that takes about a fiftieth of the limit. Which step that
-    is depends on the machine; the steps themselves do not.
+    All runs of a program end together, at the end of a chunk that takes about a fiftieth of the limit. The number of
+    steps depends on the machine; the steps themselves do not.
     """
     return TimeLimit(seconds)
 
 
 def rules(name: str, value: Any) -> tuple[Stop, ...]:
-    """The rules that were given: none, one or several. TypeError, naming the functions that make one, for others."""
+    """The given rules: none, one or several. Raises TypeError, with the functions that make rules, for other values."""
     kinds = (SmallStep, SmallGradient, TargetLoss, NoImprovement, TimeLimit)
     if value is None:
         return ()
@@ -201,7 +201,7 @@ def halting(found: Sequence[Stop]) -> SmallStep | None:
 
 
 def judged(found: Sequence[Stop]) -> list[Judged]:
-    """The rules that are judged between steps, from something that is evaluated."""
+    """The rules that are judged between steps, from a gradient, a loss or a metric."""
     return [rule for rule in found if isinstance(rule, SmallGradient | TargetLoss | NoImprovement)]
 
 

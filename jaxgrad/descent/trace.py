@@ -12,12 +12,12 @@ from jaxgrad.types import Params
 
 
 class Best(NamedTuple):
-    """Where the metric of `no_improvement` or `keep_best` was lowest, of each run."""
+    """For each run, the point with the lowest metric of `no_improvement` or `keep_best`."""
 
     params: Params
     """The parameters there, leaves `[(m,) (s,) …]`."""
     value: np.ndarray
-    """float64[(m,) (s,)]: the metric there; infinite where it was never finite."""
+    """float64[(m,) (s,)]: the metric there; infinite if it was never finite."""
     step: np.ndarray
     """int64[(m,) (s,)]: the steps taken until then."""
 
@@ -38,42 +38,42 @@ class Trace(NamedTuple):
     steps: np.ndarray
     """int64[k]: updates made."""
     examples: np.ndarray
-    """int64[k]: gradients of single examples evaluated: `steps · b`, and what a run that goes on evaluated before."""
+    """int64[k]: gradients of single examples evaluated: `steps · b`, plus those of the run that it continues."""
     seconds: np.ndarray
-    """float64[k]: wall-clock of the steps, all runs of the program together, without compiling and recording."""
+    """float64[k]: wall-clock time of the steps, all runs of the program together, without compiling and recording."""
     loss: np.ndarray
-    """[(m,) (s,) k]: the full loss; or what `evaluate` makes of it."""
+    """[(m,) (s,) k]: the full loss, or the value of `evaluate`."""
     step_norm: np.ndarray
     """[(m,) (s,) k]: `‖w_t − w_{t−1}‖`, the size of the last step (F3)."""
     observed: Any
     """What `observe` returned, each leaf `[(m,) (s,) k, …]`; None without `observe`."""
     params: Params
-    """Final parameters, leaves `[(m,) (s,) …]`; numpy arrays where the runs went in several tiles."""
+    """Final parameters, leaves `[(m,) (s,) …]`; numpy arrays if the runs went in several tiles."""
     state: State
     """Final state: give it to `descend` in place of `params` to go on."""
     status: Any
-    """How the run ended; a tuple of s of these for s keys, of m of those for m settings:
+    """How the run ended; a tuple of s of them for s keys, and a tuple of m of those for m settings:
 
     `finished`                       all steps were taken
     `stopped: <rule>`                a stopping rule ended it
     `diverged at step t`             its parameters ceased to be finite there
-    `grew: ...`                      all steps were taken, but the loss ended over 1,000 times above its start, or not
-                                     finite
+    `grew: ...`                      all steps were taken, but the last loss is over 1,000 times the first one, or is
+                                     not finite
     `not finite at the start: ...`   the loss or its gradient at the start is NaN or infinite; no step size would help
     """
     stopped_at: np.ndarray
     """int64[(m,) (s)]: the step at which the run ended, stopped or diverged."""
     compile_seconds: float
-    """Time to trace and compile the step program; 0 to rounding when it was compiled before."""
+    """Time to trace and compile the step program; about 0 if it was compiled before."""
     aux: Any = None
-    """What the loss returned beside its value at the record points (`has_aux`), each leaf `[(m,) (s,) k, …]`."""
+    """What the loss returned besides its value at the record points (`has_aux`); each leaf `[(m,) (s,) k, …]`."""
     batch_loss: Any = None
-    """[(m,) (s,) steps]: the loss of each step's own batch, before the step (`batch_losses`); NaN where none was taken.
-    A run that goes on has those from where it went on: the last is that of the last step."""
+    """[(m,) (s,) steps]: the loss of each step's own batch, before the step (`batch_losses`); NaN for steps that were
+    not taken. A continued run has only its own steps; the last entry is that of the last step."""
     best: Best | None = None
-    """Where the metric of `no_improvement` or `keep_best` was lowest."""
+    """The point with the lowest metric of `no_improvement` or `keep_best`."""
     settings: Any = None
-    """The settings of the optimizer by name, each `[m]`, or a number for one setting; empty where none are known."""
+    """The settings of the optimizer by name: each `[m]`, or a number for one setting; empty if none are known."""
 
     def to_frame(self) -> Any:
         """A tidy pandas table: one row for each run and record point.
@@ -148,7 +148,7 @@ class Trace(NamedTuple):
         return "\n".join(lines)
 
     def _endings(self, m: int, s: int) -> Iterator[str]:
-        """The loss at the start and at the end, of each of the first settings."""
+        """Lines with the first and the last loss of each of the first settings."""
         loss = np.asarray(self.loss, float).reshape(m, s, -1)
         most = 12
         for i in range(min(m, most)):
@@ -168,7 +168,7 @@ class Trace(NamedTuple):
         return f", e.g. run {which[0]}: {detail}" if detail else ""
 
     def _sizes(self) -> tuple[int, int]:
-        """How many settings and how many keys there are, 1 where there is no axis."""
+        """The numbers of settings and of keys; 1 if there is no such axis."""
         shape = np.shape(self.stopped_at)
         if len(shape) == 2:
             return shape  # type: ignore[return-value]

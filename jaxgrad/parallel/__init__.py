@@ -10,15 +10,15 @@ puts one all-reduce of the gradient into the step. Nothing else is exchanged, ex
     global       the indices of one machine: `distinct(b)` and the rest see the same examples, in the same order,
                  whatever holds them. The same law and the same numbers; the batch's b rows travel.
     stratified   `stratified(b, counts)`: each device draws from its own rows, and nothing travels but the gradient.
-                 Another law: the mean is the same, and of the variance only what is left *within* the shares
+                 Another law: the mean is the same, and the variance is only the part *within* the shares
                  (`jaxgrad.noise.stratified_trace`).
 
 Rows that do not divide by the devices are filled up with copies of a row, of weight 0. Every device gets ⌊n/D⌋ or
 ⌈n/D⌉ rows of its own.
 
-A step whose processes disagree about anything hangs. So they compare what they were given before the first step
-(`agree`), decide together when to stop (`Interruption`), and one that fails ends at once without waiting for the
-others (`run`), which then end too.
+A step hangs if its processes disagree about anything. So they compare their arguments before the first step
+(`agree`) and decide together when to stop (`Interruption`). A process that fails ends at once without waiting for the
+others (`run`); they then end too.
 
 agreement     what processes say to each other beside the step
 ending        how the program of a process ends

@@ -1,4 +1,4 @@
-"""What the processes say to each other beside the step: whether they were given the same, and whether all can go on.
+"""What the processes tell each other besides the step: whether their arguments are equal, whether all can go on.
 
 Every process must call these functions, at the same place.
 """
@@ -15,12 +15,12 @@ from jaxgrad.checks import checked
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes results and talks (rank 0)."""
+    """Whether this process writes the results and the messages (rank 0)."""
     return jax.process_index() == 0
 
 
 class Elsewhere(RuntimeError):
-    """Another process could not go on; the message names its rank and what it said."""
+    """Another process could not go on; the message has its rank and its error."""
 
 
 def from_all(values: np.ndarray) -> np.ndarray:
@@ -34,9 +34,9 @@ def from_all(values: np.ndarray) -> np.ndarray:
 
 @checked
 def together(work: Callable[[], Any]) -> Any:
-    """What `work()` returns, or an error on **all** processes if it fails on one: none is left to wait.
+    """Return `work()`, or raise an error on **all** processes if it fails on one, so that none waits forever.
 
-    The process where it failed raises its own error, the others `Elsewhere`, with the rank and the words of it.
+    The process that failed raises its own error. The others raise `Elsewhere` with its rank and its message.
     """
     if jax.process_count() == 1:
         return work()
@@ -57,13 +57,13 @@ def together(work: Callable[[], Any]) -> Any:
 
 
 def of_main(number: float) -> float:
-    """The number that rank 0 gives, on every process; all of them call it."""
+    """Return rank 0's number on every process. Every process must call it."""
     return float(from_all(np.array([number]))[0, 0])
 
 
 @checked
 def from_main(read: Callable[[], bytes]) -> bytes:
-    """What `read()` returns on rank 0, on every process."""
+    """Return on every process what `read()` returns on rank 0."""
     if jax.process_count() == 1:
         return read()
     from jax.experimental import multihost_utils
@@ -76,9 +76,9 @@ def from_main(read: Callable[[], bytes]) -> bytes:
 
 
 def agree(**things: Any) -> None:
-    """Raise ValueError, naming the rank and the thing, unless all processes were given the same.
+    """Raise ValueError, naming the rank and the thing, unless the things are equal on all processes.
 
-    Each thing is a pytree of arrays, or anything whose `repr` tells it. Every process must call it.
+    Each thing is a pytree of arrays, or has a `repr` that shows its value. Every process must call it.
     """
     if jax.process_count() == 1:
         return
@@ -94,7 +94,7 @@ def agree(**things: Any) -> None:
 
 
 def digest(thing: Any) -> str:
-    """sha256 of a pytree: its structure, and shapes, dtypes and bytes of its arrays (`repr` of what is none)."""
+    """sha256 of a pytree: its structure, and shapes, dtypes and bytes of its arrays (the `repr` of other leaves)."""
     leaves, structure = jax.tree.flatten(thing)
     hashed = hashlib.sha256(str(structure).encode())
     for leaf in leaves:

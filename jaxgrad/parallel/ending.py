@@ -1,6 +1,6 @@
-"""How the program of a process ends: together with the others, or at once where one of them failed.
+"""How a process ends: together with the others, or at once if one of them failed.
 
-An orderly exit of JAX waits for all processes. One that failed must not wait for the others, which wait for it.
+JAX's orderly exit waits for all processes. A process that failed must not do so, because the others wait for it.
 """
 
 import os
@@ -22,15 +22,14 @@ from jaxgrad.parallel.agreement import Elsewhere, is_main
 AGAIN = 75
 """Exit status of a run that was asked to stop and left a checkpoint: run me again (`EX_TEMPFAIL`)."""
 PEER_LOST = 69
-"""Exit status of a process that ends because another one did (`EX_UNAVAILABLE`)."""
+"""Exit status of a process that ends because another process ended (`EX_UNAVAILABLE`)."""
 
 
 @checked
 def run(main: Callable[[], Any]) -> None:
-    """Run a whole program and exit with what it returns, without ever waiting for a process that is gone.
+    """Run a whole program and exit with the status that it returns. Never wait for a process that is gone.
 
-    With several processes, one that fails ends at once: an orderly exit would wait for the others, which wait for it.
-    A status of 0 or `AGAIN` waits until all are done.
+    With several processes, a process that fails ends at once. A status of 0 or `AGAIN` waits until all are done.
     """
     try:
         status = main()
@@ -53,10 +52,10 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def leave_together() -> None:
-    """Wait for the others, however long, then leave together.
+    """Wait for the other processes, however long, then leave together.
 
-    They meet in the coordination service, not in a collective of the devices: one that another rank still computes
-    with could be taken for it.
+    They meet in the coordination service and not in a collective of the devices: another rank may still compute, and
+    one of its collectives could be mistaken for this one.
     """
     if not jax.distributed.is_initialized():
         return
@@ -82,20 +81,20 @@ def _service() -> Any:
 
 
 def _tell(end: str) -> None:
-    """Let all know how the program of this rank ended."""
+    """Tell all processes how the program of this rank ended."""
     _service().client.key_value_set(f"jaxgrad/end/{jax.process_index()}", end)
 
 
 def _ends() -> dict[int, str]:
-    """How the programs of the ranks ended, of those that did."""
+    """How each rank's program ended, for the ranks that have ended."""
     return {int(key.rpartition("/")[2]): end for key, end in _service().client.key_value_dir_get("jaxgrad/end/")}
 
 
 def _hang_up() -> None:
-    """Close the lines between the devices of this process and those of others, which stand under Linux on a CPU.
+    """Close the sockets between the devices of this process and those of others (Linux, CPU).
 
-    A rank that still computes with this one then hears that it is gone, where it would wait for ever. The lines of
-    the coordination service stay.
+    A rank that still computes with this one would wait forever; a closed socket tells it that this one is gone. The
+    sockets of the coordination service stay open.
     """
     port = int(_service().coordinator_address.rpartition(":")[2])
     if jax.default_backend() != "cpu" or not os.path.isdir("/proc/self/fd"):
@@ -111,7 +110,7 @@ def _hang_up() -> None:
 
 
 def end_at_once(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Say what happened, and end without asking anybody."""
+    """Report the error and end this process at once, without waiting for the others."""
     rank, processes = jax.process_index(), jax.process_count()
     if _of_a_peer(error):
         early: list[int] = []
@@ -130,7 +129,7 @@ def end_at_once(kind: type[BaseException], error: BaseException, trace: Any) -> 
 
 
 def _tell_failure() -> None:
-    """Let those know that wait at the end: JAX would end them by SIGABRT once the coordinator, rank 0, is gone."""
+    """Tell the ranks that wait at the end. Once rank 0, the coordinator, is gone, JAX would end them by SIGABRT."""
 
     def tell() -> None:
         with suppress(Exception):
@@ -144,11 +143,11 @@ def _tell_failure() -> None:
 
 
 EARLY = "had ended its program while others still computed with it"
-"""What is said of a rank that returns or exits, without an error, before the others are done."""
+"""Said of a rank that returns or exits without an error before the others are done."""
 
 
 def _of_a_peer(error: BaseException) -> bool:
-    """Whether a failure is only the echo of another process's."""
+    """Whether an error only follows from the failure of another process."""
     words = ("Gloo", "Connection closed", "Connection reset", "coordination service", "CoordinationService", "NCCL")
     return isinstance(error, Elsewhere) or any(word in str(error) for word in words)
 

@@ -13,7 +13,7 @@ from jaxgrad.parallel.ending import AGAIN
 
 
 class Preempted(SystemExit):
-    """A run was asked to stop, did so at the same step on every process, and left a checkpoint: status 75."""
+    """A run was asked to stop, stopped at the same step on every process, and saved a checkpoint: status 75."""
 
     def __init__(self, step: int, path: Any):
         super().__init__(AGAIN)
@@ -23,11 +23,11 @@ class Preempted(SystemExit):
 
 
 class Interruption:
-    """Whether SIGTERM or Ctrl-C came, to any process: `with Interruption() as asked: ... if asked(): stop`.
+    """Whether any process got SIGTERM or Ctrl-C: `with Interruption() as asked: ... if asked(): stop`.
 
-    `asked()` is called by all processes at the same place, and gives all the same answer. A second signal of the same
-    kind does what it always does. Only the main thread gets signals; what runs in others hears of them where the main
-    thread is in such a block too.
+    All processes call `asked()` at the same place and get the same answer. A second signal of the same kind has its
+    usual effect. Only the main thread gets signals; other threads hear of them if the main thread is in such a block
+    too.
     """
 
     _around: "Interruption | None" = None
@@ -52,7 +52,7 @@ class Interruption:
         signal.signal(number, self._usual(number))
 
     def _usual(self, number: int) -> Any:
-        """What the signal did before the outermost of such blocks."""
+        """The handler of the signal before the outermost of these blocks."""
         if self._outer is not None:
             return self._outer._usual(number)
         before = self._before.get(number)

@@ -1,4 +1,4 @@
-"""How processes find each other: from arguments, from the environment, or by what the cluster says."""
+"""How processes find each other: by arguments, by the environment, or by what JAX finds of the cluster."""
 
 import atexit
 import os
@@ -20,12 +20,12 @@ COORDINATOR, PROCESSES, RANK, DEVICES, TIMEOUT, HEARTBEAT = (
 
 
 class Place(NamedTuple):
-    """Where this process stands."""
+    """The rank of this process, and the number of processes."""
 
     rank: int
     processes: int
     how: str
-    """Who said so: `arguments`, `environment`, `detected` or `single`."""
+    """Where rank and number come from: `arguments`, `environment`, `detected` or `single`."""
 
 
 def start(
@@ -38,17 +38,19 @@ def start(
 ) -> Place:
     """Join the other processes, if there are any. Call it once, before the first array.
 
-    What is not given is taken from the environment (`JAXGRAD_COORDINATOR=host:port`, `JAXGRAD_NUM_PROCESSES`,
-    `JAXGRAD_PROCESS_ID`), else from what JAX finds of Slurm, Open MPI or Kubernetes; else this is a single process.
+    Arguments that are not given are taken from the environment (`JAXGRAD_COORDINATOR=host:port`,
+    `JAXGRAD_NUM_PROCESSES`, `JAXGRAD_PROCESS_ID`), or else from Slurm, Open MPI or Kubernetes as JAX finds them.
+    Otherwise this is a single process.
 
     Args:
-      devices: so many virtual devices on this CPU (`JAXGRAD_DEVICES`). They share its cores: for tests and lessons.
+      devices: the number of virtual devices on this CPU (`JAXGRAD_DEVICES`). They share its cores: for tests and
+        lessons.
       timeout: seconds to wait for the others (`JAXGRAD_START_TIMEOUT`; 20).
 
-    Once they run, a process that gives no sign of life for 20 s (`JAXGRAD_HEARTBEAT`) is given up, and all end.
+    Later, if a process gives no sign of life for 20 s (`JAXGRAD_HEARTBEAT`), all end.
 
-    Raises ValueError for numbers that cannot be, ConnectionError where the coordinator cannot be reached or its port
-    is in use, RuntimeError where JAX already runs.
+    Raises ValueError for impossible numbers, ConnectionError if the coordinator cannot be reached or its port is in
+    use, RuntimeError if JAX already runs.
 
     The coordinator listens on the address that it was given, which should be loopback or a private network: the
     traffic is neither encrypted nor authenticated.
@@ -96,7 +98,7 @@ def start(
 
 
 def _detected(waits: dict[str, Any]) -> Place:
-    """What JAX finds by itself; a single process where it finds nothing."""
+    """Join the processes that JAX finds by itself; stay a single process if it finds none."""
     slurm, mpi = int(os.environ.get("SLURM_NTASKS", 1)), int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
     try:
         jax.distributed.initialize(**waits)
@@ -118,10 +120,10 @@ def _detected(waits: dict[str, Any]) -> Place:
 
 
 def _joined(how: str) -> Place:
-    """Every failure from here on must end this process at once, since the others wait for it."""
+    """Arrange that any failure from here on ends this process at once: the others would wait for it."""
     place = Place(jax.process_index(), jax.process_count(), how)
     sys.excepthook = end_at_once
-    # The one that writes takes longer than the others, which wait here and not in JAX's shutdown, which gives up.
+    # Rank 0 writes files and so takes longer. The others wait for it here; JAX's own shutdown would give up.
     atexit.register(leave_together)
     print(f"rank {place.rank} of {place.processes} joined ({place.how})", file=sys.stderr, flush=True)
     return place
@@ -153,10 +155,10 @@ def _virtual(devices: int) -> None:
 
 
 def roll_call(coordinator: str, processes: int, rank: int, timeout: float | int) -> None:
-    """Raise ConnectionError, on every process, unless all are there within `timeout` seconds: it says who is not.
+    """Raise ConnectionError on every process unless all join within `timeout` seconds; it names the missing ranks.
 
-    Where one is missing or the port is taken, JAX itself ends the process without a Python error, and without a name.
-    Rank 0 listens where JAX will afterwards.
+    If a rank is missing or the port is taken, JAX itself ends the process without a Python error and without a name.
+    Rank 0 listens at the address that JAX will use afterwards.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
@@ -205,7 +207,7 @@ def roll_call(coordinator: str, processes: int, rank: int, timeout: float | int)
 
 
 def _answer(address: tuple[str, int], processes: int, rank: int, until: float, where: str) -> None:
-    """Tell rank 0 that this one is here, and hear that all are."""
+    """Tell rank 0 that this rank is here, and wait until it says that all are."""
     while True:
         try:
             with socket.create_connection(address, timeout=2) as line:

@@ -13,14 +13,14 @@ from jaxgrad.parallel.agreement import agree, from_all, together
 
 
 class Sharded(NamedTuple):
-    """Rows that lie on the devices of a mesh, made by `shard` or `shard_local`; `descend` takes it for data."""
+    """Rows on the devices of a mesh, made by `shard` or `shard_local`. `descend` accepts it as data."""
 
     batch: Any
-    """The batch's pytree; each leaf `[D m, ...]`: m rows on each of D devices, filled up where a device has fewer."""
+    """The batch's pytree; each leaf `[D m, ...]`: m rows on each of D devices, padded if a device has fewer."""
     weight: Any
-    """float32[D m]: 1, and 0 where a row only fills up; None where no row does."""
+    """float32[D m]: 1 for a row, 0 for padding; None without padding."""
     counts: tuple[int, ...]
-    """Rows of each device, in the order of the mesh, without what fills up."""
+    """Rows of each device, in the order of the mesh, without padding."""
     mesh: Mesh
 
     @property
@@ -29,20 +29,20 @@ class Sharded(NamedTuple):
         return sum(self.counts)
 
     def row(self, place: int) -> int:
-        """The number of the row at a place along the leaves of `batch`, among all rows in their order."""
+        """The number of the row at index `place` of the leaves of `batch`, counted over all rows in order."""
         device, own = divmod(place, max(self.counts))
         return sum(self.counts[:device]) + min(own, self.counts[device] - 1)
 
 
 class Weighted(NamedTuple):
-    """Rows with weights: what `Weighting` makes a mean of."""
+    """Rows with weights; `Weighting` takes their weighted mean."""
 
     batch: Any
     weight: Any
 
 
 def mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices of all processes (or those given) as one axis `data`, in the order of their processes.
+    """All devices of all processes (or the given ones) as one axis `data`, in the order of their processes.
 
     The compiler places the collectives (`AxisType.Auto`): under JAX's newer default, `Explicit`, `x[indices]` fails.
     """
@@ -54,11 +54,11 @@ def mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def shard(batch: Any, mesh: Mesh) -> Sharded:
-    """Spread the rows of a batch over the mesh; every process gives the same batch, and holds only its own part.
+    """Spread the rows of a batch over the mesh. Every process gives the same batch and holds only its own part.
 
-    The leaves are host arrays; of a `np.memmap` only the rows of this process are read. Every device gets ⌊n/D⌋ or
+    The leaves are host arrays; of a `np.memmap`, each process reads only its own rows. Every device gets ⌊n/D⌋ or
     ⌈n/D⌉ rows, in order. Raises ValueError for fewer rows than devices, NaN or infinite entries, an Explicit mesh, or
-    (naming the rank) for another batch than rank 0's.
+    (naming the rank) a batch that differs from rank 0's.
     """
     check_mesh(mesh)
     batch = checks.batch("batch", batch, finite=False)
@@ -80,10 +80,10 @@ def shard(batch: Any, mesh: Mesh) -> Sharded:
 
 
 def shard_local(rows: Any, mesh: Mesh) -> Sharded:
-    """Like `shard`, but each process gives rows of its own, as many as it has: the whole is never in one place.
+    """Like `shard`, but each process gives its own rows, of any number. No process ever holds all rows.
 
-    The order of all rows is that of the processes. Raises ValueError (naming the rank) where a process has fewer rows
-    than devices, or columns or dtypes other than rank 0's.
+    All rows are ordered by process. Raises ValueError (naming the rank) if a process has fewer rows than devices, or
+    if its columns or dtypes differ from rank 0's.
     """
     check_mesh(mesh)
     here = [device.process_index for device in mesh.devices.flat]
@@ -109,7 +109,7 @@ def shard_local(rows: Any, mesh: Mesh) -> Sharded:
 
 
 def _laid(rows: Any, first: int, counts: tuple[int, ...], mesh: Mesh) -> Sharded:
-    """Rows on their devices; `rows` holds, from row `first` of all on, at least those of this process."""
+    """Lay the rows on their devices. `rows` begins with row `first` and holds at least the rows of this process."""
     starts, most = np.concatenate([[0], np.cumsum(counts)]), max(counts)
     sharding = _rows_of(mesh)
 
@@ -117,7 +117,7 @@ def _laid(rows: Any, first: int, counts: tuple[int, ...], mesh: Mesh) -> Sharded
         def part(index: Any) -> np.ndarray:
             d = (index[0].start or 0) // most
             own = np.asarray(leaf[starts[d] - first : starts[d] - first + counts[d]])
-            # Copies of a row, since what the loss makes of zeros might not be finite.
+            # The padding is copies of a row: of zeros the loss might not be finite.
             return np.concatenate([own, np.repeat(own[-1:], most - counts[d], axis=0)]) if counts[d] < most else own
 
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
@@ -134,7 +134,7 @@ def _laid(rows: Any, first: int, counts: tuple[int, ...], mesh: Mesh) -> Sharded
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The same on every device: host arrays, or arrays of this process, equal on all processes (`agree` tells)."""
+    """Copy a tree to every device: host arrays, or arrays of this process. They must be equal on all processes."""
     check_mesh(mesh)
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -150,7 +150,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """Numpy arrays of the whole, on every process: of a `Sharded`, its batch in the order of the rows."""
+    """Return whole numpy arrays on every process; for a `Sharded`, its batch in the order of the rows."""
     if isinstance(tree, Sharded):
         most = max(tree.counts)
         kept = np.concatenate([d * most + np.arange(count) for d, count in enumerate(tree.counts)])
@@ -166,7 +166,7 @@ def gather(tree: Any) -> Any:
 
 
 def mesh_of(data: Any) -> Mesh | None:
-    """The mesh over which arrays are spread that lie on several devices; None for all others."""
+    """The mesh of arrays that are spread over several devices; None for all other arrays."""
     for leaf in jax.tree.leaves(data):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and isinstance(sharding.mesh, Mesh):
@@ -176,7 +176,7 @@ def mesh_of(data: Any) -> Mesh | None:
 
 
 def check_mesh(mesh: Any) -> None:
-    """Raise TypeError or ValueError unless `mesh` is one over which rows can be spread."""
+    """Raise TypeError or ValueError unless rows can be spread over `mesh`."""
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, such as parallel.mesh(); got {checks.shown(mesh)}")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -191,14 +191,14 @@ def _rows_of(mesh: Mesh) -> NamedSharding:
 
 
 def _mine(counts: Sequence[int], mesh: Mesh) -> list[tuple[int, int]]:
-    """First and last of the rows on each device of this process."""
+    """For each device of this process, its first row and the row after its last."""
     starts = np.concatenate([[0], np.cumsum(counts)])
     here = (d for d, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index())
     return [(int(starts[d]), int(starts[d + 1])) for d in here]
 
 
 def _compared(leaf: Any) -> Any:
-    """What processes compare of an array: all of it; of a file that is mapped, its shape and evenly spaced rows."""
+    """What processes compare: the whole array, or shape and evenly spaced rows of a mapped file."""
     if not isinstance(leaf, np.memmap):
         return leaf
     rows = np.unique(np.linspace(0, len(leaf) - 1, 4096).astype(np.int64))

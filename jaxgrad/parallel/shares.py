@@ -1,4 +1,4 @@
-"""A law of its own for rows on many devices: each device draws from its own rows, and nothing travels."""
+"""Stratified sampling on many devices: each device draws from its own rows, and no row travels."""
 
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ def stratified(b: Count, counts: Counts) -> Sampling:
 
         Cov[g_B] = Σ_d (n_d/n)² (n_d − b_d)/(b_d (n_d − 1)) Σ_d,        b_d = b/D
 
-    with Σ_d the covariance of the example gradients *within* share d (Cochran 1977, theorem 5.3): what differs
-    between shares adds nothing, so it is below that of `distinct(b)` unless the shares are all alike.
+    with Σ_d the covariance of the example gradients *within* share d (Cochran 1977, theorem 5.3). Differences between
+    shares add nothing, so it is below that of `distinct(b)` unless the shares are all alike.
 
     Raises ValueError unless D divides b and no share has fewer than b/D examples.
     """
@@ -51,11 +51,11 @@ class FromShares(NamedTuple):
         del n
         counts = np.array(self.counts)
         D, most = len(counts), int(counts.max())
-        # To the generator a step of D shares is D steps, so that no two draw from the same random bits.
+        # The generator counts a step of D shares as D steps, so that no two shares draw the same random bits.
         number = jnp.asarray(step, jnp.int32) * jnp.int32(D) + jnp.arange(D, dtype=jnp.int32)
         out = jnp.zeros((D, b // D), jnp.int32)
-        for size in np.unique(counts):  # two at most, but for rows that were spread by hand
-            # Drawn for all shares and chosen by a mask: fetching some would make the devices talk.
+        for size in np.unique(counts):  # two at most, except for rows that were spread by hand
+            # Every share draws every size, and a mask chooses: to draw for some shares only, devices would communicate.
             own = jax.vmap(lambda i, size=int(size): distinct(b // D).indices(key, i, size))(number)
             out = jnp.where(jnp.asarray(counts == size)[:, None], own, out)
         out = out + jnp.arange(D, dtype=jnp.int32)[:, None] * jnp.int32(most)
@@ -63,7 +63,7 @@ class FromShares(NamedTuple):
 
 
 class _TakeShares(NamedTuple):
-    """Rows by their places, each device from its own: nothing travels."""
+    """Rows by their places. Each device takes its own rows, and no row travels."""
 
     counts: tuple[int, ...]
 

@@ -1,4 +1,4 @@
-"""The step of one machine over rows on many devices: the same loss and the same law, whatever fills up the devices."""
+"""The loss and the sampling of one machine, for rows on many devices: padding has no weight and is never drawn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from jaxgrad.types import Loss, Params, Sampling
 class Weighting:
     """The loss of weighted rows, `Σ weightᵢ ℓ(w, example i) / Σ weightᵢ`, for a mean over n examples of losses ℓ.
 
-    Called, and so before anything is compiled, it raises ValueError for a loss that is not known to be one.
+    When it is called, before anything is compiled, it raises ValueError for a loss that is not known to be such a mean.
     """
 
     loss: Loss
@@ -38,7 +38,7 @@ class Weighting:
 
 
 class _Placed(NamedTuple):
-    """The indices of one machine, of one step or of many, as places among rows that are filled up device by device."""
+    """The indices that one machine draws, for one step or many, as places among rows that are padded per device."""
 
     draw: Callable[..., jax.Array]
     counts: tuple[int, ...]
@@ -46,16 +46,16 @@ class _Placed(NamedTuple):
     def __call__(self, *which: Any) -> jax.Array:
         counts = np.array(self.counts)
         ends = np.cumsum(counts)
-        # Row i is on the device d with ends[d-1] <= i < ends[d], so far behind where it would be without filling.
+        # Row i is on the device d with ends[d-1] <= i < ends[d]; `behind[d]` is how far the padding moves it.
         behind = (np.arange(len(counts)) * counts.max() - (ends - counts)).astype(np.int32)
-        *key_and_step, _, b = which  # n would count what fills up
+        *key_and_step, _, b = which  # n would count the padding
         indices = self.draw(*key_and_step, int(ends[-1]), b)
         device = jnp.searchsorted(jnp.asarray(ends[:-1], jnp.int32), indices, side="right")
         return indices + jnp.asarray(behind)[device]
 
 
 def on(sharded: Sharded, loss: Loss, sampling: Sampling) -> tuple[Loss, Any, Sampling]:
-    """`(loss, data, sampling)` for the step: the same loss and the same law over rows that lie on many devices."""
+    """`(loss, data, sampling)` for the step: the same loss and the same law, for rows on many devices."""
     shares = shares_of(sampling)
     if shares is not None and shares != sharded.counts:
         raise ValueError(

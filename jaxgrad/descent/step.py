@@ -184,7 +184,7 @@ def take_steps(
 def _evaluation(
     objective: Objective, state: State, data: Any, sampling: Sampling, what: Asked
 ) -> Callable[[Params, Any, Any, Any], tuple[Any, Params, Any, Any]]:
-    """`(params, model, batch, key) -> (value, gradient, new model, loss of this batch)`; None for what is not needed."""
+    """`(params, model, batch, key) -> (value, gradient, new model, loss of the batch)`; None for what is not needed."""
     differentiable = checks.saying("loss(params, batch) cannot be differentiated for these params and data")
     loss, valued = objective.loss, what.value or state.batch_loss is not None
 

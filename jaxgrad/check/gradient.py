@@ -313,6 +313,11 @@ def trace_given(problem: Problem, store: Kernel) -> None:
 def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) -> Report:
     try:
         truth(store, problem.leaves, problem.data)
+    except jax.errors.JaxRuntimeError as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise RuntimeError(
+            f"JAX cannot compile or run the gradient of this loss on this machine: {first_line}"
+        ) from error
     except Exception as error:
         raise NotDifferentiable(str(error).strip().split("\n")[0]) from error
     notes += patterns.loss_notes(problem, store)

@@ -1,10 +1,30 @@
 """Gradient descent, minibatch SGD and backprop in JAX: derivations checked, runs compared, noise predicted.
 
-jaxgrad.check       is my hand-derived gradient right, and if not, which step is wrong?
-jaxgrad.descent     the loop; `jaxgrad.sampling` is what separates GD from SGD
-jaxgrad.noise       how noisy a minibatch gradient is, exactly and estimated
-jaxgrad.theory      what descent must do, exactly, on these very data
-jaxgrad.models, losses, lecture, optimum, statistics, data, timing: what those stand on
+    check           is my hand-derived gradient right, and if not, which step is wrong?
+    descent         the loop. What people call: `descend`. What it is made of: `descent/__init__.py` lists the rooms
+    sampling        which examples a step sees; this is what separates GD from SGD
+    noise           how noisy a minibatch gradient is, exactly and estimated
+    theory          what descent must do on given data, exactly
+    lecture         the formulas F1 to F16 by hand, as printed and as they must be
+    models, losses  pure functions of parameter pytrees
+    means           whether a loss is a mean over the examples, proved from its traced program
+    optimum         a minimum with a certified bound
+    statistics      intervals and tests
+    parallel        many devices and many processes; `launch` starts them
+    rows            tables on disk that memory does not hold
+    checkpoint      stop and resume; `atomic`: a file whole or not at all
+    data            real data sets, a person's own files, problems with a known answer
+    timing          one stopwatch
+
+How data walk through a run. `data.load` or `open_rows` gives a batch or rows; `parallel.shard` puts a batch on
+several devices. `descend` puts step sizes and keys side by side (`runs`), asks for a place of the rows (`placement`:
+in memory, on a mesh, on disk), compiles what runs between two pauses (`programs`), and keeps what has happened to
+each run (`log`), which ends as a `Trace`.
+
+How a gradient walks through a check. The loss becomes a program of steps (`check/steps.py`), loss and gradient are
+evaluated at drawn points (`points`, `agreement`), and where they differ reverse mode is replayed with one step done
+wrong (`replay`, `faults`) until the person's numbers come out. `follow` looks for the first wrong line of the
+person's own code.
 """
 
 from importlib import import_module

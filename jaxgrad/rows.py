@@ -3,8 +3,8 @@
     rows = open_rows("big.npy", target=-1)         # or a folder of .npy shards, in the order of their names
     descend(loss, params, rows, sampling=distinct(256), ...)   # the same call, the same numbers as from memory
 
-A part of a file is mapped, not copied, and let go: what was read stays in the system's cache, not in this process's
-memory.
+Parts of a file are mapped, not copied, and released: what was read stays in the system's cache, not in the memory of
+this process.
 """
 
 import mmap
@@ -24,11 +24,11 @@ from jaxgrad.parallel import digest
 from jaxgrad.types import Batch, Params
 
 MEMORY = 0.5
-"""GiB that the rows in flight may take, unless `open_rows` is told otherwise."""
+"""GiB that fetched rows may take; the default of `open_rows`."""
 PART = 2**26
-"""Bytes of a file that are mapped at once: not far from what the last cache holds, for rows are taken in any order."""
+"""Bytes of a file that are mapped at once: about the size of the last cache, since rows are taken in any order."""
 THREADS = max(2, min(8, os.cpu_count() or 2))
-"""Threads of a full pass: one reads while another computes, and each computes on a core of its own."""
+"""Threads of a full pass: one reads while another computes, and each computes on its own core."""
 
 _DTYPES = tuple(map(np.dtype, ("<f4", "<f8", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4")))
 
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """All rows of a file or a folder of files, none of which is in memory."""
+    """All rows of a file or a folder of files. None is in memory."""
 
     shards: tuple[Shard, ...]
     dtype: np.dtype
@@ -75,16 +75,16 @@ class Rows(NamedTuple):
     target: int | None
     """The column that is `y`; None: a batch is the rows as they are."""
     shift: tuple[float, ...] | None
-    """Subtracted from each column on the device; None: nothing is."""
+    """Subtracted from each column on the device; None for nothing."""
     scale: tuple[float, ...] | None
     """Each column is then divided by this."""
     memory: float
-    """GiB for rows in flight."""
+    """GiB for fetched rows."""
     full: Callable[[Params], Any] | None = None
-    """The full loss as a function of the parameters, where something cheaper than a pass over all rows tells it
-    (`moments`, for least squares): what is then recorded."""
+    """The full loss as a function of the parameters, if it can be had without a pass over all rows (for least squares,
+    from `moments`). It is then recorded."""
     classes: int | None = None
-    """How many classes the target numbers: `y` is then int32. None: it is a number like the others."""
+    """The number of classes if the target holds class numbers: `y` is then int32. None: it is an ordinary number."""
 
     @property
     def n(self) -> int:
@@ -109,7 +109,7 @@ class Rows(NamedTuple):
         return self.layout.batch(rows)
 
     def scaled(self, shift: Any, scale: Any) -> "Rows":
-        """These rows with `(column − shift)/scale` taken on the device; class numbers stay what they are."""
+        """These rows with `(column − shift)/scale`, computed on the device. Class numbers stay unchanged."""
         given = checks.array("shift", shift, "columns"), checks.array("scale", scale, "columns")
         if any(each.shape != (self.columns,) for each in given) or (given[1] <= 0).any():
             raise ValueError(
@@ -128,15 +128,16 @@ def open_rows(
 ) -> Rows:
     """Open one `.npy` table `[n, columns]` of numbers, or a folder of them, in the order of their names.
 
-    Whole numbers (bytes of pixels) reach the loss as they are, as from memory; `scaled` makes float32 of them.
+    Whole numbers (bytes of pixels) reach the loss unchanged, as from memory; `scaled` makes them float32.
 
     `target` is the number of the column to predict (negative counts from the end). With `classes` it holds class
     numbers, 0 to `classes − 1`, as floats like its neighbours, and the loss sees them as int32; each is checked when
     it is read. (0/1 labels of `losses.logloss` need no `classes`.) Nothing but headers is read here.
 
-    Raises FileNotFoundError for no such file or no `.npy` in the folder; ValueError, naming the file, for one that is
-    no npy file, cut off, not a table of float32, float64 or whole numbers in C order, or that differs from the first
-    in columns or dtype; for a target that is not a column; and for classes that are fewer than two or have no target.
+    Raises FileNotFoundError if there is no such file or no `.npy` in the folder. Raises ValueError, naming the file, if
+    a file is no npy file, is cut off, is not a table of float32, float64 or whole numbers in C order, or differs from
+    the first one in columns or dtype; also if the target is not a column, or classes are fewer than two or have no
+    target.
     """
     with files.explained("the rows cannot be opened", path):
         if not path.exists() and not path.is_symlink():
@@ -169,7 +170,7 @@ def open_rows(
 
 
 def _check_numbering(files: list[Path]) -> None:
-    """Names that end in numbers count up by one; one that is missing is named."""
+    """Raise FileNotFoundError, with its name, if a shard is missing: names that end in numbers count up by one."""
     digits = [file.stem[len(file.stem.rstrip("0123456789")) :] for file in files]
     stems = {file.stem.rstrip("0123456789") for file in files}
     if len(stems) != 1 or not all(digits) or len({len(number) for number in digits}) != 1:
@@ -213,7 +214,7 @@ def _header(path: Path) -> tuple[Shard, np.dtype, int]:
 
 
 def example(rows: Rows, count: int = 1) -> np.ndarray:
-    """The first rows: what the loss will see, for its shapes and dtypes."""
+    """The first rows: for the shapes and dtypes that the loss will see."""
     return read(rows, 0, min(count, rows.n))
 
 
@@ -244,18 +245,18 @@ def read(rows: Rows, low: int, high: int) -> np.ndarray:
 
 
 def pick(rows: Rows, indices: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
-    """The rows `indices`, in that order: fetched one part of the file after the other (to the bytes `into`)."""
+    """The rows `indices`, in that order, fetched part by part of the file (into the bytes `into`)."""
     wanted = np.asarray(indices).reshape(-1)
     step = rows_of_part(rows, PART)
     count = -(-rows.n // step)
-    # Small numbers, so that the stable sort is a radix sort: several times as fast as sorting the rows themselves.
+    # Small numbers make the stable sort a radix sort: several times as fast as sorting the rows themselves.
     part = (wanted // wanted.dtype.type(step)).astype(np.min_scalar_type(count))
     order = np.argsort(part, kind="stable")
     ends = np.cumsum(np.bincount(part, minlength=count)).tolist()
     del part
-    # Where a page of the file has a row or more of ours, all of a part is needed, and the order within it is free.
+    # If each page of the file has at least one wanted row, all of a part is read, and the order within it is free.
     dense = len(wanted) * mmap.PAGESIZE > rows.nbytes
-    # A row is moved as one item: several times as fast as an array of numbers.
+    # A row is copied as one item: several times as fast as an array of numbers.
     out = (aligned(len(wanted) * rows.row_bytes) if into is None else into).view(np.dtype((np.void, rows.row_bytes)))
     begin = 0
     for low, end in zip(range(0, rows.n, step), ends, strict=True):
@@ -280,12 +281,12 @@ def pick(rows: Rows, indices: np.ndarray, into: np.ndarray | None = None) -> np.
 
 
 def rows_of_part(rows: Rows, size: int) -> int:
-    """Rows of a part of so many bytes: a multiple of 64, so that JAX takes each part as it lies."""
+    """The number of rows in a part of `size` bytes: a multiple of 64, so that JAX needs no copy of it."""
     return max(64, size // rows.row_bytes // 64 * 64)
 
 
 def pieces_of(rows: Rows, low: int, high: int) -> list[tuple[Shard, int, int, int]]:
-    """Where rows `low` to `high` lie: shards, their rows from and to, and the number of their first row."""
+    """The pieces of shards that hold rows `low` to `high`: shard, its rows from and to, the number of its first row."""
     found, start = [], 0
     for shard in rows.shards:
         first, last = max(low - start, 0), min(high - start, shard.rows)
@@ -296,7 +297,7 @@ def pieces_of(rows: Rows, low: int, high: int) -> list[tuple[Shard, int, int, in
 
 
 def mapped(shard: Shard, rows: Rows, first: int, last: int, ahead: bool) -> np.ndarray:
-    """Rows `first` to `last` of a shard as they lie in the file, which is mapped until the array is gone.
+    """Rows `first` to `last` of a shard, mapped from the file until the array is released.
 
     `ahead` asks for all of them to be read at once.
     """
@@ -315,14 +316,14 @@ def mapped(shard: Shard, rows: Rows, first: int, last: int, ahead: bool) -> np.n
 
 
 def aligned(size: int) -> np.ndarray:
-    """So many bytes, at an address from which JAX takes an array without a copy."""
+    """`size` bytes at an address from which JAX takes an array without a copy."""
     room = np.empty(size + 64, np.uint8)
     skip = -room.ctypes.data % 64
     return room[skip : skip + size]
 
 
 def check_entries(rows: Rows, values: np.ndarray, numbers: int | np.ndarray) -> None:
-    """Raise for an entry that is not finite or no class number; `numbers` of the rows, or of the first of them."""
+    """Raise ValueError for an entry that is not finite or is no class number. `numbers`: of all rows or the first."""
 
     def where(row: int, column: int) -> str:
         at = int(numbers[row]) if isinstance(numbers, np.ndarray) else numbers + row
@@ -357,13 +358,13 @@ def beginning(rows: Rows) -> Rows:
 
 
 def parts_of(rows: Rows, size: int | None = None) -> list[tuple[int, int]]:
-    """The first row of each part of `size` bytes (`PART`), and the first row behind it."""
+    """For each part of `size` bytes (default `PART`): its first row, and the row after its last."""
     step = rows_of_part(rows, PART if size is None else size)
     return [(low, min(low + step, rows.n)) for low in range(0, rows.n, step)]
 
 
 def map_ahead(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
-    """`work(item)` of each item, in order; threads do the next while the caller has this one."""
+    """`work(item)` for each item, in order. Threads work ahead while the caller uses a result."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Any]] = deque()
         for item in items:
@@ -384,7 +385,7 @@ class Moments(NamedTuple):
 
 @checked
 def moments(rows: Rows) -> Moments:
-    """Mean and covariance of the raw columns, in one pass: of deviations from the first rows' mean."""
+    """Mean and covariance of the raw columns in one pass. It sums deviations from the mean of the first rows."""
     origin = example(rows, 1000).mean(axis=0, dtype=np.float64)
 
     def of_part(bounds: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

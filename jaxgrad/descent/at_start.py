@@ -12,7 +12,7 @@ from jaxgrad.types import Loss, Params
 
 
 def not_finite_at_start(value: Any, gradient: Params) -> str:
-    """What is not finite of loss and gradient at the start; empty where all is."""
+    """A sentence on what is not finite, loss or gradient; empty if all is finite."""
     if not np.isfinite(value):
         return f"not finite at the start: the loss is {float(value)}"
     where = not_finite_in(gradient)
@@ -32,7 +32,7 @@ def leaf_name(path: Any) -> str:
 
 
 def first_bad_example(loss: Loss, params: Params, data: Any) -> str:
-    """The first example whose loss or gradient is not finite, if the loss is a mean over them and not all are bad."""
+    """Name the first example whose loss or gradient is not finite, if the loss is a mean and some examples are fine."""
     try:
         of_one = means.of_one(loss, params, data, [leading_axis(data)], "")
     except ValueError:

@@ -32,12 +32,12 @@ from jaxgrad.rows import (
 from jaxgrad.types import Batch, Loss, Params
 
 BLOCK = 2**18
-"""Bytes of rows that a full pass evaluates at once on a CPU: with what is made of them they fit the cache of a core."""
+"""Bytes of rows that a full pass evaluates at once on a CPU: with intermediate results they fit a core's cache."""
 
 
 @dataclass(frozen=True)
 class OfRows:
-    """A loss of any form, as a function of rows as they lie in the file."""
+    """A loss of any form, as a function of rows as they are in the file."""
 
     loss: Any
     layout: Layout
@@ -57,7 +57,7 @@ def full_loss(loss: Loss, params: Params, rows: Rows) -> jax.Array:
 
 
 def check_mean(loss: Loss, params: Params, rows: Rows) -> None:
-    """Raise ValueError unless the loss is known to be a mean over the examples: a full pass evaluates it in blocks."""
+    """Raise ValueError unless the loss is known to be a mean over the examples, as a full pass in blocks needs."""
     dtype = jax.dtypes.canonicalize_dtype(rows.dtype)
     counts = {high - low for low, high in parts_of(rows)}
     sizes = {size for count in counts for size in row_blocks.sizes(count, rows_of_block(count, rows.columns, dtype))}
@@ -92,7 +92,7 @@ def _sum(evaluate: Callable[..., Any], params: Params, rows: Rows) -> Any:
 
 @partial(jax.jit, static_argnames=("function", "loss"))
 def _part(params: Params, part: Any, *, function: Callable[[Loss], Any], loss: OfRows) -> Any:
-    """`function(loss)` of the rows of a part, and whether any entry is not what it must be (not 0)."""
+    """`function(loss)` of the rows of a part, and a flag that is not 0 if any entry is invalid."""
 
     def of_block(params: Params, block: Any) -> Any:
         bad = jnp.any(~jnp.isfinite(block))
@@ -105,16 +105,16 @@ def _part(params: Params, part: Any, *, function: Callable[[Loss], Any], loss: O
 
 
 def rows_of_block(count: int, columns: int, dtype: Any) -> int:
-    """How many of `count` rows are evaluated at once."""
+    """The number of rows, out of `count`, that are evaluated at once."""
     if jax.default_backend() != "cpu":
         return count
     return min(count, max(256, BLOCK // (columns * np.dtype(dtype).itemsize)))
 
 
 def _by_columns(loss: OfRows, params: Params, block: Any) -> Any:
-    """Rows as the loss sees them; laid out by columns where it only multiplies x by matrices.
+    """Rows as the loss sees them, stored by columns if the loss only multiplies x by matrices.
 
-    XLA then multiplies whole vectors: with eight columns in half the time. Other operations would be slower.
+    XLA then multiplies whole vectors: with eight columns, in half the time. Other operations would be slower.
     """
     batch = loss.layout.batch(block)
     if not isinstance(batch, Batch):

@@ -1,4 +1,4 @@
-"""The fingerprint of a run, by which its checkpoint is known: data, loss, start, optimizer, sampling and key."""
+"""The fingerprint of a run in its checkpoint: data, loss, start, optimizer, sampling and key."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rows in arrays of this process; and what is common to all rows in arrays, on however many devices."""
+"""Rows in arrays of this process. `of_arrays` serves rows in arrays on any number of devices."""
 
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ from jaxgrad.types import Key, Loss, Params, Sampling
 
 
 def in_memory(job: Job, data: Any) -> Placement:
-    """Rows in arrays of this process; which may lie on several devices already."""
-    # Here, since `import jaxgrad` needs none of what the package of data sets brings along.
+    """The placement of rows in arrays of this process, which may already be on several devices."""
+    # A late import: `import jaxgrad` does not need the package of data sets.
     from jaxgrad.data.checks import check_batch
 
     check_batch(data)
@@ -102,7 +102,7 @@ def of_arrays(
 
 
 def _rows(sampling: Sampling, loss: Loss | None, params: Params, data: Any) -> int | None:
-    """Rows of a block in which to evaluate what is a mean over all examples; None for all at once."""
+    """Rows of a block in which to evaluate a mean over all examples; None for all rows at once."""
     if loss is None:
         return None
     if sampling.rows is None:

@@ -1,10 +1,10 @@
 """Descent over rows that stay on disk: SGD and full gradients over more data than memory holds.
 
-Which examples a step sees is a pure function of key and step, so those of thousands of coming steps are known: while
-the device takes the steps of one block, a thread fetches the rows of the next. It takes one part of the file after the
-other, so that the disk is read forwards, once per block, and puts the rows in the order of the steps.
+The examples of a step are a pure function of key and step, so those of thousands of coming steps are known. While the
+device takes the steps of one block, a thread fetches the rows of the next. It goes through the file part by part, so
+that the disk is read forwards, once per block, and puts the rows in the order of the steps.
 
-A full gradient is taken in passes over the file (`full_pass`); the step then has a gradient that is known.
+A full gradient takes a pass over the file (`full_pass`); the step is then taken with that gradient.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +28,7 @@ from jaxgrad.types import Key, Params, Sampling
 
 
 def on_disk(job: Job, rows: Rows) -> Placement:
-    """Rows in files: the step of rows in memory, on rows that were fetched for it; full passes in parts."""
+    """The placement of rows in files: the step of rows in memory, on fetched rows; full passes in parts."""
     objective, sampling, params = job.objective, job.sampling, job.params
     at = optimizers.trained(params)
     check_sizes(sampling, rows.n)
@@ -62,7 +62,7 @@ def on_disk(job: Job, rows: Rows) -> Placement:
         take = partial(step, objective=objective, sampling=ordered, halt=halt, single=single)
         now, until = int(state.step), int(until)
         if now >= until:
-            # Nothing to do but to compile. To fetch a block here would take it off the clock.
+            # No steps: only compile. A block that is fetched here would not be on the clock.
             nothing = jnp.zeros((steps * b, rows.columns), rows.dtype)
             return take(state, key, nothing, np.int32(until))
         while True:
@@ -73,7 +73,7 @@ def on_disk(job: Job, rows: Rows) -> Placement:
                 return state
 
     def advance_full(state: State, key: Key, until: Any, *, halt: Any, single: bool) -> State:
-        # The gradient of ⟨g, w⟩ is g: the same compiled step, with a gradient that is known.
+        # The gradient of ⟨g, w⟩ is g: the same compiled step, with a known gradient.
         take = partial(step, objective=Objective(along), sampling=sampling, halt=halt, single=single)
         if int(state.step) >= int(until):
             full_gradient(objective.loss, optimizers.trained(state.params), beginning(rows))  # it compiles
@@ -98,7 +98,7 @@ def on_disk(job: Job, rows: Rows) -> Placement:
         assert of_point is not None
         return full_loss(of_point, (at, model), rows)
 
-    # Of what is recorded only the full loss needs the rows.
+    # Of the recorded values, only the full loss needs the rows.
     nothing: dict[str, Any] = {"objective": Objective(_zero), **seen}
 
     def look(state: State, key: Key) -> Any:
@@ -160,7 +160,7 @@ def _zero(params: Params, batch: Any) -> Any:
 
 
 def _check_on_disk(job: Job, rows: Rows) -> None:
-    """Raise ValueError unless what is taken of all rows is known to be a mean, which is evaluated in parts."""
+    """Raise ValueError unless each loss that is evaluated on all rows, in parts, is known to be a mean."""
     objective, at = job.objective, optimizers.trained(job.params)
     form = ", ".join(name for name, has in zip(("random", "loss_state", "has_aux"), objective[1:4], strict=True) if has)
     if form and job.sampling.batch_size is None:
@@ -190,17 +190,17 @@ def _check_on_disk(job: Job, rows: Rows) -> None:
 
 
 class Reader:
-    """The rows of blocks of steps, the next block always on its way; `close` it, or its thread reads on."""
+    """Fetches the rows of blocks of steps, always one block ahead. `close` it, or its thread reads on."""
 
     def __init__(self, rows: Rows, sampling: Sampling, key: Key, last: int):
         b = sampling.batch_size or 1
-        # A row is in the block of the device and in the next; 32 bytes while its number is drawn and sorted.
+        # A row is in the device's block and in the next one, and needs 32 bytes while its number is drawn and sorted.
         most = int(rows.memory * 2**30 / (2 * rows.row_bytes + 32))
-        # Blocks of one size: another would be compiled anew.
+        # All blocks have one size: another size would be compiled anew.
         self.steps = -(-max(1, last) // -(-max(1, last) // max(1, most // b)))
         self._rows, self._sampling, self._key, self._last = rows, sampling, key, last
         self._pool = ThreadPoolExecutor(1)
-        # Even blocks lie in one of these and odd ones in the other. New memory would cost more than to fill it.
+        # One buffer for even blocks, one for odd ones. New memory would cost more time than filling it.
         self._buffers = [aligned(self.steps * b * rows.row_bytes) for _ in range(2)]
         self._ready: dict[int, Future[np.ndarray]] = {}
         self._device: tuple[int, Any] = (-1, None)
@@ -208,13 +208,13 @@ class Reader:
     def block(self, number: int) -> Any:
         """The rows of steps `number · steps` on, `[steps · b, columns]`, on the device.
 
-        Steps that use the block before must be over: what comes after this one is fetched to its place.
+        The steps of the block before must be over: the next block is fetched into its buffer.
         """
         if self._device[0] != number:
             self._device = (-1, None)
             found = self._read(number).result()
             self._ready = {}
-            # On a CPU this is no copy; `jnp.asarray` makes one.
+            # On a CPU this makes no copy; `jnp.asarray` would.
             self._device = (number, jax.block_until_ready(jax.device_put(found)))
         if (number + 1) * self.steps < self._last:
             self._read(number + 1)
@@ -231,8 +231,8 @@ class Reader:
         return pick(self._rows, np.asarray(drawn), self._buffers[number % 2])
 
     def close(self) -> None:
-        """End the thread, let go of the files and the memory. What is being fetched is waited for: nothing reads on
-        beside what the caller does, and perhaps times, next."""
+        """End the thread and release files and memory. It waits for a fetch in progress, so that nothing reads on
+        while the caller goes on and perhaps measures time."""
         self._pool.shutdown(cancel_futures=True)
         self._ready, self._device, self._buffers = {}, (-1, None), []
 
@@ -253,7 +253,7 @@ class _InOrder(NamedTuple):
 
 
 class _Take(NamedTuple):
-    """Rows of a block as the loss sees them: not for the loss to do, whose step then is the one of rows in memory."""
+    """Rows of a block as the loss sees them. The loss does not do this itself: its step is that of rows in memory."""
 
     layout: Layout
 
@@ -262,7 +262,7 @@ class _Take(NamedTuple):
 
 
 def _in_order(b: int, steps: int, layout: Layout) -> Sampling:
-    """Rows as they come: what the step sees when a block of steps was fetched for it."""
+    """The sampling of a fetched block: the rows in the order in which they were fetched."""
     return Sampling("in order", b, _InOrder(steps), take=_Take(layout))
 
 
@@ -270,13 +270,13 @@ def _in_order(b: int, steps: int, layout: Layout) -> Sampling:
 
 
 def along(params: Params, gradient: Any) -> jax.Array:
-    """`⟨g, w⟩`, whose gradient is g: a loss for a step whose gradient is known; leaves of g `[1, …]`."""
+    """`⟨g, w⟩`: a loss with the known gradient g; leaves of g `[1, …]`."""
     parts = jax.tree.map(lambda w, g: jnp.sum(w * jax.lax.stop_gradient(g[0])), params, gradient)
     return sum(jax.tree.leaves(parts), start=jnp.zeros(()))
 
 
 def along_from(params: Params, known: Any) -> jax.Array:
-    """`v + ⟨g, w − w₀⟩` for known `(g, w₀, v)`: also the value is known, at w₀."""
+    """`v + ⟨g, w − w₀⟩` for known `(g, w₀, v)`: a loss with the value v and the gradient g at w₀."""
     gradient, start, value = known
     parts = jax.tree.map(lambda w, w0, g: jnp.sum((w - w0[0]) * g[0]), params, start, gradient)
     return sum(jax.tree.leaves(parts), start=jnp.asarray(value[0]))

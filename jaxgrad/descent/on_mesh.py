@@ -1,4 +1,4 @@
-"""Rows spread over the devices of a mesh, filled up where they do not divide."""
+"""Rows spread over the devices of a mesh, with padding if they do not divide evenly."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from jaxgrad.types import Params, Sampling
 
 
 def on_mesh(job: Job, sharded: parallel.Sharded) -> Placement:
-    """Rows spread over the devices of a mesh, filled up where they do not divide."""
+    """The placement of rows that are spread over the devices of a mesh."""
     check_sizes(job.sampling, sharded.n)
     objective, data, sampling = _over_devices(job, sharded)
     check(job, objective, data)
@@ -41,7 +41,7 @@ def _over_devices(job: Job, sharded: parallel.Sharded) -> tuple[Objective, Any, 
                 "has_aux is not known to allow: give rows that divide evenly over the devices, or distinct(b)"
             )
         _, data, sampling = parallel.on(sharded, own.loss, sampling)
-        # No row that only fills up is ever drawn: batches go without weights.
+        # Padding is never drawn, so batches need no weights.
         sampling = sampling._replace(take=_BareRows()) if sampling.batch_size is not None else sampling
         own = own._replace(loss=Gathered(own.loss, sharded.counts))
     if sampling.batch_size is not None:
@@ -61,7 +61,7 @@ class _BareRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Gathered:
-    """A loss of any form on rows that are filled up: of all of them, those that do not fill up, in their order."""
+    """A loss of any form on padded rows: it gets the rows without padding, in their order."""
 
     function: Any
     counts: tuple[int, ...]

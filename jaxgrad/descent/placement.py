@@ -1,10 +1,10 @@
-"""Where the rows are, as a value: functions that the loop calls without knowing.
+"""Where the rows are, as a value. The loop calls its functions and does not know where the rows are.
 
-    in_memory     arrays of this process, evaluated in blocks where that pays
+    in_memory     arrays of this process, evaluated in blocks where that is faster
     on_mesh       rows spread over devices (`parallel.Sharded`): the same examples, the same numbers to rounding
-    on_disk       rows in files (`rows.Rows`): the bits of rows in memory, and full passes in parts
+    on_disk       rows in files (`rows.Rows`): the same bits as rows in memory; full passes go in parts
 
-All of them promise the same; one suite of laws runs over them (`tests/library/test_placements.py`).
+They promise the same, and one suite of laws tests them all (`tests/library/test_placements.py`).
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from jaxgrad.types import Key, Params, Sampling
 
 
 class Job(NamedTuple):
-    """What is done with the rows, wherever they are."""
+    """What to do with the rows, wherever they are."""
 
     objective: Objective
     runs: Runs
@@ -48,26 +48,26 @@ class Placement(NamedTuple):
     n: int
     mesh: jax.sharding.Mesh | None
     put: Callable[[Any], Any]
-    """A pytree laid where the steps want it."""
+    """Move a pytree to where the steps need it."""
     advance: Callable[..., State]
     """`(state, key, until, *, halt) -> state`."""
     look: Callable[[State, Key], tuple[Any, Any, Any, Any]]
     """`(state, key) -> (loss, norm of the last step, aux, observed)`."""
     recorded: Callable[[State, Key], tuple[Any, Any]]
-    """The shapes of what `look` returns as aux and observed."""
+    """The shapes of aux and observed, as `look` returns them."""
     judge: Callable[[int, State, Key], Any]
-    """What the rule of a number measures, of each run."""
+    """The value, for each run, that the rule with this number judges."""
     finite: Callable[[Params], Any]
-    """Whether all parameters are finite, of each run."""
+    """Whether all parameters of each run are finite."""
     at_start: Callable[[Params, Any, Key], str]
-    """What of the loss and its gradient is not finite for these parameters; empty where all is."""
+    """A sentence on what is not finite at these parameters, loss or gradient; empty if all is finite."""
     identity: tuple[Any, Any, Callable[[], str]]
-    """The loss as the checkpoint knows it, the rows that it takes (for their shapes), and a hash of all rows."""
+    """For the fingerprint of a checkpoint: the loss, rows with the shapes that it takes, and a hash of all rows."""
     close: Callable[[], None] = lambda: None
 
 
 def check(job: Job, objective: Objective, data: Any) -> None:
-    """Raise TypeError or ValueError unless loss and `evaluate` have the form that is promised."""
+    """Raise TypeError or ValueError unless loss and `evaluate` have the promised form."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     objective.check(optimizers.trained(job.params), job.model, data, key)
 
@@ -85,7 +85,7 @@ def as_arrays(tree: Any) -> Any:
 
 
 def with_fallback(advance: Any, single: bool) -> Any:
-    """The same, compiled as XLA usually does where `small_steps` took the step for simpler than the compiler does."""
+    """`advance`, compiled in XLA's usual way if the compiler refuses a step that `small_steps` took for simple."""
     chosen = [advance]
 
     def advance_or_fall_back(*args: Any, halt: Any) -> State:

@@ -1,20 +1,20 @@
-"""A mean over all examples, taken in blocks of rows: one pass over data that no cache holds, in bounded memory.
+"""A mean over all examples, evaluated in blocks of rows: one pass over data larger than the cache, in bounded memory.
 
     f(w; all) = Σ_k (m_k / n) f(w; block k)      for a mean over examples, and so for its gradient
 
-Only a loss that is known to be such a mean (`jaxgrad.means`) is evaluated so.
+Only a loss that is known to be such a mean (`jaxgrad.means`) is evaluated so. The result equals the plain evaluation
+to rounding.
 
-The gradient of a linear model reads its data twice, forward and back. In blocks the second time is from the cache;
-and a net keeps the activations of one block only. Equal to the plain evaluation to rounding.
+The gradient of a linear model reads its data twice, forward and back. In blocks, the second read comes from the cache.
+A net keeps the activations of one block only.
 
-XLA on the CPU copies a block before it reads it, with one thread (jaxlib 0.10 and 0.12; nor does it run two
-independent functions at once). So where the step is simple enough for one function (`small_steps`), `on_all_cores`
-takes blocks of a few rows, which the nearest cache holds, in one thread per core.
+XLA on the CPU copies a block before it reads it, with one thread, and does not run two independent functions at once
+(jaxlib 0.10 and 0.12). So if the step is simple enough for one function (`small_steps`), `on_all_cores` takes blocks
+of a few rows, which the nearest cache holds, in one thread per core.
 
-Data that the cache holds are not cut into blocks. But XLA's product of a vector by the rows of a long matrix, the way
-back of a linear model, takes up to twice as long as the same product over parts of the rows, as one batched product
-with all parts at once (5000 x 784 and 10⁶ x 64, float32, two cores, jaxlib 0.10). That is `in_parts`: nothing is
-copied, and the sums are shorter.
+Data that fit the cache are not cut into blocks. But the way back of a linear model is a product of a vector by the rows
+of a long matrix. XLA takes up to twice as long for it as for one batched product over parts of the rows (5000 x 784
+and 10⁶ x 64, float32, two cores, jaxlib 0.10). `in_parts` does that: nothing is copied, and the sums are shorter.
 """
 
 import os
@@ -33,24 +33,24 @@ from jaxgrad.descent import small_steps
 from jaxgrad.types import Loss, Params
 
 BLOCK = 2**22
-"""Bytes of the largest array of a block, data or intermediate: some of them together fit the cache of a processor."""
+"""Bytes of the largest array of a block, data or intermediate: a few such arrays fit the cache of a processor."""
 FEWEST_BLOCKS = 5
-"""Fewer blocks than this gain nothing: their data stay in the cache from one evaluation to the next."""
+"""Fewer blocks than this gain nothing: the data stay in the cache from one evaluation to the next."""
 GROUP = 256
-"""Blocks of `on_all_cores` that are summed before their sum is added to the others'."""
+"""`on_all_cores` sums so many blocks, then adds their sum to the total."""
 BLOCK_PER_CORE = 2**13
-"""Bytes of data of a block of `on_all_cores`: copied and read twice within the nearest cache."""
+"""Bytes of data in a block of `on_all_cores`: it is copied and read twice within the nearest cache."""
 PARTS = 10
-"""About so many parts has what is evaluated `in_parts`. On two cores 10 to 20 are alike for 25 to 784 columns; with 9
-columns 10 take a fifth less time than the whole, 20 no less."""
+"""The number of parts for `in_parts`, about. On two cores, 10 to 20 are alike for 25 to 784 columns; with 9 columns, 10
+parts take a fifth less time than the whole, and 20 parts take as long as the whole."""
 SMALLEST_IN_PARTS = 2**20
-"""Fewer bytes of data than this are not taken in parts: a step is short, and nothing to gain was seen."""
+"""Smaller data (in bytes) are evaluated whole: steps are short, and splitting them gained nothing."""
 
 
 def mean(function: Callable[[Params, Any], Any], rows: int) -> Callable[[Params, Any], Any]:
     """`function(params, data)`, a mean over examples or its gradient, evaluated over blocks of `rows` rows.
 
-    `data` is a pytree whose leaves share their leading axis; what `rows` does not divide is a last, smaller block.
+    `data` is a pytree whose leaves share their leading axis. If `rows` does not divide it, the last block is smaller.
     """
 
     def blocked(params: Params, data: Any) -> Any:
@@ -85,10 +85,10 @@ def in_parts(function: Callable[[Params, Any], Any], parts: int) -> Callable[[Pa
 
 
 def parts_for(loss: Loss, params: Params, data: Any) -> int:
-    """How many parts of its rows the gradient should be evaluated in at once: 1 where that does not pay.
+    """The number of equal parts of the rows in which to evaluate the gradient at once; 1 if that is not faster.
 
-    It pays on a CPU, for data that its cache holds (larger ones go in blocks: `rows_for`), with products of a matrix by
-    a vector only: XLA multiplies two matrices better than parts of them. And the loss must be known to be a mean over
+    It is faster on a CPU, for data that fit its cache (larger data go in blocks: `rows_for`), with products of a matrix
+    by a vector only: XLA multiplies two matrices better whole than in parts. The loss must be known to be a mean over
     the examples (`jaxgrad.means`), so that parts give the same.
     """
     n, size = jax.tree.leaves(data)[0].shape[0], sum(leaf.nbytes for leaf in jax.tree.leaves(data))
@@ -104,8 +104,8 @@ def parts_for(loss: Loss, params: Params, data: Any) -> int:
 def on_all_cores(loss: Loss, params: Params, data: Any) -> Callable[[Params, Any], Any] | None:
     """`∇loss(params, data)` as a function to call from Python, not under `jit`: each core takes a share of the blocks.
 
-    None where it does not apply: one core, not a CPU, a gradient of more than simple operations, or a loss that is not
-    known to be a mean over the examples (`jaxgrad.means`).
+    None if there is one core or no CPU, if the gradient has other than simple operations, or if the loss is not known
+    to be a mean over the examples (`jaxgrad.means`).
     """
     n, cores = jax.tree.leaves(data)[0].shape[0], _cores()
     rows = max(1, BLOCK_PER_CORE * n // sum(leaf.nbytes for leaf in jax.tree.leaves(data)))
@@ -144,7 +144,7 @@ def _share(params, data, first, last, *, loss, rows):
             return jax.tree.map(jnp.add, total, jax.grad(loss)(params, block))
 
         def group(k, total):
-            # Sums of sums: a million small terms one by one would lose digits.
+            # Sums of sums: adding a million small terms one by one would lose digits.
             part = jax.lax.fori_loop(k * GROUP, jnp.minimum(last, (k + 1) * GROUP), add, zero)
             return jax.tree.map(jnp.add, total, part)
 
@@ -167,8 +167,8 @@ def _total(params, data, shares, *, loss, rows):
 
 
 def rows_for(loss: Loss, params: Params, data: Any) -> int | None:
-    """How many rows a block should have, or None where blocks do not pay, or where the loss is not known to be a
-    mean over the examples (`jaxgrad.means`), so that blocks might not give the same."""
+    """The number of rows of a block. None if blocks are not faster, or if the loss is not known to be a mean over the
+    examples (`jaxgrad.means`): blocks might then give another result."""
     n = jax.tree.leaves(data)[0].shape[0]
     if any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(data) if isinstance(leaf, jax.Array)):
         return None
@@ -180,7 +180,7 @@ def rows_for(loss: Loss, params: Params, data: Any) -> int | None:
 
 
 def sizes(n: int, rows: int) -> list[int]:
-    """How many rows a loss is evaluated on that is taken in blocks of `rows` out of n: all, a block, what is left."""
+    """The numbers of rows on which a loss is evaluated in blocks of `rows` out of n: all, a block, the rest."""
     return [size for size in (n, min(rows, n), n % rows) if size]
 
 

@@ -36,7 +36,7 @@ from jaxgrad.types import Key, Params, Sampling
 
 
 def _data(name: str, value: Any) -> Any:
-    """Rows on disk, on many devices, or in arrays, whose numbers are looked at where they are placed."""
+    """Rows on disk, on many devices, or in arrays. Their numbers are checked when they are placed."""
     return value if isinstance(value, Rows | parallel.Sharded) else checks.batch(name, value, finite=False)
 
 
@@ -49,7 +49,7 @@ Data = Annotated[Any, _data]
 if TYPE_CHECKING:
     Stops = Stop | Sequence[Stop] | None
 else:
-    Stops = Any  # what is no rule is refused in words
+    Stops = Any  # `stopping.rules` refuses other values with a sentence
 
 
 @checked
@@ -87,11 +87,11 @@ def descend(
       data: all n examples, a pytree whose leaves share their leading axis; or rows that lie on many devices
         (`parallel.shard(batch, parallel.mesh())`) or on disk (`jaxgrad.open_rows`).
       optimizer: an optax transformation (schedules give `η_t`), or a number: plain descent with that step size; or m
-        numbers: then a run with each of them, with every key, goes in one compiled program. One that asks for the loss
-        (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, …) gets `value`, `grad` and `value_fn` of the step's batch.
-        `optax.lookahead` makes a fast and a slow copy of the parameters: gradients are taken at the fast ones, the
-        loss is recorded at the slow ones. Random keys in its state are folded with the run's key, for each run noise
-        of its own. Two equal transformations compile once.
+        numbers: then a run with each of them, with every key, goes in one compiled program. A transformation that asks
+        for the loss (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, …) gets `value`, `grad` and `value_fn` of the
+        step's batch. `optax.lookahead` makes a fast and a slow copy of the parameters: gradients are taken at the fast
+        ones, the loss is recorded at the slow ones. Random keys in its state are folded with the run's key, so that
+        each run has its own noise. Two equal transformations compile once.
       sampling: `full_batch()` is GD; `with_replacement(b)`, `distinct(b)`, `reshuffled(b)` are SGD.
       steps: the budget, counted from the very first step also when a run goes on.
       key: a JAX key for the order of examples; or an array of s keys: then s runs go in one compiled program.
@@ -117,8 +117,9 @@ def descend(
         it. Recorded is the loss with the state as it is, whose new state is dropped, unless `evaluate` says otherwise.
       has_aux: the loss returns `(value, aux)`, or `(value, (new_state, aux))` with a state; `Trace.aux` has what it
         returned at the record points.
-      evaluate: what is recorded in place of the loss: `evaluate(params, data)`, with the arguments `key` and `state` if
-        it takes them; with `has_aux` it returns `(value, aux)` too. Without the loss's own noise, or at its averages.
+      evaluate: recorded in place of the loss, for instance without its noise, or with its averages:
+        `evaluate(params, data)`, with the arguments `key` and `state` if it takes them. With `has_aux` it returns
+        `(value, aux)` too.
       evaluate_at: `evaluate_at(state) -> params` at which the loss is recorded and rules and `observe` look, such as
         `lambda state: optax.contrib.schedule_free_eval_params(state.optimizer, state.params)`, or an average.
       batch_losses: record the loss of each step's own batch too, in `Trace.batch_loss`.
@@ -226,7 +227,7 @@ def descend(
             runs,
             first,
             lambda at: before + sampling.examples(at, rows.n) - sampling.examples(first, rows.n),
-            # Of rows on disk, the loss at the start would take another pass.
+            # For rows on disk, the loss at the start would need another pass.
             lambda: None if isinstance(data, Rows) else np.asarray(rows.look(begin, key)[0]),
             at_start,
             compile_seconds,
@@ -237,9 +238,9 @@ def descend(
 
 
 def _take(log: Log, rows: Placement, key: Key, until: int, halt: Any, clock: "_Clock") -> tuple[Any, Any]:
-    """Take the steps to `until`, on the clock; which runs were lost on the way, and at which step.
+    """Take the steps to `until`, on the clock. Return which runs diverged on the way, and at which step.
 
-    Where a limit of time is met the runs end early.
+    The runs end early if a time limit is reached.
     """
     shape = log.active.shape
     lost_at, lost_of_all = np.zeros(shape, np.int64), np.zeros(shape, bool)
@@ -249,7 +250,7 @@ def _take(log: Log, rows: Placement, key: Key, until: int, halt: Any, clock: "_C
         log.seconds += time.perf_counter() - began
         log.state = state if log.active.all() else keep(log.active, state, before)
         if (lost := log.active & ~np.asarray(rows.finite(log.state.params))).any():
-            # Nothing is checked inside the loop; the chunk is run again, watching, to find the step.
+            # The loop checks nothing. To find the step, the chunk runs again with a check at every step.
             watched = np.asarray(rows.advance(before, key, to, halt=programs.not_finite).step)
             log.end(lost, "diverged", watched)
             lost_of_all, lost_at = lost_of_all | lost, np.where(lost, watched, lost_at)
@@ -263,9 +264,9 @@ def _take(log: Log, rows: Placement, key: Key, until: int, halt: Any, clock: "_C
 
 
 def _date(log: Log, lost: tuple[Any, Any], first: int, at_start: Any, one_start: bool) -> None:
-    """Say of the runs that were lost if they had no chance from the start."""
+    """Correct the status of diverged runs that were not finite at the start."""
     which, at = lost
-    # One start is looked at however late it was lost: a minibatch may meet a bad row late.
+    # A single start is always checked, however late the run diverged: a minibatch may meet a bad row late.
     if (doubted := which & (one_start | (at <= first + 1))).any():
         words = at_start(doubted)
         log.end(doubted & (words != ""), words, first)
@@ -280,13 +281,13 @@ def _judge(log: Log, rows: Placement, key: Key, number: int, job: Job, at: int) 
 
 
 class _Clock:
-    """Cuts the way to the next pause into parts, so that a limit of time is met soon after it is over."""
+    """Cuts the steps to the next pause into parts, so that a run ends soon after its time limit."""
 
     def __init__(self, limit: float):
         self._limit, self._part = limit, 1
 
     def parts(self, log: Log, until: int) -> Any:
-        """The steps to go to, one after the other."""
+        """The steps at which to look at the clock, one after the other."""
         now = int(np.max(log.state.step))
         if np.isinf(self._limit):
             yield until
@@ -296,12 +297,12 @@ class _Clock:
             yield to
             if to >= until:
                 return
-            # On rank 0's clock: all processes must take the same steps.
+            # By rank 0's clock: all processes must take the same steps.
             took, now = parallel.of_main(log.seconds - began), to
             self._part = max(1, 2 * self._part if took < self._limit / 100 else self._part)
 
     def is_over(self, seconds: float) -> bool:
-        """Whether the time is up, on rank 0's clock."""
+        """Whether the time is up, by rank 0's clock."""
         return not np.isinf(self._limit) and parallel.of_main(seconds) >= self._limit
 
 
@@ -316,7 +317,7 @@ class _Open(NamedTuple):
 
 
 def place(job: Job, data: Any) -> Placement:
-    """The placement of these data; raises ValueError or TypeError where the job cannot be done there."""
+    """The placement of these data. Raises ValueError or TypeError if the job cannot be done there."""
     if isinstance(data, Rows):
         if job.runs.shape:
             raise ValueError("rows on disk serve one run on one device: give one key and one step size")
@@ -366,13 +367,13 @@ def _points(state: State, job: Job) -> Params:
 
 
 def _room(runs: Runs, steps: int) -> Any:
-    """Room for the loss of each step's batch, NaN until it is taken."""
+    """An array for the loss of each step's batch; NaN until the step is taken."""
     shape, dtype = (*runs.shape, steps), jax.dtypes.canonicalize_dtype(float)
     return np.full(shape, np.nan, dtype) if runs.shape else jnp.full(shape, jnp.nan, dtype)
 
 
 def _fingerprint(checkpoint: Checkpoint | None, job: Job, rows: Placement) -> dict[str, str]:
-    """What the checkpoint is known by; raises an error where no checkpoint can be written."""
+    """The fingerprint of the run. Raises an error if no checkpoint can be written."""
     if checkpoint is None:
         return {}
     parallel.together(lambda: saved.check(checkpoint) if parallel.is_main() else None)
@@ -401,7 +402,7 @@ def _at_start(start: tuple[Params, Any], rows: Placement, key: Key) -> str:
 
 
 def _examples(state: State) -> int:
-    """How many gradients of examples a state stands for."""
+    """The number of gradients of examples that led to a state."""
     if state.examples is None and int(np.max(state.step)) > 0:
         raise ValueError(
             "this state comes from `advance`, which does not count the gradients of examples that it takes: give "

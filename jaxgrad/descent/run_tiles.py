@@ -1,15 +1,15 @@
 """Many runs in one program, in tiles that fit memory.
 
-Runs `[m, s]` (m step sizes, s seeds), or `[m]` or `[s]`, go side by side through one compiled program. What it needs
-beside the data grows with them: 20 step sizes of 1,000 seeds have 20,000 batches in flight, and as many predictions
-of all n examples where the full loss is taken. So the runs are cut into tiles: one axis after the other into as few
-equal parts as fit. All tiles are alike, one program serves them; the last of an axis begins earlier, to be whole,
+Runs `[m, s]` (m step sizes, s seeds), or `[m]` or `[s]`, go side by side through one compiled program. Its memory
+beside the data grows with the runs: 20 step sizes and 1,000 seeds have 20,000 batches at once, and for the full loss
+20,000 predictions of all n examples. So the runs are cut into tiles: one axis after the other, into as few equal parts
+as fit. All tiles have one shape, and one program serves them. The last tile of an axis begins earlier, to be whole,
 and computes some runs again.
 
-The seeds are cut first, and not below two: on a CPU no bit of a run depends on how many seeds are beside it, as long
-as it is not alone, since each has a batch, so a product of its own. Runs that share a batch share one wide product,
-whose rounding may depend on its width: where step sizes are cut too, or every run has the full batch, runs agree to
-rounding.
+The seeds are cut first, and not below two. Each seed has its own batch and so its own product: on a CPU, no bit of a
+run depends on the number of seeds beside it, as long as there is another. Runs that share a batch share one wide
+product, and its rounding may depend on its width. So runs agree to rounding only, if step sizes are cut too or every
+run has the full batch.
 """
 
 import itertools
@@ -25,19 +25,19 @@ import numpy as np
 from jaxgrad import checks
 
 MEMORY = 1.0
-"""GiB that a program of many runs may take beside the data, unless `descend` is usage otherwise. Not a share of what is
-free: the same call would be cut otherwise on another day."""
+"""GiB that a program of many runs may take beside the data; the default of `descend`. It is not a share of the free
+memory: then the same call would be cut differently on another day."""
 
 
 def in_tiles(
     program: Any, shape: tuple[int, ...], axes: Sequence[tuple[int, ...]], memory: float
 ) -> Callable[..., Any]:
-    """`program` of runs `shape`, called with arguments of all runs, that takes them in tiles of up to `memory` GiB.
+    """`program` for runs of `shape`, called with the arguments of all runs; it runs in tiles of up to `memory` GiB.
 
-    `program` is a `partial` of a compiled function (`jax.jit`), with keywords. `axes[i]` are the axes of runs that
-    argument i has in front: none for the data. A scalar leaf is shared by all runs.
+    `program` is a `partial` of a compiled function (`jax.jit`), with keywords. `axes[i]` are the leading axes of runs
+    of argument i: none for the data. A scalar leaf is shared by all runs.
 
-    What came in several tiles is returned in the host's memory (numpy); else it stays on the device.
+    The result of several tiles is in the host's memory (numpy); that of one tile stays on the device.
     """
     chosen: dict[Any, tuple[int, ...]] = {}
 
@@ -63,7 +63,7 @@ def in_tiles(
 
 
 def tile_of(shape: tuple[int, ...], fit: int) -> tuple[int, ...]:
-    """The tile of up to `fit` runs, and not fewer than two along an axis: the last axis is cut first, evenly."""
+    """The shape of a tile of up to `fit` runs, with at least two along an axis. The last axis is cut first, evenly."""
     if (fit := checks.integer("fit", fit)) < 0:
         raise ValueError(f"fit must be at least 0, got {fit}")
     tile = list(checks.counts("shape", shape))
@@ -75,7 +75,7 @@ def tile_of(shape: tuple[int, ...], fit: int) -> tuple[int, ...]:
 
 
 def places(shape: tuple[int, ...], tile: tuple[int, ...]) -> list[tuple[slice, ...]]:
-    """Where whole tiles lie that cover all runs."""
+    """The places of whole tiles that together cover all runs."""
     starts = [[min(at, n - own) for at in range(0, n, own)] for n, own in zip(shape, tile, strict=True)]
     return [
         tuple(slice(at, at + own) for at, own in zip(corner, tile, strict=True))
@@ -95,7 +95,7 @@ def _nbytes(leaf: Any) -> int:
 
 
 def _on_host(leaf: Any) -> np.ndarray:
-    """The leaf as NumPy; of random keys their words."""
+    """The leaf as a NumPy array; random keys as their words."""
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
@@ -108,14 +108,14 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _room(shape: tuple[int, ...], part: np.ndarray) -> np.ndarray:
-    """An array for all runs of what `part` is for a tile."""
+    """An empty array for all runs, for values like `part` of a tile."""
     return np.empty((*shape, *part.shape[len(shape) :]) if part.ndim else (), part.dtype)
 
 
 def _bytes_of_runs(program: Any, args: Any, axes: Any, static: Any) -> int:
-    """What the compiled program takes for all runs together: what it is given, returns, and holds in between.
+    """The memory of the compiled program for all runs together: arguments, results and intermediate values.
 
-    It is compiled for them, not run; if they fit, this is the program that runs.
+    The program is compiled for all runs, and not run here. If they fit, this is the program that runs.
     """
     compiled = program.func.lower(*args, **program.keywords, **static).compile()
     usage = compiled.memory_analysis()

@@ -1,12 +1,12 @@
 """Small loops as one function on one core.
 
-XLA runs a program on the CPU as a list of kernels, and hands kernels that do not wait for each other to a pool of
-threads. For a step of microseconds that costs more than the step: a linear regression with b = 8 and d = 10 takes
-ten times as long as its arithmetic (jaxlib 0.10; 0.12 is better, not for one example). A call that is marked as
-small XLA compiles into a single function instead, loops included, with nothing to hand over and nothing to wait for.
+XLA runs a program on the CPU as a list of kernels, and gives independent kernels to a pool of threads. For a step of
+microseconds that costs more than the step: a linear regression with b = 8 and d = 10 takes ten times as long as its
+arithmetic (jaxlib 0.10; 0.12 is better, except for one example). XLA compiles a call that is marked as small into a
+single function instead, loops included. Nothing is passed to threads, and nothing waits.
 
-That emitter does not know all that XLA knows (no products of two matrices, no sort, no scatter), so what is to be
-compiled is looked through first.
+That code generator supports fewer operations than XLA (no products of two matrices, no sort, no scatter), so the
+program is inspected first.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
 LARGEST = 2**16
-"""Bytes that one step may touch: beyond, threads pay for themselves."""
+"""Bytes that one step may touch. For larger steps threads are faster."""
 
 _KNOWN = {
     "abs", "add", "add_any", "and", "broadcast_in_dim", "clamp", "convert_element_type", "copy", "div",
@@ -31,7 +31,7 @@ _NESTED = {"closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "ji
 
 
 def fits(step: Callable[..., Any], *arguments: Any) -> bool:
-    """Whether `step(*arguments)` (arrays or their shapes) is small and of simple operations only, on a CPU."""
+    """Whether `step(*arguments)` (arrays or shapes) is small and has simple operations only, on a CPU."""
     if jax.default_backend() != "cpu":
         return False
     if sum(_bytes(leaf) for leaf in jax.tree.leaves(arguments)) > LARGEST:
@@ -48,10 +48,10 @@ def products_of_vectors(function: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def call(loop: Callable[..., Any], *arguments: Any) -> Any:
-    """`loop(*arguments)`, compiled into one function. Not under `vmap`, whose batched operations may not fit."""
+    """`loop(*arguments)`, compiled into one function. Not under `vmap`: its batched operations may not be supported."""
 
     def all_used(*arguments: Any) -> tuple[Any, Any]:
-        # An argument that the loop does not need (labels that a loss ignores) makes jaxlib 0.10 abort the process.
+        # An unused argument (labels that a loss ignores) makes jaxlib 0.10 abort the process.
         return loop(*arguments), [leaf.ravel()[:1] for leaf in jax.tree.leaves(arguments)]
 
     with set_xla_metadata(inlineable="false", xla_cpu_small_call="true"):

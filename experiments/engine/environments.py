@@ -1,13 +1,13 @@
-"""Other machines, as far as this one can play them: environments in which the study is run again.
+"""Environments in which the study runs again, so that one machine stands in for many.
 
-A re-run on another machine rounds otherwise: XLA and NumPy take other vector instructions, BLAS another kernel, the C
-library another `exp`, a sum is cut for another number of threads. Each of these can be set for a process, so that one
-machine stands in for many. What cannot be set is played by *nudged* data: every floating-point column is scaled up or
-down by one unit in the last place of float32. A sum or a product in floating point, in whatever order it is taken, is
-the exact one of data nudged by about that much (backward error).
+Another machine rounds differently: XLA and NumPy use other vector instructions, BLAS another kernel, the C library
+another `exp`, and sums are split over another number of threads. All of these can be set for a process. Other
+differences are imitated by *nudged* data: every floating-point column is scaled up or down by one unit in the last
+place of float32. A floating-point sum or product, in any order, is the exact one of data nudged by about that much
+(backward error).
 
-From them follow verify's tolerances (`echoes.py`), and the proof that these hold for a machine that they were not made
-from (`proof.left_out`).
+The tolerances of `verify` come from these environments (`echoes.py`). Leaving one of them out shows that the
+tolerances hold on a machine that they were not made from (`proof.left_out`).
 """
 
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Environment(NamedTuple):
-    """What a run of the study is started with, and how its data are changed."""
+    """How a run of the study is started, and how its data are changed."""
 
     variables: Mapping[str, str] = MappingProxyType({})
-    """Variables of the environment. On a processor that does not know them they have no effect."""
+    """Environment variables. On other processors they have no effect."""
     nudge: int | None = None
-    """Which nudge the data get; None: they are what they are."""
+    """The number of the nudge of the data; None for unchanged data."""
     other_python: bool = False
-    """By the interpreter that `--python` names: another Python, another JAX."""
+    """Run by the interpreter of `--python`: another Python, another JAX."""
 
 
 ENVIRONMENTS: dict[str, dict[str, Environment]] = {
@@ -72,4 +72,4 @@ ENVIRONMENTS: dict[str, dict[str, Environment]] = {
         "nudged once more": Environment({}, 3),
     },
 }
-"""By device. At least eight on a CPU, no two alike; the last one only where another interpreter is given."""
+"""By device. At least eight on a CPU, no two alike. The last one needs another interpreter (`--python`)."""

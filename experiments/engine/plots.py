@@ -1,8 +1,8 @@
-"""The house style: one look, colours that colour-blind readers can tell apart, and files that do not change.
+"""The house style of figures: one look, colours for colour-blind readers, and files that do not change.
 
-A figure is drawn without a display, from defaults that no local configuration can alter, and saved without
-dates, so that the same numbers give the same bytes. Its background is white: it reads the same on a dark page.
-Each figure leaves a strip at its lower edge, where `save` writes what it was drawn from.
+Figures are drawn without a display, with defaults that no local configuration changes, and saved without dates. So
+the same numbers give the same bytes. The background is white, so a figure reads the same on a dark page. Each figure
+keeps a strip free at its lower edge; `save` writes there from which data it was drawn.
 
     figure, (left, right) = plots.figure(2)
     left.plot(steps, gap, color=plots.batch_colour(8), label="b = 8")
@@ -38,12 +38,12 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#767676"
 CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
-"""Okabe and Ito's colours in the order in which unrelated lines take them; yellow is too faint for lines."""
+"""Okabe and Ito's colours, in the order for unrelated lines. Yellow is too faint for lines."""
 
 WIDTH = 9.0
 """Inches: a README shows the figure about 800 pixels wide, where 10 points are 12 pixels."""
 CAPTION = 0.22
-"""Inches kept free at the lower edge, for the margin's line."""
+"""Inches kept free at the lower edge, for a line on the data."""
 DPI = 120
 
 STYLE: dict[Any, Any] = {
@@ -78,7 +78,7 @@ STYLE: dict[Any, Any] = {
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
 }
-"""Glyphs are drawn as paths in the SVG: it looks the same where our font is not installed."""
+"""The SVG has glyphs as paths, so it looks the same without our font."""
 
 matplotlib.rcdefaults()
 matplotlib.use("Agg")
@@ -94,14 +94,14 @@ def batch_colour(b: int | None) -> str:
 
 
 def sampling_colour(name: str) -> str:
-    """The colour of a way of sampling, by the name that `jaxgrad.sampling` gives it."""
+    """The colour of a sampling, by its name in `jaxgrad.sampling`."""
     words = name.replace("_", " ").replace("-", " ")
     kinds = (("full", BLACK), ("with replacement", VERMILLION), ("distinct", BLUE), ("reshuffled", GREEN))
     return next((colour for kind, colour in kinds if words.startswith(kind)), GREY)
 
 
 def ink(colour: Any) -> tuple[float, ...]:
-    """A colour of the palette for text: darker, since letters are thinner than lines."""
+    """A darker tone of a colour, for text: letters are thinner than lines."""
     return tuple(0.75 * channel for channel in to_rgb(colour))
 
 
@@ -117,7 +117,7 @@ def figure(
 ) -> tuple[Figure, Any]:
     """A figure as wide as a README, and its axes as a flat array in reading order.
 
-    `height` is in inches; by default a row is as high as suits its number of columns.
+    `height` is in inches. By default, the height of a row depends on the number of columns.
     """
     rows = height or nrows * {1: 4.2, 2: 3.6, 3: 3.1}.get(ncols, 2.7) + CAPTION
     drawing = Figure(figsize=(WIDTH, rows), layout="constrained")
@@ -137,12 +137,12 @@ def figure(
 
 
 def band(axis: Axes, x: Any, low: Any, high: Any, colour: str, *, label: str | None = None) -> None:
-    """The region between two curves, in the colour of the line that it belongs to."""
+    """Fill the region between two curves, in the colour of its line."""
     axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, label=label, zorder=1)
 
 
 def plain(value: float, _position: Any = None) -> str:
-    """A tick's number as people write it: 0.01, 1, 1,000, 10⁶, 2·10⁷."""
+    """The number of a tick, as people write it: 0.01, 1, 1,000, 10⁶, 2·10⁷."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:,.10g}"
     mantissa, exponent = f"{value:.10e}".split("e")
@@ -152,7 +152,7 @@ def plain(value: float, _position: Any = None) -> str:
 
 
 def log_scale(axis: Axes, which: str = "y") -> None:
-    """Logarithmic axes (`"x"`, `"y"` or `"xy"`) with plain tick labels; 2 and 5 too where there is room."""
+    """Make axes logarithmic (`"x"`, `"y"` or `"xy"`), with plain tick labels; also at 2 and 5 on short axes."""
     for side in which:
         ruler = {"x": axis.xaxis, "y": axis.yaxis}[side]
         {"x": axis.set_xscale, "y": axis.set_yscale}[side]("log")
@@ -162,22 +162,22 @@ def log_scale(axis: Axes, which: str = "y") -> None:
 
 
 def _between_decades(ruler: Axis, value: float, _position: Any = None) -> str:
-    """The label of a minor tick: that of 2 and 5, where an axis shows too few decades to be read by them."""
+    """The label of a minor tick: only 2 and 5 have one, and only on an axis that shows few decades."""
     low, high = sorted(ruler.get_view_interval())
     leading = round(value / 10 ** np.floor(np.log10(value) + 1e-9))
     return plain(value) if high / low < 40 and leading in (2, 5) else ""
 
 
 def label_ends(axis: Axes, *, fontsize: float = 9, lines: Sequence[Any] | None = None) -> None:
-    """Write each line's label at its last point, in its colour, moved up or down where labels would meet.
+    """Write each line's label at its last point, in its colour. Labels move up or down so that they do not overlap.
 
-    Call it last: it reads the final limits and scales. Takes the axis's lines unless `lines` are given.
+    Call it last: it reads the final limits and scales. It labels the lines of the axis, or the given `lines`.
     """
     ends = []
     axis.autoscale_view()  # limits are settled late, and the transforms below need them
     for line in axis.get_lines() if lines is None else lines:
         x, y = (np.asarray(values, float) for values in line.get_data())
-        # What a logarithmic axis cannot show has no end to write at.
+        # A logarithmic axis cannot show these points, so no label can stand there.
         shown = np.isfinite(x) & np.isfinite(y)
         shown &= (x > 0) | (axis.get_xscale() != "log")
         shown &= (y > 0) | (axis.get_yscale() != "log")
@@ -205,9 +205,9 @@ def label_ends(axis: Axes, *, fontsize: float = 9, lines: Sequence[Any] | None =
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Sorted heights moved apart to at least `gap`: groups that would overlap are centred where they were.
+    """Move sorted heights at least `gap` apart. A group that would overlap keeps its centre.
 
-    Unless that is below the axis, where the tick labels are: then they stack up from its lower edge.
+    If a group would reach below the axis, where the tick labels are, it stacks up from the lower edge.
     """
     groups: list[list[float]] = []
     for height in heights:
@@ -227,34 +227,34 @@ def _top(group: list[float], gap: float) -> float:
 
 
 def save(drawing: Figure, folder: str | Path, stem: str = "figure", *, margin: str = "") -> tuple[Path, ...]:
-    """Write `<stem>.svg` and `<stem>.png` into `folder`, each whole or not at all; returns their paths."""
+    """Write `<stem>.svg` and `<stem>.png` into `folder`, each whole or not at all. Return their paths."""
     return write(render(drawing, margin=margin), folder, stem)
 
 
 def render(drawing: Figure, *, margin: str = "") -> dict[str, bytes]:
-    """The figure as the content of a file, by the file's kind: `svg` and `png`. Nothing is written.
+    """Return the contents of the figure's files by kind, `svg` and `png`. Nothing is written to disk.
 
-    `margin` is written small at the lower right, in the strip that `figure` keeps free: what the figure was drawn
-    from. The same figure gives the same bytes: no date, no version of what draws it, fixed ids.
+    `margin` says from which data the figure was drawn. It stands small at the lower right, in the strip that `figure`
+    keeps free. The same figure gives the same bytes: no date, no version of matplotlib, fixed ids.
     """
     svg, png = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        # The layout is solved once: each further draw would move things by another fraction of a point.
+        # The layout is solved once. Each further draw would move things by a fraction of a point.
         if engine := drawing.get_layout_engine():
             engine.execute(drawing)
         drawing.set_layout_engine("none")
         for axis in drawing.axes:
-            # The solver's last bits depend on where objects lie in memory, and they reach the ids of the SVG.
+            # The solver's last bits depend on memory addresses, and they reach the ids of the SVG.
             axis.set_position(np.round(axis.get_position().bounds, 6))  # type: ignore[arg-type]
         width, height = drawing.get_size_inches()
         note = drawing.text(1 - 0.06 / width, 0.06 / height, margin, fontsize=6.5, color=GREY, ha="right", va="bottom")
-        # What `savefig` does, but for drawing everything once more beforehand, in case a layout is to be solved.
+        # As `savefig` does, but without its extra draw, which would solve the layout.
         FigureCanvasSVG(drawing).print_svg(svg, metadata={"Date": None, "Creator": None})
         drawing.set_dpi(DPI)  # an SVG's is 72
         canvas = FigureCanvasAgg(drawing)
         canvas.draw()
-        # Nothing shows through: without its opacity a picture is a tenth smaller. Level 7 is in a quarter of the time
-        # of `optimize` within 2 % of its size.
+        # The picture is opaque, and without an alpha channel a tenth smaller. Level 7 takes a quarter of the time of
+        # `optimize` and is within 2 % of its size.
         opaque = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
         opaque.save(png, "png", dpi=(DPI, DPI), compress_level=7)
         note.remove()
@@ -262,7 +262,7 @@ def render(drawing: Figure, *, margin: str = "") -> dict[str, bytes]:
 
 
 def _compact(svg: bytes) -> bytes:
-    """The same picture in fewer bytes: places to a hundredth of a point, no indentation."""
+    """The same picture in fewer bytes: coordinates to a hundredth of a point, no indentation."""
 
     def places(attribute: re.Match[bytes]) -> bytes:
         return re.sub(rb"-?\d+\.\d{3,}", lambda number: b"%.2f" % float(number[0]), attribute[0])
@@ -271,7 +271,7 @@ def _compact(svg: bytes) -> bytes:
 
 
 def write(rendered: dict[str, bytes], folder: str | Path, stem: str = "figure") -> tuple[Path, ...]:
-    """Write what `render` gave as `<stem>.<kind>` into `folder`, each file whole or not at all; their paths."""
+    """Write the contents from `render` as `<stem>.<kind>` into `folder`, each whole or not at all. Return the paths."""
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     paths = {place / f"{stem}.{kind}": content for kind, content in rendered.items()}

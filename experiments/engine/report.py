@@ -1,7 +1,7 @@
 """The report: figures, `results/README.md` and the generated parts of the front page, all from saved data.
 
-Nobody types a number that is published: claims, tables, figures and times come from `results/`, and the same
-results give the same bytes.
+Nobody types in a published number: claims, tables, figures and times come from `results/`, and the same results give
+the same bytes.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ SECTION = re.compile(r"<!-- generated:(?P<name>[\w-]+) -->(?P<old>.*?)<!-- end -
 
 
 MOST_COLUMNS = 60
-"""More columns of a file than this are counted and not listed, but for those that are no plain feature."""
+"""If a file has more columns than this, its plain features are counted and not listed."""
 
 
 class Chapter(NamedTuple):
-    """One experiment in the report: its module, and its results, the CPU's first."""
+    """One experiment in the report: its module, and its results, those of the CPU first."""
 
     name: str
     headline: str
@@ -42,10 +42,10 @@ class Chapter(NamedTuple):
 def load(folder: str | Path) -> list[Chapter]:
     """The experiments that have results in `folder`, in the order of the study.
 
-    Claims are a function of the numbers: where today's code claims something else about them than what was
-    saved, the saved claims are brought up to date.
+    Claims are a function of the numbers. If today's code makes other claims than the saved ones, the saved claims are
+    updated in `folder`.
 
-    Raises what `results.read` raises, for a result that is missing a file, truncated or mismatched.
+    Raises the errors of `results.read` for a result that lacks a file, is truncated or does not match.
     """
     saved = results.saved(folder)
     chapters = []
@@ -60,7 +60,7 @@ def load(folder: str | Path) -> list[Chapter]:
 
 
 def draw(folder: str | Path, chapters: Iterable[Chapter]) -> list[Path]:
-    """Draw every figure of the chapters from their saved numbers; returns the paths of the files."""
+    """Draw every figure of the chapters from their saved numbers. Return the paths of the files."""
     return [
         path
         for chapter in chapters
@@ -70,13 +70,13 @@ def draw(folder: str | Path, chapters: Iterable[Chapter]) -> list[Path]:
 
 
 def save_figure(folder: str | Path, result: Result, drawing: Figure) -> tuple[Path, ...]:
-    """Write the figure of a result, which says in its margin what it was drawn from."""
+    """Write the figure of a result. Its margin says from which data it was drawn."""
     margin = origin(result.name, result.device, result.provenance)
     return plots.save(drawing, Path(folder) / result.name, figure_stem(result.device), margin=margin)
 
 
 def origin(name: str, device: str, provenance: dict[str, Any]) -> str:
-    """What a figure was drawn from, in one line: the arrays by their sha256, which `sha256sum` shows, and what ran."""
+    """One line on the source of a figure: the sha256 of its arrays (as `sha256sum` shows it), JAX, Python, device."""
     versions, machine = provenance["versions"], provenance["machine"]
     arrays = f"{name}/{device}.npz sha256 {provenance['sha256'][:12]}"
     made = (f"jax {versions['jax']}", f"Python {versions['python']}", ", ".join(machine["device_kind"]))
@@ -104,7 +104,7 @@ def write(folder: str | Path, chapters: list[Chapter]) -> Path:
 
 
 def _verified(folder: str | Path) -> str:
-    """What re-runs found, and what their verdicts are worth."""
+    """The section on re-runs: what they found, and how reliable their verdicts are."""
     from experiments.engine import proof, verified
 
     parts = ("## Re-runs", verified.table(folder), proof.tables(folder))
@@ -112,14 +112,14 @@ def _verified(folder: str | Path) -> str:
 
 
 def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) -> bool:
-    """Fill the generated sections of the README at `path` from the chapters; whether anything changed.
+    """Fill the generated sections of the README at `path` from the chapters. Return whether anything changed.
 
-    A section is what stands between `<!-- generated:NAME -->` and `<!-- end -->`. Its name is one of `claims`
-    (the verdict on each row of the lecture), `found` (one bullet per experiment that has a `headline`),
-    `experiments` (what each measures, with its figure and its time) and `verified` (what re-runs found, and where).
-    Links in them are relative to the README.
+    A section is the text between `<!-- generated:NAME -->` and `<!-- end -->`. NAME is one of `claims` (the verdict on
+    each row of the lecture), `found` (one bullet per experiment that has a `headline`), `experiments` (what each
+    measures, with its figure and its time) and `verified` (what re-runs found, and where). Links are relative to the
+    README.
     """
-    from experiments.engine import verified  # it loads SciPy's distributions, which a worker that draws has no need of
+    from experiments.engine import verified  # it loads SciPy's distributions; a worker that draws does not need them
 
     readme = Path(path)
     prefix = f"{Path(folder).name}/"
@@ -137,9 +137,9 @@ def front_page(path: str | Path, folder: str | Path, chapters: list[Chapter]) ->
 
 
 def fill(text: str, makers: dict[str, Callable[[], str]], where: str) -> str:
-    """`text` with each marked section replaced by what `makers[its name]()` returns.
+    """Return `text` with each marked section replaced by `makers[its name]()`.
 
-    Raises ValueError for a section that nobody makes, and for a marker without its partner.
+    Raises ValueError for a section without a maker, and for a marker without its partner.
     """
     markers = len(re.findall(r"<!-- generated:[^>]*-->", text)), text.count("<!-- end -->")
     sections = list(SECTION.finditer(text))
@@ -154,7 +154,7 @@ def fill(text: str, makers: dict[str, Callable[[], str]], where: str) -> str:
 
 
 def claims_of(chapters: Iterable[Chapter]) -> list[tuple[str, str, Claim]]:
-    """`(experiment, device, claim)` for every claim: formulas F1 and up, claims C1 and up, then the rest."""
+    """`(experiment, device, claim)` for every claim: first formulas (F1, …), then claims (C1, …), then the rest."""
     rows = [
         (chapter.name, result.device, claim)
         for chapter in chapters
@@ -167,7 +167,7 @@ def claims_of(chapters: Iterable[Chapter]) -> list[tuple[str, str, Claim]]:
 def verdicts_table(chapters: list[Chapter], prefix: str = "", tests: str | None = "") -> str:
     """Every row of the lecture that has a check here, with its verdict, as a Markdown table.
 
-    `prefix` leads from the page to the results, `tests` to the folder of `tests/` (None: do not link them).
+    `prefix` is the path from the page to the results, `tests` that to the folder of `tests/` (None: no links to tests).
     """
     claims, names = claims_of(chapters), {chapter.name: chapter for chapter in chapters}
     lines = ["| id | the lecture | verdict | first measurement | checks held | |", "|---|---|---|---|---|---|"]
@@ -197,7 +197,7 @@ def claims_table(rows: Iterable[tuple[str, str, Claim]]) -> str:
 
 
 def columns_table(columns: Sequence[Column]) -> str:
-    """What became of each column of a person's own file, as a Markdown table."""
+    """How each column of a user's own file was read, as a Markdown table."""
     lines = ["| column | kind | levels | what was done | why |", "|---|---|---|---|---|"]
     shown, rest = _few_columns(columns)
     for column in shown:
@@ -211,7 +211,7 @@ def columns_table(columns: Sequence[Column]) -> str:
 
 
 def columns_text(dataset: Dataset, file: str) -> Iterator[str]:
-    """The lines to print: every column with its kind, what was done and why; then notes on the whole."""
+    """The lines to print: every column with its kind, what was done with it and why; then notes on the whole file."""
     n, d = dataset.batch.x.shape
     yield f"{_line(file)}: {n:,} rows, {d:,} {'feature' if d == 1 else 'features'}, {dataset.task}; the columns:"
     shown, rest = _few_columns(dataset.columns)
@@ -224,14 +224,14 @@ def columns_text(dataset: Dataset, file: str) -> Iterator[str]:
             yield f"  ! {_line(column.name)} {_line(column.doubt, 160)}"
     if rest:
         yield f"  and {rest:,} more columns of numbers, each a feature"
-    told = tuple(f"column {c.name!r}" for c in dataset.columns)
+    listed = tuple(f"column {c.name!r}" for c in dataset.columns)
     for note in dataset.notes:
-        if not note.startswith((*told, "text column", "dropped", "target ")):
+        if not note.startswith((*listed, "text column", "dropped", "target ")):
             yield f"  {_line(note, 200)}"
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown and HTML show as it is: every sign that could mean something is escaped."""
+    """Escape every character that Markdown or HTML could interpret, so that they show the text unchanged."""
     words = html.escape(" ".join(_printable(text).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~$^])", r"\\\1", words)
 
@@ -241,7 +241,7 @@ def verdict(claim: Claim) -> str:
 
 
 def figure_stem(device: str) -> str:
-    """The CPU's figure is `figure`; another device's bears its name."""
+    """The file name of a figure: `figure` for the CPU, with the name of the device for others."""
     return "figure" if device == "cpu" else f"figure_{device}"
 
 
@@ -304,8 +304,8 @@ def circumstances(chapter: Chapter, result: Result) -> str:
 
 
 def _size(chapter: Chapter, result: Result) -> str:
-    """What the saved settings are, compared with today's experiment."""
-    # A setting that is not made is None, or was unknown when the result was saved.
+    """The name of the saved settings: the full size or the `--quick` size of today's experiment, or others."""
+    # An unused setting is None, or did not exist when the result was saved.
     made = lambda config: {key: value for key, value in config.items() if value is not None}
     for label, config in (("Full size", chapter.module.Config()), ("`--quick` size", chapter.module.QUICK)):
         if made(json.loads(json.dumps(dataclasses.asdict(config)))) == made(result.config):
@@ -323,7 +323,7 @@ def _experiments_table(chapters: list[Chapter], prefix: str) -> str:
 
 
 def headline(chapter: Chapter) -> str:
-    """The front page's bullet, from the CPU's numbers where there are some."""
+    """The bullet for the front page, from the CPU's numbers if there are any; else from the first device's."""
     return chapter.module.headline(chapter.results[0].numbers) if hasattr(chapter.module, "headline") else ""
 
 
@@ -336,7 +336,7 @@ def _cpu_first(device: str) -> tuple[bool, str]:
 
 
 def _lecture_order(id: str) -> tuple[int, int, str]:
-    """F before C before anything else; F2 before F10; claims of one id stay as they came."""
+    """The sort key of claims: F, then C, then others; F2 before F10. Claims with one id keep their order."""
     match = re.match(r"([FC])(\d+)", id)
     return ("FC".index(match[1]), int(match[2]), "") if match else (2, 0, id)
 
@@ -346,7 +346,7 @@ def _cell(text: Any) -> str:
 
 
 def _few_columns(columns: Sequence[Column]) -> tuple[list[Column], int]:
-    """The columns worth listing, and how many plain features are left out where there are many columns."""
+    """The columns to list. If there are many, plain features are left out and counted."""
     if len(columns) <= MOST_COLUMNS:
         return list(columns), 0
     plain = [c.kind == "number" and c.done == "feature" and not (c.why or c.doubt) for c in columns]
@@ -361,7 +361,7 @@ def _few_levels(column: Column) -> str:
 
 
 def _line(text: str, most: int = 40) -> str:
-    """One printable line, cut where it is long."""
+    """One printable line, cut to `most` characters."""
     words = " ".join(_printable(text).split())
     return words if len(words) <= most else words[: most - 3] + "..."
 

@@ -1,48 +1,53 @@
-"""By how much a re-run may differ: from what kind of number each is, and from what was recorded.
+"""The tolerances of `verify`: how far a re-run may differ, from the kind of each number and from recorded deviations.
 
-Nobody types a tolerance in.
+Nobody types in a tolerance.
 
-**Exact**: not at all.
+**Exact**: the number may not differ at all.
 
-**Rounding**: by as much as rounding moves numbers like this one, which no data type tells (a sum loses an ulp; a step
-of GD beyond the edge doubles what was lost before), and which is measured on the echoes of the study (`echoes.py`).
-With r the root mean square of the deviations of entries of like size (within a factor of 16 or so) in the same array,
-those that moved at all, a re-run agrees within
+**Rounding**: the number may differ as far as rounding moves numbers like it. No data type tells how far that is: a sum
+loses an ulp, and a step of GD beyond the edge doubles an earlier loss. It is measured on the echoes of the study
+(`echoes.py`). Let r be the root mean square of the deviations in the same array, over entries of like size (within a
+factor of about 16) that moved at all. A re-run agrees within
 
     t(1 − α/2N, ν) · r + 4 u |x|
 
-t: quantile of Student's distribution. ν: how many echoes r rests on (times the runs, where an array has an axis of
-runs: the entries of a curve share its history), fewer where a few of them, or of the entries, make up most of it
-(Satterthwaite). α: `LEVEL`, the chance that a sound re-run of an experiment is called different. N: how many parts it
-has (Bonferroni). u: unit of rounding of the precision in which the values are saved, or of float32 where all of them
-are float32 numbers, or moved as such move. Where no entry of like size moved, r is relative, over the array; where
-nothing of it moved, over the parts that were declared with it; where none of those moved, the tolerance is the
-rounding of a sum over the n examples in another order, √n u |x|. For an entry that is 0, r is absolute, over the
-array; and u |x| is at least a unit of rounding, of float64, of the array's root mean square. So nothing that is
-computed has the tolerance 0. A whole number that is computed, a step at which a threshold is crossed, may move by 1;
-what a search found, by the share that is declared; what a study says may be off by a number, by that number. Chaotic
-numbers (late losses of a net at a large step size) get a wide tolerance because their echoes scatter; no other does.
+t: quantile of Student's distribution. α: `LEVEL`, the chance that a sound re-run of an experiment is called different.
+N: the number of its parts (Bonferroni). ν: the number of echoes behind r. If an array has an axis of runs, it is
+multiplied by the runs: the entries of one curve share a history. If a few echoes or entries make up most of r, ν is
+smaller (Satterthwaite). u: the unit of rounding of the saved precision; that of float32 if all values are float32
+numbers, or moved as float32 numbers move.
 
-**Error**: a number that is itself an error of rounding, in the unit that is declared, is one draw of a random number
-of its own size. So is that of the re-run: it may be off by z(1 − α/2N) √2 times the published one, or the unit where
-that is larger.
+If no entry of like size moved, r is relative, over the array. If nothing in the array moved, r is taken over the parts
+that were declared with it. If none of those moved, the tolerance is √n u |x|, the rounding of a sum over the n examples
+in another order. For an entry that is 0, r is absolute, over the array. And u |x| is at least a float64 unit of the
+array's root mean square. So no computed number has the tolerance 0.
 
-**Chaotic**: late steps of a run that wanders, or stands still but for rounding. Of each run the median size is
-compared, in logarithms, with how much its steps vary, and a factor of 2: within z(1 − α/2N) of these.
+A computed whole number, such as the step at which a threshold is crossed, may move by 1. The result of a search may
+move by its declared share. If a study says that a number may be off by another number, it may be off by that. Chaotic
+numbers (late losses of a net at a large step size) get a wide tolerance because their echoes scatter; no other number
+does.
 
-**Count**: how many cases pass a threshold. It is held to what the echoes show over all counts of the experiment, or
-to 1 where they show less.
+**Error**: a number that is itself a rounding error, in a declared unit, is one draw of a random number of that size.
+The re-run's number is another draw. So it may be off by z(1 − α/2N) √2 times the published number, or by that multiple
+of the unit if the unit is larger.
 
-**Statistical**: a re-run draws the same random numbers, so it is held to the tolerance of rounding first. Beyond it,
-the deviation is compared with what the seeds of both imply (Welch's t for runs, a normal interval for means with a
-standard error, a binomial one for counts, at α/N over the entries). Within, it agrees *with other random numbers*,
-and that is said: the same code, versions and device draw the same. If the runs of both follow each other seed by
-seed, though, the random numbers are the same and what was done with them is not: it differs. A few single runs that
-part from their published selves while most stay are chaos, and agree.
+**Chaotic**: late steps of a run that wanders, or that stands still except for rounding. For each run the medians of
+the logarithms of their sizes are compared. They agree within z(1 − α/2N) (s + log 2), with s the standard deviation of
+these logarithms over the run.
 
-**Timing**: seconds are not compared. Their logarithms are, less the median difference of all times of the experiment
-(how much faster this machine is): what is left are ratios between contenders of one run. They are held to the scatter
-of the echoes' own ratios in the same way. Times of another kind of machine, and of `--quick`, are not comparable.
+**Count**: the number of cases that pass a threshold. It may differ as far as the echoes do over all counts of the
+experiment, and at least by 1.
+
+**Statistical**: a re-run draws the same random numbers, so the tolerance of rounding comes first. A larger deviation is
+compared with the scatter of both runs' seeds: Welch's t for runs, a normal interval for means with a standard error, a
+binomial one for counts, each at α/N over the entries. Within that, the number agrees *with other random numbers*, and
+the report says so, because the same code, versions and device draw the same. But if the runs of both follow each other
+seed by seed, then the random numbers are the same and the computation is not: the number differs. If a few single runs
+part from their published values while most do not, that is chaos, and they agree.
+
+**Timing**: seconds are not compared, but their logarithms are, minus the median difference of all times of the
+experiment (how much faster this machine is). What remains are ratios between contenders of one run. They may differ as
+far as the echoes' ratios do. Times of another kind of machine, and of `--quick`, are not comparable.
 """
 
 import functools
@@ -56,14 +61,14 @@ from experiments.engine.kinds import Count, CountOf, Found, Mean, Off, Part, Ran
 from experiments.engine.results import Result
 
 LEVEL = 1e-3
-"""Chance that a sound re-run of one experiment is called different, for all of its numbers together."""
+"""The chance that a sound re-run of an experiment is called different, for all its numbers together."""
 
 FLOAT32 = 2.0**-36
-"""Relative deviations of this size have been through float32: far beyond a sum in float64, far below a float32 unit."""
+"""Larger relative deviations come from float32: far above those of a float64 sum, far below a float32 unit."""
 
 
 class Case(NamedTuple):
-    """A committed result, a re-run, and what is known of both together."""
+    """A committed result, its re-run, and what both are compared with."""
 
     old: Result
     new: Result
@@ -75,25 +80,25 @@ class Case(NamedTuple):
     examples: float
     """n, for the error of a sum over them."""
     pace: float
-    """Median logarithm of the times here over there."""
+    """The median logarithm of the ratio of times, re-run over committed."""
     timed: bool
-    """Whether times are long enough to be compared."""
+    """Whether the times are long enough to be compared."""
 
 
 def values(case: Case, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A part as it is published, and as the re-run gives it."""
+    """The values of a part: as published, and in the re-run."""
     return np.asarray(case.before[name].value, float), np.asarray(case.after[name].value, float)
 
 
 def exceeding(old: np.ndarray, new: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Which entries are off by more than they may be."""
+    """Which entries deviate by more than allowed."""
     with np.errstate(invalid="ignore"):
         same = (old == new) | (np.isnan(old) & np.isnan(new))
         return ~same & ~(np.abs(new - old) <= allowed)
 
 
 def holds_for_all(condition: np.ndarray, value: np.ndarray) -> bool:
-    """Whether it holds for all finite values, of which there is one."""
+    """Whether the condition holds for all finite values, and there is at least one."""
     finite = np.isfinite(value)
     return bool(finite.any() and np.all(condition[finite]))
 
@@ -103,7 +108,7 @@ def tolerance(case: Case, name: str) -> np.ndarray:
     saved, kind = np.asarray(case.before[name].value), case.before[name].kind
     value = saved.astype(float)
     with np.errstate(over="ignore", invalid="ignore"):
-        # Float32 numbers, and not such round ones that anything could have given them.
+        # Float32 numbers that are not all round: round ones could come from any precision.
         single = saved.dtype == np.float32 or (
             holds_for_all(np.float32(value) == value, value) and not holds_for_all(np.float16(value) == value, value)
         )
@@ -112,7 +117,7 @@ def tolerance(case: Case, name: str) -> np.ndarray:
         if (known := pools.get(RELATIVE)) and known.squares / known.moved > FLOAT32**2:
             # It moved as float32 numbers move, however it was saved.
             unit = np.maximum(unit, np.finfo(np.float32).eps * np.abs(value))
-        # A difference of numbers of the array's size is off by a unit of theirs, however small it is itself.
+        # A difference of numbers of the array's size has an error of a unit of theirs, however small it is.
         unit = np.maximum(unit, np.finfo(np.float64).eps * scale_of(value))
     runs = value.shape[kind.along] if kind.along is not None else 1
     if pools and not isinstance(kind, Count):
@@ -130,7 +135,7 @@ def tolerance(case: Case, name: str) -> np.ndarray:
 
 
 def _family(case: Case, name: str) -> Moments | None:
-    """What is known of the parts that one pattern declares, together: of counts absolute, of all others relative."""
+    """The deviations of all parts of one pattern together, relative to their values; of all counts, absolute."""
     if case.spread is None:
         return None
     part = case.before[name]
@@ -145,7 +150,7 @@ def _family(case: Case, name: str) -> Moments | None:
 
 
 def reach(value: np.ndarray, pools: Pools, runs: int, level: float) -> np.ndarray:
-    """`t · r` of every entry: from its own pool and the next ones, or where these did not move, from all."""
+    """`t · r` for every entry, with r from its own pool and the adjacent ones; if none of them moved, from all."""
     pool, out = pools_of(value), np.zeros(value.shape)
     for number in np.unique(pool[np.isfinite(pool)]):
         near = [one.scaled(4.0**step) for step in (-1, 0, 1) if (one := pools.get(f"{number + step:.0f}"))]
@@ -162,8 +167,8 @@ def reach(value: np.ndarray, pools: Pools, runs: int, level: float) -> np.ndarra
 def bound(known: Moments, runs: int, level: float) -> float:
     """The bound that one more deviation from this source exceeds with probability `level`. Zeros are ignored.
 
-    Each echo is one draw for each of `runs`. Echoes, or entries, that move more than others count for fewer
-    (Satterthwaite).
+    Each echo is one draw for each of `runs`. If some echoes or entries move more than others, there are fewer degrees
+    of freedom (Satterthwaite).
     """
     if not known.moved or not known.squares:
         return 0.0
@@ -173,7 +178,7 @@ def bound(known: Moments, runs: int, level: float) -> float:
 
 
 def standard_error(case: Case, name: str) -> np.ndarray:
-    """Of the difference between two independent runs of a part."""
+    """The standard error of the difference between two independent runs of a part."""
     kind: Any = case.before[name].kind
     squares: list[Any] = []
     a, b = values(case, name)
@@ -189,9 +194,9 @@ def standard_error(case: Case, name: str) -> np.ndarray:
 
 
 def welch(a: np.ndarray, b: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Difference of the means of two samples along the leading axis, and what it may be: of the finite runs.
+    """The difference of two samples' means along the leading axis, over finite runs, and its bound.
 
-    Where one sample has fewer than two of those, the difference is that of their numbers, and it may be 0.
+    If a sample has fewer than two finite runs, the difference is that of their numbers, and the bound is 0.
     """
     finite = [np.isfinite(x) for x in (a, b)]
     n, m = (ok.sum(axis=0) for ok in finite)
@@ -208,7 +213,7 @@ def welch(a: np.ndarray, b: np.ndarray, level: float) -> tuple[np.ndarray, np.nd
 
 
 def same_draws(case: Case) -> bool | None:
-    """Whether the random numbers of both are the same, as their runs tell; None where nothing tells."""
+    """Whether both used the same random numbers, judged by their runs; None if that cannot be judged."""
     follow, squares = [], []
     for name, part in case.before.items():
         if not isinstance(part.kind, Random) or name not in case.after:
@@ -218,9 +223,9 @@ def same_draws(case: Case) -> bool | None:
         a, b = values(case, name)
         if (
             isinstance(part.kind, Runs)
-            and (told := _follow(*(np.moveaxis(x, part.kind.axis, 0) for x in (a, b)))) is not None
+            and (together := _follow(*(np.moveaxis(x, part.kind.axis, 0) for x in (a, b)))) is not None
         ):
-            follow.append(told)
+            follow.append(together)
         elif isinstance(part.kind, Mean):
             with np.errstate(invalid="ignore", divide="ignore"):
                 z = (b - a) / standard_error(case, name)
@@ -233,7 +238,7 @@ def same_draws(case: Case) -> bool | None:
 
 
 def _follow(a: np.ndarray, b: np.ndarray) -> bool | None:
-    """Whether runs `[run, ...]` follow each other: their median correlation over the entries is beyond chance."""
+    """Whether runs `[run, ...]` follow each other: their median correlation over the entries exceeds chance."""
     a, b = (x.reshape(len(x), -1) for x in (a, b))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         a, b = a - a.mean(axis=0), b - b.mean(axis=0)
@@ -246,6 +251,6 @@ def _follow(a: np.ndarray, b: np.ndarray) -> bool | None:
 
 
 def brief(value: Any) -> str:
-    """A value in at most 60 signs."""
+    """A value in at most 60 characters."""
     words = repr(value.tolist() if isinstance(value, np.ndarray) else value)
     return words if len(words) <= 60 else f"{words[:57]}..."

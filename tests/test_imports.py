@@ -113,8 +113,11 @@ def autodiff_by_hand(source):
 MODULES = sources(LIBRARY)
 ROOMS = sources(HOUSE)
 STUDIES = {name for name in ROOMS if name.count(".") == 1 and f"{name}.__init__" not in ROOMS} - {
-    "experiments.__main__", "experiments.engine", "experiments.support", "experiments.recorded",
-}  # fmt: skip
+    "experiments.__main__",
+    "experiments.engine",
+    "experiments.support",
+    "experiments.recorded",
+}
 OPEN_TO_STUDIES = {f"experiments.engine.{room}" for room in ("kinds", "machine", "plots", "results", "session")} | {
     "experiments.recorded.tables"
 }
@@ -217,8 +220,11 @@ def test_importing_the_library_imports_nothing_that_only_data_and_figures_need()
 def test_every_file_beside_the_engine_is_a_study():
     assert {f"experiments.{name}" for name in catalogue()} == STUDIES
     assert {path.name for path in HOUSE.iterdir() if path.is_dir()} - {"__pycache__"} == {
-        "derivations", "engine", "recorded", "support",
-    }  # fmt: skip
+        "derivations",
+        "engine",
+        "recorded",
+        "support",
+    }
 
 
 def test_every_study_can_be_run_as_a_file():

@@ -25,9 +25,11 @@ def processor(numpy: tuple[str, ...], xla: str, blas: str, libm: str) -> dict[st
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"NPY_DISABLE_CPU_FEATURES": off}
     return {
-        "NPY_DISABLE_CPU_FEATURES": off, "XLA_FLAGS": f"--xla_cpu_max_isa={xla}", "OPENBLAS_CORETYPE": blas,
+        "NPY_DISABLE_CPU_FEATURES": off,
+        "XLA_FLAGS": f"--xla_cpu_max_isa={xla}",
+        "OPENBLAS_CORETYPE": blas,
         "GLIBC_TUNABLES": f"glibc.cpu.hwcaps={libm}",
-    }  # fmt: skip
+    }
 
 
 # The names that NumPy's dispatch levels begin with; older releases call them by the instructions.
@@ -41,9 +43,12 @@ PROCESSORS = {
 
 def made_on(environment: dict[str, str]) -> dict[str, str]:
     done = subprocess.run(
-        [sys.executable, str(MAKER)], env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, str(MAKER)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return dict(line.split("\t") for line in done.stdout.splitlines())
 
@@ -113,10 +118,14 @@ def test_no_study_makes_a_grid_a_draw_or_a_start_by_itself():
 @pytest.mark.parametrize(
     "line",
     [
-        "eta = np.geomspace(1e-3, 1, 9)", "w = jax.random.normal(key, (3,))", "x = rng.standard_normal(4)",
-        "make = np.logspace", "start = models.init_two_layer(key, 2, 3, 1)", "w = jnp.linspace(0, 1, 9)",
+        "eta = np.geomspace(1e-3, 1, 9)",
+        "w = jax.random.normal(key, (3,))",
+        "x = rng.standard_normal(4)",
+        "make = np.logspace",
+        "start = models.init_two_layer(key, 2, 3, 1)",
+        "w = jnp.linspace(0, 1, 9)",
     ],
-)  # fmt: skip
+)
 def test_a_bare_grid_draw_or_start_is_seen(line):
     assert len(bare_calls(f"def run(config):\n    def inner():\n        {line}")) == 1
     assert bare_calls(f"def draw(numbers):\n    {line}") == []

@@ -146,10 +146,15 @@ def test_the_same_indices_give_the_same_path(javascript, given, sampling):
     @jax.jit
     def run(eta):
         _, seen = trajectory(
-            lambda w, data: jnp.mean((data.y - data.x @ w) ** 2), jnp.array(shown["start"]), batch,
-            optimizer=optax.sgd(eta), sampling=sampling, key=jax.random.key(4), record=np.arange(61),
+            lambda w, data: jnp.mean((data.y - data.x @ w) ** 2),
+            jnp.array(shown["start"]),
+            batch,
+            optimizer=optax.sgd(eta),
+            sampling=sampling,
+            key=jax.random.key(4),
+            record=np.arange(61),
             observe=lambda w: w,
-        )  # fmt: skip
+        )
         return seen
 
     for eta, (points, gaps) in zip(etas, found, strict=True):

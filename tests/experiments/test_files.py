@@ -55,9 +55,14 @@ def through(command):
 
 
 FAULTS = (
-    "below a file", "a file", "too long", "a link to nothing", "a link to itself", "below a link to itself",
+    "below a file",
+    "a file",
+    "too long",
+    "a link to nothing",
+    "a link to itself",
+    "below a link to itself",
     "where the kernel forbids",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -82,9 +82,12 @@ def test_the_logits_of_the_error_curve_are_the_same_on_every_machine():
     code = "from experiments import formulas; print(formulas.logit_curves(200)['curve/logit'].tobytes().hex())"
     said = {
         subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"NPY_DISABLE_CPU_FEATURES": features},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code],
+            env=os.environ | {"NPY_DISABLE_CPU_FEATURES": features},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for features in ("", "X86_V3 X86_V4 AVX512_ICL AVX512_SPR")
-    }  # fmt: skip
+    }
     assert len(said) == 1

@@ -70,9 +70,11 @@ def made_up(folder, words=HOSTILE):
         numbers = {"x": np.arange(3.0)}
         results.write(folder, name, "cpu", Config(), numbers, claims, {"seconds": 1.0, "compile_seconds": 0.5})
         module = SimpleNamespace(
-            Config=Config, QUICK=Config(n=1), report=lambda numbers: f"{words}\n\n| a |\n|---|\n| {words} |\n",
+            Config=Config,
+            QUICK=Config(n=1),
+            report=lambda numbers: f"{words}\n\n| a |\n|---|\n| {words} |\n",
             headline=lambda numbers: f"- {words}",
-        )  # fmt: skip
+        )
         figure, (axis,) = plots.figure()
         axis.plot([1, 2, 3], label=name)
         axis.fill_between([1, 2, 3], [1, 2, 3], alpha=0.3)

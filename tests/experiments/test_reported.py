@@ -177,12 +177,15 @@ def test_a_finding_that_names_the_causes_in_full_is_worth_the_most(case):
 
 def test_the_claims_on_reported_mistakes_can_fail_and_the_table_and_figure_follow_the_numbers():
     numbers = {
-        "reported_wrong": ["a", "b", "c"], "reported_areas": ["linear", "linear", "nets"],
-        "reported_words": ["cause and line", "missed", "crash"], "reported_right": ["d", "e"],
-        "reported_right_words": ["right", "false alarm"], "reported_others": list(table.OTHERS),
+        "reported_wrong": ["a", "b", "c"],
+        "reported_areas": ["linear", "linear", "nets"],
+        "reported_words": ["cause and line", "missed", "crash"],
+        "reported_right": ["d", "e"],
+        "reported_right_words": ["right", "false alarm"],
+        "reported_others": list(table.OTHERS),
         "reported_others_wrong": np.array([[3, 0, 0], [2, 1, 0], [1, 1, 1], [0, 3, 0], [0, 0, 3]]),
         "reported_others_right": np.array([[0, 2, 0], [0, 2, 0], [1, 1, 0], [0, 2, 0], [0, 0, 2]]),
-    }  # fmt: skip
+    }
     assert [claim.holds for claim in table.claims(numbers)] == [False, False, False]
     better = {**numbers, "reported_words": ["unknown"] * 3, "reported_right_words": ["right"] * 2}
     assert all(claim.holds for claim in table.claims(better))

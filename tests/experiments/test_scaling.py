@@ -17,9 +17,11 @@ PLANTED = scaling.Model("ring", {"linear": 2e-6, "net": 4e-5}, 3e-6, 2e-4, 1e-9)
 def steps(model):
     """What that model says of cases as they are measured."""
     cases = [
-        ("net/GD", 4992, 4, 203_560), ("net/stratified b = 96", 96, 4, 203_560),
-        ("net/global b = 1536", 1536, 2, 4_823_040), ("linear/stratified b = 24", 24, 2, 40),
-    ]  # fmt: skip
+        ("net/GD", 4992, 4, 203_560),
+        ("net/stratified b = 96", 96, 4, 203_560),
+        ("net/global b = 1536", 1536, 2, 4_823_040),
+        ("linear/stratified b = 24", 24, 2, 40),
+    ]
     found = [
         Point(name, P, rows / (1 if "global" in name else P), arrays * (P > 1), size * (P > 1), 1.0)
         for P in (1, 2, 4)
@@ -76,10 +78,17 @@ def numbers(B):
     rows = {"net/GD": 960, "net/stratified b = 48": 48}
     whole = np.array([[[4e-5 + 3e-6 * n] * 6 for n in rows.values()]])
     return {
-        "processes": np.zeros(0, int), "devices": np.array([1]), "cases": list(rows), "rows": 960, "cores": CORES,
-        "devices/whole": whole, "devices/arrays": np.zeros((1, 2), int), "devices/bytes": np.zeros((1, 2), int),
-        "noise/scale": np.array([B]), "parameters": 50_890,
-    }  # fmt: skip
+        "processes": np.zeros(0, int),
+        "devices": np.array([1]),
+        "cases": list(rows),
+        "rows": 960,
+        "cores": CORES,
+        "devices/whole": whole,
+        "devices/arrays": np.zeros((1, 2), int),
+        "devices/bytes": np.zeros((1, 2), int),
+        "noise/scale": np.array([B]),
+        "parameters": 50_890,
+    }
 
 
 def test_predictions_have_the_limits_they_must_have():

@@ -22,9 +22,13 @@ def ended(command, when, signals, cwd=ROOT, gap=0.01):
     """The status and stderr of a command line that got the signals, `gap` seconds apart, once `when()`."""
     # A shell starts what it puts in the background with SIGINT ignored, and so would be all of this.
     process = subprocess.Popen(
-        [sys.executable, "-c", HEEDING, "-m", *map(str, command)], cwd=cwd, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", HEEDING, "-m", *map(str, command)],
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     until = time.monotonic() + 60
     while not when() and process.poll() is None:
         assert time.monotonic() < until

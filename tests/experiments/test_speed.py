@@ -39,7 +39,7 @@ def made(seconds=None, losses=None, cases=None, absent=None):
         for problem in every
         for data, n, d in (("diamonds", 1000, 9), ("synthetic", 1000, 64), ("mnist5k", 1000, 784))
         for b in speed.EVERY_BATCH
-    ] + [Case("linear", "beyond cache", 100_000, 64, 0, 0.1, 10)]  # fmt: skip
+    ] + [Case("linear", "beyond cache", 100_000, 64, 0, 0.1, 10)]
     seconds, losses, absent = seconds or {}, losses or {}, absent or {}
     count, rounds = len(cases), 6
     numbers = {field: np.array([getattr(case, field) for case in cases]) for field in Case._fields}
@@ -150,8 +150,12 @@ class TestProcesses:
         """Each in a process of its own, on the three problems, with batches of one, of some and of all."""
         config = speed.Config(
             race=(("linear", "synthetic", (1,)), ("logistic", "synthetic", (8,)), ("two-layer", "synthetic", (0,))),
-            compiled=(), rows=600, full_steps=5, rounds=2, min_seconds=1e-4,
-        )  # fmt: skip
+            compiled=(),
+            rows=600,
+            full_steps=5,
+            rounds=2,
+            min_seconds=1e-4,
+        )
         said = []
         cases = speed._cases(config, tmp_path, Session.plain(said.append))
         numbers = results.as_saved(speed._race(config, cases, tmp_path, "cpu", Session.plain(said.append)))

@@ -120,17 +120,22 @@ FAULTS = {
     "float16": ("jnp.float32", "jnp.float16", "dtype: every value of gd is a float16 number", 1),
     "bfloat16": ("jnp.float32", "jnp.bfloat16", "dtype: every value of gd is a bfloat16 number", 1),
     "a float16 product": (
-        "(batch.x @ params.w +", "((batch.x.astype(jnp.float16) @ params.w.astype(jnp.float16)).astype(jnp.float32) +",
-        "dtype:", 1,
+        "(batch.x @ params.w +",
+        "((batch.x.astype(jnp.float16) @ params.w.astype(jnp.float16)).astype(jnp.float32) +",
+        "dtype:",
+        1,
     ),
     "a sum for the mean": ("jnp.mean(", "jnp.sum(", "mean against sum: it starts 100 times as large", 1),
     "a sum for the mean in the gradient": (
-        "optax.sgd(ETA)", "optax.sgd(ETA * 100)", "mean against sum: its first change is", 1
+        "optax.sgd(ETA)",
+        "optax.sgd(ETA * 100)",
+        "mean against sum: its first change is",
+        1,
     ),
     "another sampling": ("go(distinct(B)", "go(with_replacement(B)", "sampling:", 1),
     "one example dropped": ("leaf[:100]", "leaf[:99]", "data or sizes: n was 100, is 99", 1),
     "one example left out of the loss": ("batch.y) ** 2", "batch.y)[:-1] ** 2", "data:", 1),
-}  # fmt: skip
+}
 """What to write for what in PLANTED, how the hint begins, and the exit status of verify."""
 
 
@@ -403,19 +408,27 @@ class TestRules:
     def test_sound_reruns_with_other_seeds_agree_and_shifted_ones_do_not(self, tmp_path):
         """40 pairs of independent runs of every form: no false alarm; a shift by 10 standard errors is seen."""
         declared = {
-            "runs": Runs(axis=0), "mean": Mean(error="error"), "error": RANDOM,
-            "scattered": Mean(deviation="deviation"), "deviation": ROUNDING, "k": EXACT,
+            "runs": Runs(axis=0),
+            "mean": Mean(error="error"),
+            "error": RANDOM,
+            "scattered": Mean(deviation="deviation"),
+            "deviation": ROUNDING,
+            "k": EXACT,
             "count": CountOf("k"),
-        }  # fmt: skip
+        }
         draw = np.random.default_rng(0)
 
         def numbers(shift):
             runs = draw.gamma(2.0, size=(20, 10)) + shift * np.sqrt(2 / 10)
             return {
-                "runs": runs, "mean": draw.normal(shift * 0.1 * np.sqrt(2), 0.1, 5), "error": np.full(5, 0.1),
-                "scattered": draw.normal(shift * np.sqrt(2 / 20), 1 / np.sqrt(20)), "deviation": 1.0,
-                "count": int(draw.binomial(1000, 0.3 + shift * np.sqrt(2 * 0.21 / 1000))), "k": 1000,
-            }  # fmt: skip
+                "runs": runs,
+                "mean": draw.normal(shift * 0.1 * np.sqrt(2), 0.1, 5),
+                "error": np.full(5, 0.1),
+                "scattered": draw.normal(shift * np.sqrt(2 / 20), 1 / np.sqrt(20)),
+                "deviation": 1.0,
+                "count": int(draw.binomial(1000, 0.3 + shift * np.sqrt(2 * 0.21 / 1000))),
+                "k": 1000,
+            }
 
         kept = ("runs", "mean", "scattered", "count")
         for i in range(40):
@@ -477,9 +490,11 @@ class TestRules:
     def test_a_claim_that_no_longer_holds_differs(self, tmp_path):
         claim = results.Claim("C1", "it is so", "1", "1", True)
         for changed, verdict in (
-            (claim, "identical"), (claim._replace(measured="1.0"), "agrees"), (claim._replace(holds=False), "differs"),
+            (claim, "identical"),
+            (claim._replace(measured="1.0"), "agrees"),
+            (claim._replace(holds=False), "differs"),
             (claim._replace(text="it is thus"), "not comparable"),
-        ):  # fmt: skip
+        ):
             old, new = (result(tmp_path / str(i), {"a": 1}, [c]) for i, c in enumerate((claim, changed)))
             assert verify.compare(old, new, {"a": EXACT}, None).findings[-1].verdict == verdict
 
@@ -491,9 +506,10 @@ class TestRules:
             told = (numbers["seconds"] < 2, numbers["table"][0, 1] < 2, numbers["loss"] < 2)
             return [results.Claim("C1", f"number {i}", "1", "1", bool(holds)) for i, holds in enumerate(told)]
 
-        both = {"seconds": 1.0, "table": np.ones((1, 2)), "loss": 1.0}, {
-            "seconds": 3.0, "table": np.array([[1.0, 3.0]]), "loss": 3.0
-        }  # fmt: skip
+        both = (
+            {"seconds": 1.0, "table": np.ones((1, 2)), "loss": 1.0},
+            {"seconds": 3.0, "table": np.array([[1.0, 3.0]]), "loss": 3.0},
+        )
         old, new = (result(tmp_path / str(i), numbers, claims(numbers)) for i, numbers in enumerate(both))
         found = verify.compare(old, new, declared, None, claims=claims).findings[-3:]
         assert [finding.verdict for finding in found] == ["not comparable", "not comparable", "differs"]
@@ -577,7 +593,7 @@ class TestProof:
             start = models.init_linear(batch.x.shape[1], dtype=batch.x.dtype)
             return descend(
                 loss, start, batch, optimizer=eta, sampling=full_batch(), steps=5, key=jax.random.key(0)
-            ).loss[-1]  # fmt: skip
+            ).loss[-1]
 
         expected = last(0.1 * 1.01)
         monkeypatch.setattr(optax, "apply_updates", altered.scaled(optax.apply_updates, 1.01))
@@ -651,9 +667,12 @@ class TestDeclarations:
     def test_stars_stand_for_what_they_stood_for(self):
         numbers = {"x 1/mean": 0.0, "x 1/error": 1.0, "table": np.zeros((3, 2)), "scatter[0]": 1.0}
         declared = {
-            "* */mean": Mean(error="* */error"), "*/error": ROUNDING,
-            "table[1]": Mean(deviation="table[0]"), "table[*]": ROUNDING, "scatter[0]": EXACT,
-        }  # fmt: skip
+            "* */mean": Mean(error="* */error"),
+            "*/error": ROUNDING,
+            "table[1]": Mean(deviation="table[0]"),
+            "table[*]": ROUNDING,
+            "scatter[0]": EXACT,
+        }
         found = kinds.parts("made_up", numbers, declared)
         assert found["x 1/mean"].kind == Mean(error="x 1/error")
         assert found["table[1]"].kind == Mean(deviation="table[0]")
@@ -845,11 +864,14 @@ class TestCommand:
     @pytest.mark.parametrize(
         "line",
         [
-            "verify losses --quick", "verify --quick losses", "--quick verify losses",
-            "verify --rerun x --quick losses", "verify --rerun=x --quick losses",
+            "verify losses --quick",
+            "verify --quick losses",
+            "--quick verify losses",
+            "verify --rerun x --quick losses",
+            "verify --rerun=x --quick losses",
             "verify --all losses --quick --rerun x",
         ],
-    )  # fmt: skip
+    )
     def test_names_may_stand_behind_options(self, line):
         found = arguments.parse(line.split())
         assert (found.names, found.quick) == (("verify", "losses"), True)
@@ -870,8 +892,10 @@ class TestCommand:
         assert command.main(["verify", "--quick", "--all"]) == 0
         out, _ = capsys.readouterr()
         assert out.splitlines()[:3] == [
-            "planted  identical       7 identical", "", "1 identical to the last bit; nothing differs."
-        ]  # fmt: skip
+            "planted  identical       7 identical",
+            "",
+            "1 identical to the last bit; nothing differs.",
+        ]
         assert "identical: sgd" in out
         assert "no spread is recorded" in out
         assert contents(tmp_path / "results") == before

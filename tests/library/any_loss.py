@@ -100,7 +100,7 @@ MEANS = {
     "layer norm": lambda each, p, b: jnp.mean(each(p, b.x / (1 + jnp.linalg.norm(b.x, axis=1, keepdims=True)), b.y)),
     "mean_of": one_by_one,
     "checkpointed": lambda each, p, b: jnp.mean(jax.checkpoint(each)(p, b.x, b.y)),
-}  # fmt: skip
+}
 
 
 def weight(x):
@@ -156,11 +156,12 @@ OTHERS = {
     "against the first row": lambda each, p, b: jnp.mean(each(p, b.x - b.x[:1], b.y)),
     "unbiased": lambda each, p, b: jnp.sum(each(p, b.x, b.y)) / (len(b.y) - 1),
     "all of n": lambda each, p, b: jnp.sum(each(p, b.x, b.y)) / 512,
-    "group gap": lambda each, p, b: jnp.mean(each(p, b.x, b.y)) + jnp.abs(
-        jnp.sum(predict(p, b.x) * (b.x[:, 0] > 2)) / (jnp.sum(b.x[:, 0] > 2) + 1.0) - predict(p, b.x).mean()
+    "group gap": lambda each, p, b: (
+        jnp.mean(each(p, b.x, b.y))
+        + jnp.abs(jnp.sum(predict(p, b.x) * (b.x[:, 0] > 2)) / (jnp.sum(b.x[:, 0] > 2) + 1.0) - predict(p, b.x).mean())
     ),
     "position": lambda each, p, b: jnp.mean(jnp.linspace(0.5, 1.5, len(b.y)) * each(p, b.x, b.y)),
-}  # fmt: skip
+}
 
 
 # --- cases -----------------------------------------------------------------------------------------------------
@@ -219,9 +220,15 @@ def case(random, folder):
     parted = place == "disk" or (place[0] in "24" and n % int(place[0]) != 0)
     try:
         trace = descend(
-            loss, start(), laid(batch, place, folder), optimizer=0.05, sampling=sampling, steps=RECORD[-1], key=KEY,
+            loss,
+            start(),
+            laid(batch, place, folder),
+            optimizer=0.05,
+            sampling=sampling,
+            steps=RECORD[-1],
+            key=KEY,
             record=RECORD,
-        )  # fmt: skip
+        )
     except ValueError as error:
         told = "mean over the examples" in str(error) and "mean_of" in str(error)
         return ("refused" if told and parted and not mean else "refused wrongly"), f"{name}: {error}"

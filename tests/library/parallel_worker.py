@@ -56,9 +56,12 @@ def runs(mesh, of=""):
         found[f"{name}/loss"] = trace.loss
 
     for dtype, n, sampling in (
-        (np.float32, 203, full_batch()), (np.float32, 203, distinct(16)), (np.float64, 203, full_batch()),
-        (np.float64, 203, distinct(16)), (np.float64, 200, reshuffled(10)),
-    ):  # fmt: skip
+        (np.float32, 203, full_batch()),
+        (np.float32, 203, distinct(16)),
+        (np.float64, 203, full_batch()),
+        (np.float64, 203, distinct(16)),
+        (np.float64, 200, reshuffled(10)),
+    ):
         run(f"{np.dtype(dtype).name} {n} {sampling.name}", LOSS, start(dtype), problem(n, dtype), sampling)
     # In two tiles: a bound of next to nothing.
     run("float64 grid", LOSS, start(np.float64), problem(203, np.float64), distinct(8), keys, [0.05, 0.1], memory=1e-6)
@@ -72,13 +75,20 @@ def runs(mesh, of=""):
 def resumable(folder, *, mesh=None, resume=True, until=120, progress=False, file="run.npz", **changes):
     """A run that leaves a checkpoint each 20 steps, and is recorded each 10."""
     arguments = dict(
-        params=start(np.float64), data=spread(problem(203, np.float64), mesh), optimizer=MOMENTUM,
-        sampling=distinct(16), key=jax.random.key(5), observe=weights,
-    )  # fmt: skip
+        params=start(np.float64),
+        data=spread(problem(203, np.float64), mesh),
+        optimizer=MOMENTUM,
+        sampling=distinct(16),
+        key=jax.random.key(5),
+        observe=weights,
+    )
     return descend(
-        **{"loss": LOSS} | arguments | changes, steps=until, record=range(0, until + 1, 10),
-        progress=progress, checkpoint=Checkpoint(folder / file, every=20, resume=resume),
-    )  # fmt: skip
+        **{"loss": LOSS} | arguments | changes,
+        steps=until,
+        record=range(0, until + 1, 10),
+        progress=progress,
+        checkpoint=Checkpoint(folder / file, every=20, resume=resume),
+    )
 
 
 def weights(params):
@@ -144,7 +154,7 @@ def refused(folder, rank, mesh):
         "settings": lambda: resumable(folder, mesh=mesh, sampling=distinct(16 + rank)),
         "start": lambda: resumable(folder, mesh=mesh, params=start(np.float64)._replace(b=np.float64(rank))),
         "folder": lambda: resumable(folder / "nowhere", mesh=mesh),
-    }  # fmt: skip
+    }
     said = {}
     for name, task in tasks.items():
         try:
@@ -162,8 +172,15 @@ def local(folder, rank, mesh):
     own = slice(0, cut) if rank == 0 else slice(cut, 203)
     data = parallel.shard_local(Batch(x[own], y[own]), mesh)
     back = parallel.gather(data)
-    trace = descend(LOSS, start(np.float64), data, optimizer=0.1, sampling=distinct(16), steps=STEPS,
-                    key=jax.random.split(jax.random.key(5), 3)[0])  # fmt: skip
+    trace = descend(
+        LOSS,
+        start(np.float64),
+        data,
+        optimizer=0.1,
+        sampling=distinct(16),
+        steps=STEPS,
+        key=jax.random.split(jax.random.key(5), 3)[0],
+    )
     np.savez(folder / f"local{rank}.npz", w=trace.params.w, counts=data.counts, x=back.x, y=back.y)
 
 

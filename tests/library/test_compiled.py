@@ -53,16 +53,19 @@ def test_damaged_entries_in_a_valid_container_are_compiled_again_and_the_numbers
     assert ran(tmp_path) == (right, misses, 0)  # sound again
 
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: (folder / "a-cache").write_bytes(b"valuE"),
-    lambda folder: (folder / "a-cache").write_bytes(b"valu"),
-    lambda folder: (folder / "a-cache").write_bytes(b""),
-    lambda folder: (folder / "a-cache").write_bytes((folder / "b-cache").read_bytes()),
-    lambda folder: [(folder / f"a-{k}").write_bytes((folder / f"b-{k}").read_bytes()) for k in ("cache", "sha256")],
-    lambda folder: (folder / "a-sha256").unlink(),
-    lambda folder: (folder / "a-sha256").write_bytes(b""),
-    lambda folder: (folder / "a-cache").unlink(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "a-cache").write_bytes(b"valuE"),
+        lambda folder: (folder / "a-cache").write_bytes(b"valu"),
+        lambda folder: (folder / "a-cache").write_bytes(b""),
+        lambda folder: (folder / "a-cache").write_bytes((folder / "b-cache").read_bytes()),
+        lambda folder: [(folder / f"a-{k}").write_bytes((folder / f"b-{k}").read_bytes()) for k in ("cache", "sha256")],
+        lambda folder: (folder / "a-sha256").unlink(),
+        lambda folder: (folder / "a-sha256").write_bytes(b""),
+        lambda folder: (folder / "a-cache").unlink(),
+    ],
+)
 def test_an_entry_that_is_not_what_was_written_counts_as_absent_and_is_replaced(tmp_path, damage):
     compiled.write(tmp_path, "a", b"value")
     compiled.write(tmp_path, "b", b"other")

@@ -1060,16 +1060,27 @@ A, Y = noise(1), noise(2)
 def test_every_column_is_accounted_for(tmp_path):
     text = many(
         ["", "name", "pay", "share", "town", "same", "y"],
-        lambda i: i, lambda i: f"p{i}", lambda i: f'"${1000 * (i % 7) + 500:,}"', lambda i: f"{i % 11}.5%",
-        lambda i: ["Ulm", "Bonn", "Kiel"][i % 3], lambda i: 7, Y,
-    )  # fmt: skip
+        lambda i: i,
+        lambda i: f"p{i}",
+        lambda i: f'"${1000 * (i % 7) + 500:,}"',
+        lambda i: f"{i % 11}.5%",
+        lambda i: ["Ulm", "Bonn", "Kiel"][i % 3],
+        lambda i: 7,
+        Y,
+    )
     dataset = load(write(tmp_path, "f.csv", text), target="y")
     assert dataset.names == ("pay", "share", "town=Kiel", "town=Ulm")
     found = account(dataset)
     assert list(found) == ["column 0", "name", "pay", "share", "town", "same", "y"]
     assert [c.done for c in dataset.columns] == [
-        "left out", "left out", "feature", "feature", "2 features", "left out", "target",
-    ]  # fmt: skip
+        "left out",
+        "left out",
+        "feature",
+        "feature",
+        "2 features",
+        "left out",
+        "target",
+    ]
     assert found["column 0"].why == "it numbers the rows"
     assert "differs in each of 30 rows" in found["name"].why
     assert found["pay"].why == "'$' was taken off each number; '$1,500' was read as 1500"

@@ -56,9 +56,16 @@ def test_gd_is_the_eigen_decomposition_path(problem, key, fraction_of_edge):
     data, lam, V, w_star = problem
     eta = fraction_of_edge * 2 / lam.max()
     trace = descend(
-        LOSS, start(), data, optimizer=eta, sampling=full_batch(), steps=1000, key=key,
-        record=range(0, 1001, 20), observe=lambda p: p.w,
-    )  # fmt: skip
+        LOSS,
+        start(),
+        data,
+        optimizer=eta,
+        sampling=full_batch(),
+        steps=1000,
+        key=key,
+        record=range(0, 1001, 20),
+        observe=lambda p: p.w,
+    )
     c = V.T @ (np.asarray(start().w) - w_star)
     path = w_star + ((1 - eta * lam) ** trace.steps[:, None] * c) @ V.T
     assert np.abs(trace.observed - path).max() < 1e-10
@@ -136,9 +143,15 @@ def test_runs_side_by_side_equal_single_runs(problem, key, sampling):
 @pytest.mark.parametrize("sampling", [full_batch(), distinct(4), reshuffled(7)])
 def test_the_result_does_not_depend_on_how_a_run_is_cut(problem, key, sampling):
     run = lambda record, params=None, steps=2500: descend(
-        LOSS, params or start(), problem[0], optimizer=optax.sgd(0.01, momentum=0.5), sampling=sampling,
-        steps=steps, key=key, record=record,
-    )  # fmt: skip
+        LOSS,
+        params or start(),
+        problem[0],
+        optimizer=optax.sgd(0.01, momentum=0.5),
+        sampling=sampling,
+        steps=steps,
+        key=key,
+        record=record,
+    )
     whole = run(2)
     np.testing.assert_array_equal(run(97).params.w, whole.params.w)
     half = run(5, steps=1203)
@@ -182,9 +195,16 @@ def test_other_optimizers_run(problem, key):
 
 def test_trace_records_steps_examples_seconds_and_step_sizes(problem, key):
     trace = descend(
-        LOSS, start(), problem[0], optimizer=0.05, sampling=distinct(4), steps=10, key=key, record=range(11),
+        LOSS,
+        start(),
+        problem[0],
+        optimizer=0.05,
+        sampling=distinct(4),
+        steps=10,
+        key=key,
+        record=range(11),
         observe=lambda p: {"w": p.w, "first": p.w[0]},
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(trace.steps, np.arange(11))
     np.testing.assert_array_equal(trace.examples, 4 * np.arange(11))
     assert (np.diff(trace.seconds) > 0).all()
@@ -220,11 +240,16 @@ def test_the_core_is_pure(problem, key):
     grid = jax.jit(
         jax.vmap(
             lambda eta: trajectory(
-                LOSS, start(), data, optimizer=optax.sgd(eta), sampling=distinct(4), key=key,
+                LOSS,
+                start(),
+                data,
+                optimizer=optax.sgd(eta),
+                sampling=distinct(4),
+                key=key,
                 record=jnp.array([0, 10, 40]),
             )
         )
-    )  # fmt: skip
+    )
     params, curves = grid(etas)
     for i, eta in enumerate(etas.tolist()):
         trace = descend(LOSS, start(), data, optimizer=eta, sampling=distinct(4), steps=40, key=key, record=[0, 10, 40])
@@ -358,9 +383,15 @@ def test_small_step_is_the_lecture_rule(problem, key):
 def test_small_step_stops_each_run_by_itself(problem, key):
     keys, etas = jax.random.split(key, 2), [0.04, 0.05]
     run = lambda key, eta, params=None, steps=2000: descend(
-        LOSS, params or start(), problem[0], optimizer=eta, sampling=distinct(4), steps=steps, key=key,
+        LOSS,
+        params or start(),
+        problem[0],
+        optimizer=eta,
+        sampling=distinct(4),
+        steps=steps,
+        key=key,
         stop=small_step(2e-3),
-    )  # fmt: skip
+    )
     together = run(keys, etas)
     alone = [[run(k, eta) for k in keys] for eta in etas]
     assert together.stopped_at.tolist() == [[int(a.stopped_at) for a in row] for row in alone]
@@ -382,9 +413,15 @@ def test_a_run_stopped_by_the_rule_can_go_on(problem, key):
 
 def test_small_gradient(problem, key):
     trace = descend(
-        LOSS, start(), problem[0], optimizer=0.3, sampling=full_batch(), steps=5000, key=key,
+        LOSS,
+        start(),
+        problem[0],
+        optimizer=0.3,
+        sampling=full_batch(),
+        steps=5000,
+        key=key,
         stop=small_gradient(1e-5, every=10),
-    )  # fmt: skip
+    )
     assert trace.status == "stopped: small gradient"
     assert trace.stopped_at % 10 == 0
     norm = lambda params: float(optax.tree.norm(jax.grad(LOSS)(params, problem[0])))
@@ -405,9 +442,17 @@ def test_validation_with_patience(problem, key):
     """The metric falls until w[0] passes 2, then rises: four checks later the run ends."""
     metric = lambda params: jnp.abs(params.w[0] - 2.0)
     trace = descend(
-        LOSS, start(), problem[0], optimizer=0.02, sampling=full_batch(), steps=500, key=key, record=range(501),
-        observe=metric, stop=no_improvement(metric, patience=4, every=5),
-    )  # fmt: skip
+        LOSS,
+        start(),
+        problem[0],
+        optimizer=0.02,
+        sampling=full_batch(),
+        steps=500,
+        key=key,
+        record=range(501),
+        observe=metric,
+        stop=no_improvement(metric, patience=4, every=5),
+    )
     assert trace.status == "stopped: validation"
     checks = trace.observed[::5]
     assert trace.stopped_at == 5 * (int(np.argmin(checks)) + 4)
@@ -457,9 +502,14 @@ def bad(match, error=ValueError, **changes):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(8, 2)), rng.normal(size=8)
     options = dict(
-        loss=LOSS, params=Linear(jnp.zeros(2)), data=Batch(X, y), optimizer=0.1, sampling=distinct(2), steps=5,
+        loss=LOSS,
+        params=Linear(jnp.zeros(2)),
+        data=Batch(X, y),
+        optimizer=0.1,
+        sampling=distinct(2),
+        steps=5,
         key=jax.random.key(0),
-    )  # fmt: skip
+    )
     options.update(changes)
     with pytest.raises(error, match=match):
         # Without the tests' type hook: users get the library's own messages.
@@ -584,18 +634,30 @@ def test_a_gradient_of_exactly_zero_is_a_small_step(problem, key):
     data, _, _, w_star = problem
     flat = lambda params, batch: jnp.mean(jnp.maximum(batch.x @ params.w, 0.0)) * 0.0
     trace = descend(
-        flat, Linear(jnp.asarray(w_star)), data, optimizer=0.1, sampling=full_batch(), steps=9, key=key,
+        flat,
+        Linear(jnp.asarray(w_star)),
+        data,
+        optimizer=0.1,
+        sampling=full_batch(),
+        steps=9,
+        key=key,
         stop=small_step(1e-6),
-    )  # fmt: skip
+    )
     assert (trace.status, trace.stopped_at) == ("stopped: small step", 1)
 
 
 @pytest.mark.parametrize("runs", [None, 2])
 def test_examples_are_counted_through_a_change_of_the_batch_size(runs, problem, key):
     run = lambda params, sampling, steps: descend(
-        LOSS, params, problem[0], optimizer=0.01, sampling=sampling, steps=steps,
-        key=key if runs is None else jax.random.split(key, runs), record=3,
-    )  # fmt: skip
+        LOSS,
+        params,
+        problem[0],
+        optimizer=0.01,
+        sampling=sampling,
+        steps=steps,
+        key=key if runs is None else jax.random.split(key, runs),
+        record=3,
+    )
     first = run(start(), distinct(4), 10)
     second = run(first.state, distinct(20), 30)
     third = run(second.state, full_batch(), 31)
@@ -658,9 +720,15 @@ def test_a_loss_that_grew_is_not_said_to_have_finished(problem, key):
 def test_that_a_loss_grew_does_not_hang_on_what_is_recorded_or_on_its_sign(record, offset, problem, key):
     loss = lambda params, batch: LOSS(params, batch) + offset
     run = lambda w: descend(
-        loss, Linear(w), problem[0], optimizer=8 / problem[1].max(), sampling=full_batch(), steps=12, key=key,
+        loss,
+        Linear(w),
+        problem[0],
+        optimizer=8 / problem[1].max(),
+        sampling=full_batch(),
+        steps=12,
+        key=key,
         record=record,
-    )  # fmt: skip
+    )
     assert run(start().w).status.startswith("grew: the loss went from ")
 
 
@@ -681,9 +749,15 @@ def test_an_accumulated_batch_without_a_gradient_of_its_own_is_no_small_step(key
     for number in range(3):
         with jax.numpy_dtype_promotion("standard"):
             trace = descend(
-                hinge, jnp.asarray(2.0), batch, optimizer=optimizer, sampling=distinct(1), steps=200,
-                key=jax.random.fold_in(key, number), stop=small_step(1e-6),
-            )  # fmt: skip
+                hinge,
+                jnp.asarray(2.0),
+                batch,
+                optimizer=optimizer,
+                sampling=distinct(1),
+                steps=200,
+                key=jax.random.fold_in(key, number),
+                stop=small_step(1e-6),
+            )
         assert trace.stopped_at % 4 == 0
         assert trace.status == "finished" or trace.stopped_at >= 4
 
@@ -692,9 +766,15 @@ def test_a_rule_of_ones_own_is_judged_at_every_step(problem, key):
     optimizer = optax.MultiSteps(optax.sgd(0.05), 4).gradient_transformation()
     with jax.numpy_dtype_promotion("standard"):
         state = advance(
-            init(start(), optimizer), key, problem[0], 20, loss=LOSS, optimizer=optimizer, sampling=full_batch(),
+            init(start(), optimizer),
+            key,
+            problem[0],
+            20,
+            loss=LOSS,
+            optimizer=optimizer,
+            sampling=full_batch(),
             halt=lambda state: state.step >= 6,
-        )  # fmt: skip
+        )
     assert state.step == 6
 
 

@@ -30,9 +30,12 @@ def launched(folder, program, *arguments, processes=2):
     (folder / "program.py").write_text(program)
     return subprocess.Popen(
         [sys.executable, "-m", "jaxgrad.launch", "-n", str(processes), "--logs", "logs", "program.py", *arguments],
-        cwd=folder, env=os.environ | QUICK | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env=os.environ | QUICK | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def waiting(folder):

@@ -744,7 +744,7 @@ FAULTS = [
     (check_F16, "return sigmoid(h) - y", "return y - sigmoid(h)"),
     (check_F16, "- y * sigmoid(-h)", "- y * sigmoid(h)"),
     (check_F16, "* (s * (1 - s))", "* s"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("check", "right", "wrong"), FAULTS)

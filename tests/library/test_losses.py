@@ -100,8 +100,14 @@ def test_l2_must_be_a_finite_number(l2):
 
 # --- labels ----------------------------------------------------------------------------------------------------
 
-KINDS = [bool, *(getattr(np, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)), np.float16,
-         np.float32, np.float64, jnp.bfloat16]  # fmt: skip
+KINDS = [
+    bool,
+    *(getattr(np, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    np.float16,
+    np.float32,
+    np.float64,
+    jnp.bfloat16,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -176,9 +176,17 @@ def test_nothing_reads_on_when_a_run_is_over(folder, monkeypatch, how):
     monkeypatch.setattr(on_disk.Reader, "_fetch", slowly)
     with pytest.raises(KeyboardInterrupt) if how == "raises" else nullcontext():
         descend(
-            LOSS, START, rows, optimizer=1e-5, sampling=distinct(32), steps=100, key=jax.random.key(1), record=11,
-            stop=small_step(1e3) if how == "stops early" else None, progress=raises if how == "raises" else False,
-        )  # fmt: skip
+            LOSS,
+            START,
+            rows,
+            optimizer=1e-5,
+            sampling=distinct(32),
+            steps=100,
+            key=jax.random.key(1),
+            record=11,
+            stop=small_step(1e3) if how == "stops early" else None,
+            progress=raises if how == "raises" else False,
+        )
     assert set(threading.enumerate()) == before
     assert readers
     assert all(not reader._buffers and reader._device[1] is None for reader in readers)
@@ -266,7 +274,8 @@ def test_an_entry_that_is_not_finite_is_named_by_its_row(folder, tmp_path, table
 def test_rows_on_disk_serve_one_run(folder):
     rows = open_rows(folder, target=-1)
     with pytest.raises(ValueError, match="one run on one device"):
-        descend(LOSS, START, rows, optimizer=0.1, sampling=distinct(2), steps=1,
-                key=jax.random.split(jax.random.key(0), 2))  # fmt: skip
+        descend(
+            LOSS, START, rows, optimizer=0.1, sampling=distinct(2), steps=1, key=jax.random.split(jax.random.key(0), 2)
+        )
     with pytest.raises(ValueError, match="b = 4000"):
         descend(LOSS, START, rows, optimizer=0.1, sampling=distinct(4000), steps=1, key=jax.random.key(0))

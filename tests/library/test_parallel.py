@@ -43,11 +43,12 @@ def worker(folder, task, *, processes=1, devices=None, expect=0, **environment):
     # A machine that is busy, or suspended, is no failure; deadlocks of collectives (jax 0.10) show as timeouts.
     # One that is killed while it writes to a shared cache of compiled programs would spoil it for the other tests.
     environment = {
-        "JAXGRAD_HEARTBEAT": "80", "JAXGRAD_START_TIMEOUT": "80", "NPROC": "16", "JAX_ENABLE_COMPILATION_CACHE": "false"
-    } | environment  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | root | environment
-    )  # fmt: skip
+        "JAXGRAD_HEARTBEAT": "80",
+        "JAXGRAD_START_TIMEOUT": "80",
+        "NPROC": "16",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    } | environment
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | root | environment)
     logs = [log.read_text() for log in sorted((folder / "logs").glob("rank*.log"))]
     said = "".join(logs) or done.stderr
     assert done.returncode == expect, said
@@ -175,11 +176,18 @@ def test_the_study_in_two_processes_stops_when_asked_and_goes_on_in_one(tmp_path
         "out",
     ]
     environment = os.environ | {
-        "PYTHONPATH": str(WORKER.parents[2]), "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXGRAD_HEARTBEAT": "80"
-    }  # fmt: skip
+        "PYTHONPATH": str(WORKER.parents[2]),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAXGRAD_HEARTBEAT": "80",
+    }
     kept = tmp_path / "out" / "gd_vs_sgd" / "unfinished"
-    launched = subprocess.Popen([sys.executable, "-m", "jaxgrad.launch", "-n", "2", *study], cwd=tmp_path,
-                                env=environment, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "jaxgrad.launch", "-n", "2", *study],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     with launched:
         assert launched.stderr is not None
         for line in launched.stderr:
@@ -193,8 +201,14 @@ def test_the_study_in_two_processes_stops_when_asked_and_goes_on_in_one(tmp_path
     assert sorted(path.name for path in kept.parent.iterdir()) == ["unfinished"]
     # A tuning that nobody would find shows that it is not done again.
     np.save(kept / "own full batch tuning.npy", 1.5 * tuning)
-    done = subprocess.run([sys.executable, *study, "--resume"], cwd=tmp_path, env=environment, timeout=TIMEOUT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *study, "--resume"],
+        cwd=tmp_path,
+        env=environment,
+        timeout=TIMEOUT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = results.read(tmp_path / "out", "gd_vs_sgd", "cpu").numbers
     assert np.array_equal(found["own/full batch/tuning"], 1.5 * tuning)
@@ -369,16 +383,22 @@ def skewed(n):
 def test_the_stratified_variance_is_that_of_all_batches_there_are(counts):
     n, D = sum(counts), len(counts)
     b, batch, params = 2 * D, skewed(n), start(np.float64)
-    each = np.stack([
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.grad(LOSS)(params, Batch(x[None], y[None])))])
-        for x, y in zip(*batch, strict=True)
-    ])  # fmt: skip
+    each = np.stack(
+        [
+            np.concatenate(
+                [np.ravel(leaf) for leaf in jax.tree.leaves(jax.grad(LOSS)(params, Batch(x[None], y[None])))]
+            )
+            for x, y in zip(*batch, strict=True)
+        ]
+    )
     ends = np.cumsum(counts)
     shares = [list(itertools.combinations(range(end - count, end), 2)) for count, end in zip(counts, ends, strict=True)]
-    drawn = np.stack([
-        sum(count / n * each[list(pair)].mean(axis=0) for count, pair in zip(counts, pairs, strict=True))
-        for pairs in itertools.product(*shares)
-    ])  # fmt: skip
+    drawn = np.stack(
+        [
+            sum(count / n * each[list(pair)].mean(axis=0) for count, pair in zip(counts, pairs, strict=True))
+            for pairs in itertools.product(*shares)
+        ]
+    )
     full = each.mean(axis=0)
     np.testing.assert_allclose(drawn.mean(axis=0), full, atol=1e-13)
     exact = ((drawn - full) ** 2).sum(axis=1).mean()
@@ -469,9 +489,12 @@ def test_a_stratified_sampling_knows_its_shares():
 def test_pmean_in_shard_map_is_caught_as_a_scale(tmp_path):
     page = WORKER.parents[2] / "experiments" / "derivations" / "pmean.md"
     done = subprocess.run(
-        [sys.executable, WORKER.with_name("pmean_worker.py"), page], capture_output=True, text=True, timeout=TIMEOUT,
+        [sys.executable, WORKER.with_name("pmean_worker.py"), page],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
         env=os.environ | {"PYTHONPATH": str(WORKER.parents[2]), "JAX_ENABLE_X64": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     verdicts = json.loads(done.stdout.splitlines()[-1])
     np.testing.assert_allclose(verdicts["gradient"]["ratio"], 4, rtol=1e-12)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from experiments.engine import machine
 
 if TYPE_CHECKING:
-    from jaxgrad.checkpoint import Checkpoint
+    from jaxgrad.descent import Checkpoint
 
 CAN_STOP = hasattr(signal, "SIGSTOP")
 _making = threading.Lock()
@@ -125,7 +125,7 @@ class Session:
 
     def checkpoint(self, name: str, steps: int) -> "Checkpoint | None":
         """Where a descent of `steps` steps saves itself (20 times) or goes on from; None where nothing is kept."""
-        from jaxgrad.checkpoint import Checkpoint
+        from jaxgrad.descent import Checkpoint
 
         if self.unfinished is None:
             return None

@@ -15,13 +15,14 @@ small_steps   a loop of small steps as one function on one core
 run_tiles     many runs in one program, in tiles that fit memory
 full_pass     the full loss of rows on disk, and its gradient
 at_start      what is not finite at the start
+checkpoint    stop and resume
 identity      the fingerprint of a run, for its checkpoint
 log           what has happened to each run
 trace         what a run did: table, picture, text
 run           `descend`
 """
 
-from jaxgrad.checkpoint import Checkpoint
+from jaxgrad.descent.checkpoint import Checkpoint
 from jaxgrad.descent.full_pass import full_gradient, full_loss
 from jaxgrad.descent.objective import loss_key, recorded_key
 from jaxgrad.descent.optimizers import StepSize

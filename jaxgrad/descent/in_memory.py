@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import checkpoint as saved
 from jaxgrad import losses, parallel
+from jaxgrad.descent import checkpoint as saved
 from jaxgrad.descent import optimizers, programs, row_blocks, run_tiles
 from jaxgrad.descent.at_start import first_bad_example, not_finite_at_start
 from jaxgrad.descent.objective import Objective, loss_key

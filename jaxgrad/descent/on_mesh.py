@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgrad import checkpoint as saved
 from jaxgrad import losses, means, parallel
+from jaxgrad.descent import checkpoint as saved
 from jaxgrad.descent.in_memory import of_arrays
 from jaxgrad.descent.objective import Objective
 from jaxgrad.descent.placement import Job, Placement, check

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrad import checkpoint as saved
 from jaxgrad import checks, parallel
-from jaxgrad.checkpoint import Checkpoint
 from jaxgrad.checks import Natural, Positive, checked
+from jaxgrad.descent import checkpoint as saved
 from jaxgrad.descent import identity, optimizers, programs, run_tiles, stopping
 from jaxgrad.descent.at_start import leaf_name
+from jaxgrad.descent.checkpoint import Checkpoint
 from jaxgrad.descent.in_memory import in_memory
 from jaxgrad.descent.log import Log, of_starts
 from jaxgrad.descent.objective import Objective, hashable

@@ -320,7 +320,6 @@ def cases():
     import jaxgrad
     from jaxgrad import (
         check,
-        checkpoint,
         data,
         descent,
         lecture,
@@ -334,7 +333,7 @@ def cases():
         timing,
     )
     from jaxgrad.data.checks import check_batch
-    from jaxgrad.descent import run_tiles
+    from jaxgrad.descent import checkpoint, run_tiles
     from jaxgrad.rows import Rows, moments, open_rows
     from jaxgrad.theory import conditioning, cost, escape, least_squares, reshuffling, stopping
     from jaxgrad.types import Batch, Layer, Linear, Sampling, TwoLayer

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jaxgrad import descend, parallel
-from jaxgrad.checkpoint import Checkpoint
+from jaxgrad.descent import Checkpoint
 from jaxgrad.losses import mean_loss, softmax_cross_entropy, squared
 from jaxgrad.models import init_linear, init_two_layer, linear, two_layer
 from jaxgrad.sampling import distinct, full_batch, reshuffled

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 
 from jaxgrad import losses, models, open_rows, parallel
-from jaxgrad.checkpoint import Checkpoint
 from jaxgrad.descent import (
+    Checkpoint,
     descend,
     keep_best,
     loss_key,

@@ -15,8 +15,8 @@ import pytest
 from parallel_worker import LOSS, problem, resumable, saved, start
 
 from jaxgrad import open_rows, parallel
-from jaxgrad.checkpoint import Checkpoint, rows_hash
 from jaxgrad.descent import descend, no_improvement
+from jaxgrad.descent.checkpoint import Checkpoint, rows_hash
 from jaxgrad.fingerprints import fingerprint as _program
 from jaxgrad.losses import absolute, mean_loss
 from jaxgrad.models import linear
@@ -244,7 +244,7 @@ def test_a_second_run_on_one_checkpoint_is_refused_while_the_first_lives(tmp_pat
     path.write_bytes(stopped_at_50)
     code = """
 import sys, time
-from jaxgrad.checkpoint import Checkpoint, held
+from jaxgrad.descent.checkpoint import Checkpoint, held
 with held(Checkpoint(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

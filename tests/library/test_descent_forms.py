@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from jaxgrad import losses, models
-from jaxgrad.checkpoint import Checkpoint
 from jaxgrad.descent import (
+    Checkpoint,
     descend,
     keep_best,
     loss_key,

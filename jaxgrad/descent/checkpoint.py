@@ -1,16 +1,16 @@
-"""A run on disk, to go on from: parameters, optimizer state, step, and whose they are.
+"""A run saved on disk, to be resumed: parameters, optimizer state, step, and the fingerprint of the run.
 
-    descend(..., checkpoint=Checkpoint("run.npz", every=1000))                  # leaves one
-    descend(..., checkpoint=Checkpoint("run.npz", every=1000, resume=True))     # goes on from it, if it is there
+    descend(..., checkpoint=Checkpoint("run.npz", every=1000))                  # saves checkpoints
+    descend(..., checkpoint=Checkpoint("run.npz", every=1000, resume=True))     # resumes from the file if it exists
 
-One file, written by one process and whole or not at all (`atomic`): whoever is stopped while writing leaves the last
-one. The order of the examples needs no saving: it is a pure function of key and step. So a resumed run
-gives the same numbers, to the bit on the same number of devices.
+A checkpoint is one file, written by one process and whole or not at all (`atomic`): a run that is stopped while it
+writes leaves the last checkpoint. The order of the examples is not saved, because it is a pure function of key and
+step. So a resumed run gives the same numbers, to the bit on the same number of devices.
 
-A checkpoint knows of which run it is: of what data, loss and start, optimizer, sampling and key. Another's is refused.
+The fingerprint covers data, loss, start, optimizer, sampling and key. A checkpoint of another run is refused.
 
-One run at a time: it holds a lock on `<name>.lock` beside the file, which ends with the run, also with one that is
-killed. Where the file system has no locks (Windows, some network drives) two runs are not kept apart; each file is
+One run at a time writes to the file. It holds a lock on `<name>.lock` beside it, which ends with the run, even if it is
+killed. On file systems without locks (Windows, some network drives) two runs are not kept apart, but each file is
 still whole.
 """
 
@@ -36,17 +36,17 @@ class Checkpoint(NamedTuple):
     """Where a run saves itself, and how often."""
 
     path: str | os.PathLike[str]
-    """A file, `.npz`; it appears with the first checkpoint."""
+    """An `.npz` file; it appears with the first checkpoint."""
     every: int = 1000
-    """Steps between checkpoints. A run that is asked to stop also leaves one."""
+    """Steps between checkpoints. A run that is asked to stop also saves one."""
     resume: bool = False
-    """Go on from the file if it is there. Without this a file that is there is refused, not overwritten."""
+    """Resume from the file if it exists. Without `resume` an existing file is refused, not overwritten."""
 
 
 def save(checkpoint: Checkpoint, tree: Any, fingerprint: dict[str, str]) -> None:
-    """Write the arrays of a pytree and the fingerprint: by one process; all of them call it.
+    """Write the arrays of a pytree and the fingerprint. Every process calls it, and rank 0 writes.
 
-    Raises OSError, with the old file whole, where that fails (on the others `parallel.Elsewhere`).
+    Raises OSError if that fails (on the other processes `parallel.Elsewhere`); the old file is then whole.
     """
     if parallel.is_main():
         parallel.together(lambda: _write(Path(checkpoint.path), _archive(tree, fingerprint)))
@@ -59,7 +59,7 @@ def _archive(tree: Any, fingerprint: dict[str, str]) -> bytes:
     kinds = [str(jax.random.key_impl(leaf)) if _is_key(leaf) else "" for leaf in leaves]
     arrays = [np.asarray(jax.random.key_data(leaf) if kind else leaf) for leaf, kind in zip(leaves, kinds, strict=True)]
     names = [f"key {kind}" if kind else array.dtype.name for array, kind in zip(arrays, kinds, strict=True)]
-    # numpy cannot save the small floats that JAX adds to it (bfloat16, ...), but their bytes.
+    # NumPy cannot save the small floats of JAX (bfloat16, ...), so their bytes are saved.
     plain = [array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array for array in arrays]
     header = json.dumps({"format": _FORMAT, "fingerprint": fingerprint, "dtypes": names}, sort_keys=True)
     content = io.BytesIO()
@@ -81,9 +81,9 @@ def _reason(error: OSError) -> str:
 
 @contextmanager
 def held(checkpoint: Checkpoint | None) -> Iterator[None]:
-    """Keep other runs off a checkpoint for as long as the block: rank 0 does, all of them call it.
+    """Keep other runs from writing to a checkpoint during the block. Every process calls it, and rank 0 locks.
 
-    Raises BlockingIOError (on the others `parallel.Elsewhere`) where another run writes to it.
+    Raises BlockingIOError (on the other processes `parallel.Elsewhere`) if another run writes to it.
     """
     with ExitStack() as block:
 
@@ -171,7 +171,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def plain(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with a Path, an int and a bool; TypeError or ValueError for what is none of these."""
+    """The checkpoint with a Path, an int and a bool. Raises TypeError or ValueError for other values."""
     checks.instance("checkpoint", checkpoint, Checkpoint)
     return Checkpoint(
         checks.path("checkpoint.path", checkpoint.path),
@@ -181,7 +181,7 @@ def plain(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Raise, before anything is compiled, if no checkpoint can be written there, or one is there and not to be used."""
+    """Raise an error, before anything compiles, if the file cannot be written, or exists without `resume`."""
     checkpoint = plain(checkpoint)
     path = Path(checkpoint.path)
     if path.suffix != ".npz":
@@ -209,10 +209,10 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def rows_hash(data: Any, counts: tuple[int, ...] | None = None) -> str:
-    """A hash of all rows in their order, the same however they lie on devices.
+    """A hash of all rows in their order. It does not depend on how the rows are spread over devices.
 
-    With `counts`, of rows that are filled up (`parallel.Sharded.counts`). Each row is hashed with its number, and
-    the hashes are added: one pass where the rows are, exact whatever the order of the sum.
+    `counts` are the rows of each device for padded rows (`parallel.Sharded.counts`). Each row is hashed with its number,
+    and the hashes are added: one pass on the devices that hold the rows, exact in any order of the sum.
     """
     n = jax.tree.leaves(data)[0].shape[0]
     number = np.arange(n, dtype=np.uint32)

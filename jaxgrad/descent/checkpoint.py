@@ -211,7 +211,7 @@ def check(checkpoint: Checkpoint) -> None:
 def rows_hash(data: Any, counts: tuple[int, ...] | None = None) -> str:
     """A hash of all rows in their order. It does not depend on how the rows are spread over devices.
 
-    `counts`: the rows of each device if rows are padded (`parallel.Sharded.counts`). Each row is hashed with its number,
+    `counts`: rows of each device, if rows are padded (`parallel.Sharded.counts`). Each row is hashed with its number,
     and the hashes are added: one pass on the devices that hold the rows, exact in any order of the sum.
     """
     n = jax.tree.leaves(data)[0].shape[0]

@@ -9,6 +9,7 @@ out, for the same fault at every similar step, and for two faults at once.
 
 import itertools
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from jaxgrad.check.replay import (
 )
 from jaxgrad.check.report import Finding
 from jaxgrad.check.resized import is_mean, ratio_at
+from jaxgrad.check.source import locate
 from jaxgrad.check.steps import Program
 
 
@@ -86,9 +88,14 @@ def explain(
     wrong: Sequence[int],
     noise: float = 0.0,
     dead: Sequence[bool] = (),
+    origin: int | None = None,
 ) -> tuple[Finding, ...]:
-    """The best explanation of a wrong gradient, or one `unknown` finding for each leaf left over."""
+    """The best explanation of a wrong gradient, or one `unknown` finding for each leaf left over.
+
+    `origin`: the value of the loss whose adjoint is the first in the person's code that has a wrong factor."""
     case = _case(problem, store, evaluations, wrong, noise, dead)
+    for s in case.samples[:1]:
+        s.at.origin = origin
     case.memory["store"] = store
     found = _search(case, tuple(case.wrong))
     if found is not None:
@@ -183,13 +190,16 @@ def _case(
 
 
 def _dims(problem: Problem) -> dict[str, int]:
-    """Names for the sizes of the problem: d features, k outputs, h hidden units."""
+    """Names for the sizes of the problem: d features, k outputs, h hidden units. Whole numbers index something, and
+    have no features; without data there are neither features nor outputs."""
     dims: dict[str, int] = {}
     wide = [
         [s for i, s in enumerate(a.shape) if i != (0 if axis is None else axis)]
         for a, axis in zip(problem.data, problem.axes, strict=True)
-        if a.ndim > 1
+        if a.ndim > 1 and a.dtype.kind not in "iub"
     ]
+    if not problem.data:
+        return dims
     if wide:
         dims["d"] = wide[0][-1]
     if len(wide) > 1:
@@ -299,8 +309,8 @@ def _search(case: Case, leaves: tuple[int, ...], pairs: bool = True) -> Explanat
     """The cheapest explanation of the person's numbers on `leaves`."""
     everything = leaves == case.wrong
     best: list[Explanation] = []
-    for attempt in (_scaled_all, _moved_leaves):
-        if everything or attempt is _scaled_all:
+    for attempt in (_kept_part, _scaled_all, _moved_leaves):
+        if everything or attempt is not _moved_leaves:
             best += attempt(case, leaves)
     if best:
         return min(best, key=lambda e: e.cost)
@@ -370,6 +380,35 @@ def _split(case: Case) -> Explanation | None:
         for leaf in leaves:
             findings += list(found[leaf].findings)
     return Explanation(50.0 + sum(f.cost for f in found.values()), tuple(case.wrong), tuple(findings))
+
+
+def _kept_part(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
+    """Of a parameter that is used three times or more, in every time step say, one contribution only is kept."""
+    program = case.samples[0].program
+    findings = []
+    for leaf in leaves:
+        uses = [m for m, term in enumerate(case.terms) if _feeds(program, term, leaf)]
+        kept = [
+            m
+            for m in uses
+            if all(
+                np.any(s.shares[m][s.owner == leaf]) and _misfit(case, s, s.shares[m][None, :])[0, leaf] <= 1
+                for s in case.samples
+            )
+        ]
+        if len(uses) < 3 or not kept:
+            return []
+        first, last = uses[0] in kept, uses[-1] in kept
+        m = uses[-1] if last else kept[0]
+        which = "last" if last else "first" if first else f"number {uses.index(m) + 1}"
+        findings.append(words.kept(case.problem, case.samples[0], case.terms[m], leaf, which, len(uses)))
+    # Where all contributions are the same this is also a factor, and says less as one.
+    return [Explanation(-0.5, leaves, tuple(findings))]
+
+
+def _feeds(program: Program, term: Term, leaf: int) -> bool:
+    """Whether a step takes a leaf as it is."""
+    return program.steps[term.step].inputs[term.operand] == program.leaves[leaf]
 
 
 def _scaled_all(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
@@ -484,7 +523,11 @@ def _same_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
 
 
 _OF_LEAF: dict[str, tuple[Callable[[Any], Any], str, str]] = {
-    "theta": (lambda p: p, "extra-derivative", "times {0} itself: that is the derivative by log({0})"),
+    "theta": (
+        lambda p: p,
+        "extra-derivative",
+        "times {0} itself: that is the derivative by log({0}), or one power of {0} too many",
+    ),
     "1/theta": (lambda p: 1 / p, "missing-factor", "over {0}: the factor {0} of the chain rule is missing"),
     "exp": (np.exp, "extra-derivative", "times exp({0}): a derivative of exp too many"),
     "exp(-)": (lambda p: np.exp(-p), "missing-derivative", "over exp({0}): the derivative exp({0}) is missing"),
@@ -588,30 +631,31 @@ def _added_in_entries(case: Case, leaf: int, wrong: np.ndarray, where: np.ndarra
     sentence = (
         f"Your gradient of {case.problem.paths[leaf]} has {factor} times {case.problem.paths[leaf]} added in {spots}"
     )
-    sentence += (
-        ": the penalty of this loss does not reach there."
-        if _has_penalty(case, leaf, factor)
-        else ", which is not in this loss."
-    )
-    return [Explanation(13.6, (leaf,), (found._replace(sentence=sentence),))]
+    penalty = _penalty(case, leaf, cs)
+    if penalty is None:
+        sentence += ", which is not in this loss."
+        return [Explanation(13.6, (leaf,), (found._replace(sentence=sentence),))]
+    place = locate(case.samples[0].program, [case.terms[penalty].step])
+    inside = f", `{place.statement}` ({place.where})," if place.where else ""
+    sentence += f": the penalty of this loss{inside} does not reach there."
+    found = found._replace(sentence=sentence, where=place.where, expression=place.expression)
+    return [Explanation(13.6, (leaf,), (found,))]
 
 
-def _has_penalty(case: Case, leaf: int, factor: str) -> bool:
-    """Whether the loss itself contributes this multiple of the leaf to some other entry."""
-    s = case.samples[0]
-    theta = s.evaluation.point.leaves[leaf].reshape(-1)
-    mask = s.owner == leaf
-    if mask.sum() != theta.size:
-        return False
-    value = float(factor) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", factor) else None
-    for share in s.shares:
-        part = share[mask]
-        on = np.abs(part) > 1e-12
-        if on.any() and not on.all():
-            ratio = part[on] / theta[on]
-            if np.ptp(ratio) <= 1e-9 * abs(ratio[0]) and (value is None or abs(ratio[0] - value) <= 1e-5 * abs(value)):
-                return True
-    return False
+def _penalty(case: Case, leaf: int, sizes: Sequence[float]) -> int | None:
+    """The contribution that is this multiple of the leaf, at each point, in some of its entries and not in all."""
+    for m in range(len(case.terms)):
+        for s, c in zip(case.samples, sizes, strict=True):
+            part = s.shares[m][s.owner == leaf]
+            theta = s.evaluation.point.leaves[leaf].reshape(-1)
+            on = np.abs(part) > 1e-12
+            if part.size != theta.size or not on.any() or on.all():
+                break
+            if np.max(np.abs(part[on] - c * theta[on])) > 1e-6 * np.max(np.abs(part)):
+                break
+        else:
+            return m
+    return None
 
 
 def _cost(case: Case, m: int) -> float:
@@ -822,7 +866,9 @@ def _one_term(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         if factor is None:
             continue
         clean = bool(misfit[_untouched(case, leaves)].max() <= 1)
-        hits.append((_term_cost(case, m, factor, clean), m, factor, clean))
+        # Of a chain, the step whose own constant is the factor.
+        bonus = 0.3 if words.is_constant_step(case.samples[0], case.terms[m].step, factor) else 0.0
+        hits.append((_term_cost(case, m, factor, clean) - bonus, m, factor, clean))
     if not hits:
         return []
     cost, m, factor, clean = min(hits)
@@ -981,7 +1027,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     order = sorted(groups.values(), key=lambda ms: (not _is_named(case, ms[0]), case.faults[ms[0]].cost))
     hits = []
     tried: set[tuple[int, ...]] = set()
-    replays = 0
+    replays, deadline = 0, time.thread_time() + 0.5
     for members in order:
         # Pieces that overlap describe one step twice: keep disjoint ones.
         chosen: list[int] = []
@@ -999,7 +1045,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         )
         if linear > 1:
             replays += 1
-            if replays > 60 or not _replayed(case, chosen, leaves):
+            if (replays > 60 and time.thread_time() > deadline) or not _replayed(case, chosen, leaves):
                 continue
         hits.append((case.faults[chosen[0]].cost - 0.1 * len(chosen), chosen))
         break
@@ -1025,12 +1071,17 @@ def _repeated(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         # The operands of a step in a loop that do not depend on the parameters at first send nothing.
         for factor, weight in (("0", 0.0), ("-1", -1.0), ("2", 2.0), ("1/2", 0.5)):
             if _weighted(case, members, weight, leaves):
-                hits.append((_term_cost(case, members[-1], factor, True), members, factor))
+                hits.append((_term_cost(case, members[-1], factor, True), members, factor, ""))
                 break
+        else:
+            for but, some in (("last", members[:-1]), ("first", members[1:])) if len(members) > 2 else ():
+                if _weighted(case, some, 0.0, leaves):
+                    hits.append((1.0 + _term_cost(case, members[-1], "0", True), some, "0", but))
+                    break
     if not hits:
         return []
-    cost, members, factor = min(hits)
-    found = words.repeated(case.problem, s, [case.terms[m] for m in members], factor, leaves)
+    cost, members, factor, but = min(hits)
+    found = words.repeated(case.problem, s, [case.terms[m] for m in members], factor, leaves, but)
     return [Explanation(14.0 + cost, leaves, (found,))]
 
 
@@ -1232,31 +1283,38 @@ def _slices(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             if found is None:
                 continue
             weights, overall = found
-            key = (axis, *(round(10 * w) for w in weights[0]))
+            strange = _reaches_others(case, m, leaves)
+            key = (strange, axis, *(round(10 * w) for w in weights[0]))
             if key in seen:
                 continue
             seen.add(key)
-            hits.append((-term.step, m, axis, weights, overall))
+            hits.append((strange, -term.step, m, axis, weights, overall))
     if not hits:
         return []
-    _, m, axis, weights, overall = min(hits, key=lambda h: h[0])
+    # Weights at a step that also feeds leaves which are right are a strange mistake.
+    strange, _, m, axis, weights, overall = min(hits, key=lambda h: h[:2])
     s = case.samples[0]
     n_axis = [
         t.program.avals[t.program.steps[case.terms[m].step].inputs[case.terms[m].operand]].shape[axis]
         for t in case.samples
     ]
     by_rows = len(set(n_axis)) > 1 or n_axis[0] == s.evaluation.point.n
-    findings = [words.sliced(case.problem, s, case.terms[m], weights, by_rows, leaves)]
-    # Weights at a step that also feeds leaves which are right are a strange mistake.
-    strange = not by_rows and any(
+    partial = not strange and len(leaves) < len(case.problem.leaves)
+    findings = [words.sliced(case.problem, s, case.terms[m], weights, by_rows, leaves, partial)]
+    if overall not in (None, "1"):
+        findings.append(words.scale(case.problem, s, overall, None, leaves))
+    cost = 28.0 if not strange else 32.0 if by_rows else 200.0
+    return [Explanation(cost, leaves, tuple(findings))]
+
+
+def _reaches_others(case: Case, m: int, leaves: Sequence[int]) -> bool:
+    """Whether a contribution also reaches leaves that are not among these."""
+    return any(
         np.linalg.norm(t.shares[m][t.owner == i]) > 1e-9 * np.linalg.norm(t.true)
         for t in case.samples
         for i in range(len(case.problem.leaves))
         if i not in leaves
     )
-    if overall not in (None, "1"):
-        findings.append(words.scale(case.problem, s, overall, None, leaves))
-    return [Explanation(200.0 if strange else 28.0, leaves, tuple(findings))]
 
 
 def _slice_weights(

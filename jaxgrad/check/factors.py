@@ -47,6 +47,8 @@ def name_factor(samples: Sequence[tuple[int | None, float]], dims: Mapping[str, 
         forms = forms[:1]
     best: tuple[float, str] | None = None
     for number, (top, bottom, function) in enumerate(forms):
+        if single and number > 6 and "n" not in (top, bottom):
+            continue  # seen at one n alone, n - 1 is any number
         if any(n is None or (n < 2 and number > 6) for n in sizes) and number > 0:
             continue
         rest = np.asarray([v / function(n) if number else v for n, v in samples])
@@ -59,6 +61,8 @@ def name_factor(samples: Sequence[tuple[int | None, float]], dims: Mapping[str, 
                 return f"{base:.6g}" if number == 0 else _with_n(base, top, bottom)
             continue
         cost, sign, tops, bottoms = named
+        if number > 6 and (set(tops) | set(bottoms)) & set(dims):
+            continue  # n - 1 and a dimension at once: a number that happens to be equal to it
         text = sign + _join([t for t in (*tops, top) if t], [b for b in (*bottoms, bottom) if b])
         total = cost + (0.0 if number == 0 else 0.5 + 0.5 * number if single else 0.1)
         if best is None or total < best[0]:

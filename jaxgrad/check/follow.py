@@ -417,8 +417,8 @@ class _Search:
                 "and every gradient that is made from it has it."
             ).replace("  ", " ")
         line, text = self.place(link.event, link.output.path, leaf)
-        found = WrongLine(link.event.statement.file, line, text, variable, target, (), sentence)
-        return link.order, found
+        file = link.event.statement.file
+        return link.order, WrongLine(file, line, text, variable, target, (), sentence, True, link.slot)
 
     def chain(self, leaf: int, factor: float) -> list["_Link"]:
         """The adjoints from which a leaf is made, each with its factor, the first one first."""
@@ -457,6 +457,9 @@ class _Search:
             found = [f for f in status.found if f.label[0] == "adjoint" and f.axis is None]
             if not found or found[0].label[1] in self.points[0].facts.program.leaves:
                 continue
+            named = _bare(text) in [self.bare_name(f.label[1]) for f in found if abs(f.factor - 1) > 1e-9]
+            if abs(link.factor - 1) > 1e-9 and any(abs(f.factor - 1) < 1e-9 for f in found) and not named:
+                continue  # it is right as the adjoint of something: the factor comes in behind it
             plain = any(f.label[0] == "value" and abs(abs(f.factor) - 1) < 1e-9 for f in status.found)
             if plain and not _is_derivative(text):
                 continue
@@ -466,6 +469,10 @@ class _Search:
                         best = self.nicest(found)
                         return _Link(order, events[order], output, int(best.label[1]), best.factor, text)
         return None
+
+    def bare_name(self, slot: int) -> str:
+        """How a value of the loss is called, as `_bare` gives it."""
+        return name_of(self.problem, self.points[0].facts.program, slot).lower().replace("_", "")
 
     def nicest(self, found: Sequence[Found]) -> Found:
         program = self.points[0].facts.program

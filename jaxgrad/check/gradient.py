@@ -742,7 +742,7 @@ def _explain(
         return [words.unknown(problem, None)]
     line = follow.first_wrong_line(problem, store, search, seen, tol.noise)
     lines += [] if line is None else [line]
-    return list(diagnosis.explain(problem, store, search, seen, tol.noise, dead))
+    return list(diagnosis.explain(problem, store, search, seen, tol.noise, dead, None if line is None else line.origin))
 
 
 def _quiet_digits(problem: Problem, store: Kernel, e: Evaluation) -> bool:

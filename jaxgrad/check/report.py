@@ -59,6 +59,8 @@ class WrongLine(NamedTuple):
     sentence: str
     certain: bool = True
     """Whether it is this line, and not one that makes what it reads."""
+    origin: int | None = None
+    """The value of the loss (its slot) whose adjoint is the first that has a wrong factor, where that is shown."""
 
     @property
     def where(self) -> str:

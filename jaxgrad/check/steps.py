@@ -64,6 +64,7 @@ NAMED = frozenset(_NAMED.split())
 """Library functions that count as one step, because a derivation has one formula for their derivative."""
 
 OPENED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+_SHAPES = ("reshape", "transpose", "squeeze", "convert_element_type")
 _MOST_UNROLLED = 400
 """A scan of more steps than this, all time steps together, stays one step."""
 
@@ -110,6 +111,7 @@ def flatten(closed: Any, n_leaves: int, opened: bool = True, named: bool = True)
     avals: list[Any] = []
     constants: dict[int, Any] = {}
     steps: list[Step] = []
+    shaped: dict[Any, list[int]] = {}
 
     def slot(aval: Any) -> int:
         avals.append(aval)
@@ -220,9 +222,16 @@ def flatten(closed: Any, n_leaves: int, opened: bool = True, named: bool = True)
             if opened and primitive == "cond":
                 names.update(zip(eqn.outvars, selected(eqn, arguments, step), strict=True))
                 continue
+            # `jnp.vdot(w, w)` lays w out flat twice: one value, or a square would look like a product of two.
+            again = (primitive, step.inputs, repr(eqn.params), frames, moment) if primitive in _SHAPES else None
+            if again is not None and again in shaped:
+                names.update(zip(eqn.outvars, shaped[again], strict=True))
+                continue
             outputs = [slot(v.aval) for v in eqn.outvars]
             names.update(zip(eqn.outvars, outputs, strict=True))
             steps.append(step._replace(outputs=tuple(outputs)))
+            if again is not None:
+                shaped[again] = outputs
         return [read(atom) for atom in jaxpr.outvars]
 
     consts = [constant(c, v.aval) for c, v in zip(closed.consts, closed.jaxpr.constvars, strict=True)]

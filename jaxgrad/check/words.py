@@ -52,7 +52,9 @@ def scale(problem: Problem, s: Any, factor: str, leaf: int | None, leaves: Seque
     """The gradient, or one leaf of it, times one factor."""
     path = None if leaf is None or len(problem.paths) == 1 else problem.paths[leaf]
     whose = "Your gradient" if path is None else f"Your gradient of {path}"
+    named = constant_step(s, factor, leaves) if path is not None else None
     place = _scale_place(s, factor, leaves) if path is None else _use_of(s, leaves[0])
+    place = place if named is None else locate(s.program, [named])
     at = f" (`{place.expression}`, {place.where})" if place.where else ""
     if path is None and len(leaves) < len(problem.paths):
         whose = f"Your gradient of {', '.join(problem.paths[i] for i in leaves)}"
@@ -111,13 +113,67 @@ def _scale_reason(factor: str, at: str, mean: bool | None) -> str:
     return f"A constant factor is missing or too many{at}." if at else "A constant factor is missing or too many."
 
 
+def constant_step(s: Any, factor: str, leaves: Sequence[int]) -> int | None:
+    """The one step on the way of all these leaves that multiplies by a number of which the factor is the inverse,
+    or the number itself: a mean over four words, a time step, the root of a dimension. None if there are several."""
+    steps = [k for k in _shared_steps(s, leaves) if is_constant_step(s, k, factor)]
+    return max(steps) if len({locate(s.program, [k]).where for k in steps}) == 1 else None
+
+
+def is_constant_step(s: Any, k: int, factor: str) -> bool:
+    """Whether a step multiplies or divides by a number of which the factor is the inverse, or the number itself."""
+    program: Program = s.program
+    step, value = program.steps[k], _number(factor)
+    if value is None or value in (0.0, 1.0) or step.primitive not in ("mul", "div") or len(step.inputs) != 2:
+        return False
+    for i, slot in enumerate(step.inputs):
+        if slot in program.varying or slot not in s.at.values or (step.primitive == "div" and i == 0):
+            continue
+        held = np.unique(s.at.values[slot])
+        size = float(held[0]) if held.size == 1 and held.dtype.kind in "fiu" else 0.0
+        if size and min(abs(value * size - 1), abs(value / size - 1)) < 1e-9:
+            return True
+    return False
+
+
+def _number(factor: str) -> float | None:
+    """The absolute value of a factor that is a plain number or a fraction of two."""
+    top, _, bottom = factor.lstrip("-").partition("/")
+    try:
+        return float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
 def _scale_place(s: Any, factor: str, leaves: Sequence[int]) -> Where:
-    """The last step whose own derivative is the missing or extra factor; else where the leaf is used."""
+    """The last step whose own derivative is the missing or extra factor; else where the leaf is used.
+
+    Where no step could be it, the one that takes the value whose adjoint has the factor first in the person's code,
+    if that is known."""
+    program: Program = s.program
+    two = factor.lstrip("-") in ("2", "1/2")
+    named = constant_step(s, factor, leaves)
+    if named is not None and not two:
+        return locate(program, [named])
+    steps = _steps_with_factor(s, factor, leaves)
+    users = [k for k, step in enumerate(program.steps) if s.at.origin in step.inputs and step.frames]
+    on_path = _shared_steps(s, leaves)
+    subs = [k for k in on_path if program.steps[k].primitive == "sub"] if factor == "-1" else []
+    halves = [k for k in on_path if program.steps[k].primitive == "mul"] if two else []
+    own = [k for k in users if is_constant_step(s, k, factor)]
+    for chosen in (own[-1:], steps[:1], [] if named is None else [named], subs[-1:], users[-1:], halves[-1:]):
+        if chosen:
+            return locate(program, chosen)
+    return locate(program, on_path[-1:]) if on_path else NOWHERE
+
+
+def _steps_with_factor(s: Any, factor: str, leaves: Sequence[int]) -> list[int]:
+    """The steps, last one first, whose own derivative has the factor: a square for 2, a difference for -1."""
     program: Program = s.program
     bare = factor.lstrip("-")
     names: tuple[str, ...] = ()
     if bare == "1" and factor.startswith("-"):
-        names = ("sub", "neg", "inv", "cos")
+        names = ("sub", "neg", "inv", "solve", "cos")
     elif bare in ("2", "1/2"):
         names = ("integer_pow", "square", "pow")
     elif "n" in bare or bare in ("d", "k", "h", "1/d", "1/k", "1/h"):
@@ -128,23 +184,24 @@ def _scale_place(s: Any, factor: str, leaves: Sequence[int]) -> Where:
     if bare in ("2", "1/2") and not any(program.steps[k].primitive in names for k in on_path):
         # Every leaf may have a square of its own.
         on_path = sorted({k for leaf in leaves for k in _shared_steps(s, [leaf])})
+    found = []
     for k in reversed(on_path):
         step = program.steps[k]
         if step.primitive not in names:
             continue
         if step.primitive == "sub" and step.inputs[1] not in program.moving and factor == "-1":
             continue
+        if step.primitive == "solve" and step.inputs[0] not in program.moving:
+            continue
         if step.primitive == "div" and step.inputs[1] in program.varying:
             continue
-        return locate(program, [k])
-    halves = [k for k in on_path if program.steps[k].primitive == "mul"]
-    if bare in ("2", "1/2") and halves:
-        return locate(program, [halves[-1]])
-    if factor == "-1":
-        subs = [k for k in on_path if program.steps[k].primitive == "sub"]
-        if subs:
-            return locate(program, [subs[-1]])
-    return locate(program, [on_path[-1]]) if on_path else NOWHERE
+        found.append(k)
+    number = _number(factor)
+    for k in reversed(on_path) if number is not None and not found else ():
+        lengths = program.steps[k].params.get("fft_lengths", ())
+        if any(abs(number * size - 1) < 1e-9 or abs(number / size - 1) < 1e-9 for size in lengths):
+            found.append(k)
+    return found
 
 
 def _shared_steps(s: Any, leaves: Sequence[int]) -> list[int]:
@@ -198,6 +255,18 @@ def zero(problem: Problem, s: Any, leaf: int | None, leaves: Sequence[int]) -> F
     return Finding("missing-term", path, None, place.where, place.expression, sentence)
 
 
+def kept(problem: Problem, s: Any, t: Term, leaf: int, which: str, count: int) -> Finding:
+    """One of several contributions is kept and the others are left out."""
+    place, path = locate(s.program, [t.step]), problem.paths[leaf]
+    inside = f", in `{place.statement or place.expression}` ({place.where})," if place.where else ""
+    sentence = (
+        f"{path} is used {count} times, and of its contributions only that of the {which}{inside} is kept: the others "
+        "are left out. Add them up."
+    )
+    path = path if len(problem.paths) > 1 else None
+    return Finding("missing-term", path, None, place.where, place.expression, sentence)
+
+
 def moved(problem: Problem, s: Any, leaf: int, name: str) -> Finding:
     place = _use_of(s, leaf)
     path = problem.paths[leaf]
@@ -232,8 +301,66 @@ def _only(problem: Problem, leaves: Sequence[int], restricted: bool) -> str:
     return f" (in the gradient of {', '.join(problem.paths[i] for i in leaves)} only)"
 
 
+def _times_itself(problem: Problem, s: Any, f: Fault, leaves: Sequence[int], restricted: bool) -> Finding | None:
+    """An adjoint multiplied by its own value, where a derivative divides by that value: the division is left out."""
+    program: Program = s.program
+    k = f.members[-1]
+    slot = program.steps[k].outputs[0]
+    value = spelled(problem, s, slot)
+    users = [(u, i) for u, step in enumerate(program.steps) for i, x in enumerate(step.inputs) if x == slot]
+    below = [u for u, i in users if program.steps[u].primitive == "div" and i == 1]
+    powers = [u for u, _ in users if program.steps[u].primitive == "integer_pow"]
+    inverse = [u for u in powers if program.steps[u].params["y"] < 0]
+    products = [u for u, _ in users if program.steps[u].primitive == "reduce_prod"]
+    kind = "missing-factor"
+    if users and len(below) + len(inverse) == len(users):
+        place = locate(program, (below or inverse)[-1:])
+        what = f"the derivative of 1/v by v = `{value}` is -1/v^2, and one factor 1/v of it is left out"
+    elif users and len(powers) == len(users):
+        place, kind = locate(program, powers[-1:]), "wrong-derivative"
+        what = f"the exponent is not lowered: the derivative of v^k by v = `{value}` is k v^(k-1), and you kept v^k"
+    elif users and len(products) == len(users):
+        place = locate(program, products[-1:])
+        what = f"the derivative of a product by one factor is the product of the others: divide by `{value}`"
+    elif program.steps[k].primitive == "sqrt":
+        place = locate(program, [k])
+        what = f"the derivative of the root divides by the root itself, `{value}`, and that is left out"
+    else:
+        return None
+    at = f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+    sentence = f"In {at} {what}" + _only(problem, leaves, restricted) + "."
+    leaf = _one_leaf(problem, leaves, restricted)
+    return Finding(kind, leaf, None, place.where, place.expression, sentence)
+
+
+def _by_signs(problem: Problem, s: Any, f: Fault, leaves: Sequence[int], restricted: bool) -> Finding | None:
+    """An adjoint multiplied by something that is 1 or -1 everywhere, labels say: it is missing, or there twice."""
+    program: Program = s.program
+    slot = program.steps[f.members[-1]].outputs[0]
+    if set(np.unique(s.at.values[f.detail[1]])) != {-1.0, 1.0}:
+        return None
+    users = [k for k, step in enumerate(program.steps) if slot in step.inputs and step.frames]
+    place = locate(program, users[-1:] or f.members)
+    at = f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+    value, other = spelled(problem, s, slot), spelled(problem, s, f.detail[1])
+    sentence = (
+        f"In {at} the factor `{other}` is missing or there twice, going back to `{value}` (it is 1 or -1, so the two "
+        "are the same)" + _only(problem, leaves, restricted) + "."
+    )
+    leaf = _one_leaf(problem, leaves, restricted)
+    return Finding("missing-factor", leaf, None, place.where, place.expression, sentence)
+
+
 def fault(problem: Problem, s: Any, f: Fault, leaves: Sequence[int], restricted: bool) -> Finding:
     """One faulty step."""
+    if f.kind == "extra-derivative" and f.detail[0] == "value":
+        told = _times_itself(problem, s, f, leaves, restricted)
+        if told is not None:
+            return told
+    if f.detail and f.detail[0] == "mask":
+        told = _by_signs(problem, s, f, leaves, restricted)
+        if told is not None:
+            return told
     place = place_of(s, f)
     sentence = _fault_sentence(problem, s, f, place) + _only(problem, leaves, restricted)
     kind = f.kind
@@ -444,7 +571,8 @@ def term(problem: Problem, s: Any, t: Term, factor: str, leaves: Sequence[int], 
         maker = next((k for k, m in enumerate(program.steps) if slot in m.outputs), None)
         if maker is not None and program.steps[maker].frames:
             made = locate(program, [maker])
-            if made.where:
+            # A variable made in a statement of its own is left out where it is added.
+            if made.where and made.statement == place.statement:
                 place = made
     whole = f"`{place.statement or place.expression}` ({place.where})" if place.where else "the loss"
     only = _only(problem, leaves, restricted)
@@ -461,11 +589,15 @@ def term(problem: Problem, s: Any, t: Term, factor: str, leaves: Sequence[int], 
     return Finding("scaled-term", leaf, factor, place.where, place.expression, sentence)
 
 
-def repeated(problem: Problem, s: Any, terms: Sequence[Term], factor: str, leaves: Sequence[int]) -> Finding:
-    """A contribution that is wrong wherever its step comes."""
+def repeated(
+    problem: Problem, s: Any, terms: Sequence[Term], factor: str, leaves: Sequence[int], but: str = ""
+) -> Finding:
+    """A contribution that is wrong wherever its step comes, or everywhere `but` the first or last time."""
     found = term(problem, s, terms[-1], factor, leaves, restricted=False)
     looped = any(s.program.steps[t.step].moment for t in terms)
     where = "at every time step" if looped else f"each of the {len(terms)} times that this line runs"
+    if but:
+        where = f"at every time step but the {but}" if looped else f"each time that this line runs but the {but}"
     sentence = re.sub(r"(is left out|has the wrong sign|what it should be)", rf"\1 {where}", found.sentence, count=1)
     return found._replace(sentence=sentence)
 
@@ -565,10 +697,20 @@ def class_slice(problem: Problem, s: Any, leaves: Sequence[int], axis: int, inde
     return Finding("negated-term", path, "-1", place.where, place.expression, sentence)
 
 
-def sliced(problem: Problem, s: Any, t: Term, weights: Sequence[Any], by_rows: bool, leaves: Sequence[int]) -> Finding:
-    """Examples or classes with the wrong weight."""
+def sliced(
+    problem: Problem,
+    s: Any,
+    t: Term,
+    weights: Sequence[Any],
+    by_rows: bool,
+    leaves: Sequence[int],
+    partial: bool = False,
+) -> Finding:
+    """Examples or classes with the wrong weight; `partial`: in some leaves only, so on the way on from the value."""
     program: Program = s.program
-    place = locate(program, [t.step])
+    slot = program.steps[t.step].inputs[t.operand]
+    maker = next((k for k, step in enumerate(program.steps) if slot in step.outputs and step.frames), None)
+    place = locate(program, [t.step if maker is None or not partial else maker])
     w = weights[0]
     odd = np.nonzero(np.abs(w - 1) > 1e-5)[0]
     value = float(w[odd[0]])

@@ -2,6 +2,7 @@
 
 import pytest
 import test_check_gradient as zoo
+import test_check_reported_derivations as derivations
 import test_check_reported_steps as steps
 import test_check_reported_wholes as wholes
 
@@ -19,6 +20,17 @@ STEPS = {
     "Adjoint": "relu_by_adjoint",
     "Side": "leaky_other_slope",
     "Swapped": "leaky_swapped",
+}
+DERIVATIONS = {
+    "Chain": "dropout_forgotten_on_the_way_back",
+    "Skipped": "unseen_entries_count",
+    "Count": "padding_counted_in_the_mean",
+    "Unmasked": "everybody_stays_at_risk",
+    "Cumulated": "running_sum_not_turned",
+    "Bypass": "entropy_past_the_softmax",
+    "Exponent": "exponent_by_the_power_rule",
+    "Slope": "logarithm_for_digamma",
+    "Conjugate": "error_not_conjugated",
 }
 WHOLES = {
     "_repeated": "carry_missing_with_a_loss_at_every_step",
@@ -62,6 +74,18 @@ def test_a_class_of_mistakes_is_needed(name, monkeypatch):
     assert fails(steps.test_the_cause_and_its_line_are_named, STEPS[name])
 
 
+@pytest.mark.parametrize("name", DERIVATIONS)
+def test_a_class_is_needed_for_a_derivation(name, monkeypatch):
+    every = faults.rarer
+    monkeypatch.setattr(faults, "rarer", lambda at: tuple(m for m in every(at) if type(m).__name__ != name))
+    assert fails(derivations.test_the_mistake_is_named_where_it_is, DERIVATIONS[name])
+
+
+def test_one_kept_contribution_is_needed(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_kept_part", lambda case, leaves: [])
+    assert fails(derivations.test_the_mistake_is_named_where_it_is, "rate_of_one_step_only")
+
+
 def test_the_step_of_a_fixed_point_is_needed(monkeypatch):
     every = faults.rarer
     monkeypatch.setattr(faults, "rarer", lambda at: tuple(m for m in every(at) if type(m).__name__ != "OneStep"))
@@ -75,7 +99,7 @@ def test_every_class_of_mistakes_is_asked_for():
         for cls in vars(module).values()
         if isinstance(cls, type) and cls.__module__ == module.__name__
     }
-    assert classes == {*STEPS, "OneStep"}
+    assert classes == {*STEPS, *DERIVATIONS, "OneStep"}
 
 
 @pytest.mark.parametrize("name", WHOLES)

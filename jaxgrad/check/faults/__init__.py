@@ -194,6 +194,15 @@ _FAMILIES = ({"sigmoid", "tanh", "relu", "softplus"}, {"abs", "square", "relu"},
 
 def implausibility(fault: Fault, program: Program, todo: Plan, at: Replay) -> float:
     """How much more far-fetched a fault is at these values than its kind: nobody takes log(1 - p) for a relu."""
+    if fault.piece >= 0 and fault.detail[0] == "identity":
+        piece = todo.pieces[fault.piece]
+        families = jacobians.family_of(at.values[piece.start], at.values[piece.end])
+        # A log-softmax does pass the adjoint on, and something more: that is for `jacobians` to say.
+        return 9.0 if any(name == "log_softmax" for name, _ in families) else 0.0
+    if fault.detail and fault.detail[0] == "mask":
+        # Other numbers than 0 and 1, or than 1 and -1, are no mask.
+        kinds = set(np.unique(at.values[fault.detail[1]]))
+        return 0.0 if kinds <= {0.0, 1.0} or kinds == {-1.0, 1.0} else 9.0
     if fault.piece < 0 or not todo.pieces[fault.piece].elementwise or fault.kind == "missing-derivative":
         return 0.0
     piece = todo.pieces[fault.piece]
@@ -205,13 +214,17 @@ def implausibility(fault: Fault, program: Program, todo: Plan, at: Replay) -> fl
     name = program.steps[max(fault.members)].name
     extra = 0.0
     if known is None and len(fault.members) > 1:
-        extra += 1.2
+        # the derivative of another function for that of a whole chain: some step of it was left out
+        extra += 9.0 if fault.kind == "wrong-derivative" and fault.detail[0] in _BY_NAME else 1.2
     if fault.kind == "wrong-derivative" and any(fault.detail[0] == k.name for k in KNOWN):
         mine = known.name if known is not None else name
         mine = "relu" if len(fault.members) == 1 and mine in NAMED else mine
         family = any(mine in f and fault.detail[0] in f for f in _FAMILIES)
         extra += 0.0 if family else 2.0
         extra += 1.0 if mine == "sigmoid" and fault.detail[0] == "softplus" else 0.0  # that is a itself
+    if fault.kind == "wrong-argument" and known is not None:
+        # Nobody takes 2 z at z^2: a function has to have a derivative that is written with its output.
+        extra += 0.0 if known.from_output is not None and known.name not in ("exp", "sqrt") else 2.5
     if fault.kind in ("wrong-value", "missing-factor") and fault.detail[0] in ("formula", "half"):
         extra += 0.0 if known is not None and known.name in ("sigmoid", "tanh") else 2.0
     return extra

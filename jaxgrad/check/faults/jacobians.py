@@ -390,7 +390,7 @@ class Jacobian:
         total, mean = _sums(self.over)
         with np.errstate(all="ignore"):
             if self.name == "right":
-                new = _right(self.family, x, a, d, total, mean)
+                new = _right(self.family, x, a, d, total, mean, _s(x, a, _sums(self.axes)[1]))
             else:
                 new = FAMILIES[self.family][self.name][3](x, a, d, total, mean)
         return {self.start: new - _back(at, self.start, self.end, self.members, d)}
@@ -405,14 +405,14 @@ class Jacobian:
         return f"In {say.at(self.members[-1])} the Jacobian of {what} is wrong: {wrong}; {_TRUE[self.family]}"
 
 
-def _right(family: str, x: Any, a: Any, d: Any, S: Callable[[Any], Any], M: Callable[[Any], Any]) -> Any:
+def _right(family: str, x: Any, a: Any, d: Any, S: Callable[[Any], Any], M: Callable[[Any], Any], s: Any) -> Any:
     if family == "softmax":
         return a * (d - S(a * d))
     if family == "log_softmax":
         return d - np.exp(a) * S(d)
     if family == "normalised":
         return (d - a * S(a * d) * _per(a, S)) * a / x
-    return (d - M(d) - a * M(a * d)) * _s(x, a, M)
+    return (d - M(d) - a * M(a * d)) * s
 
 
 def _sums(axes: tuple[int, ...]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:

@@ -75,6 +75,8 @@ class At:
         self._inputs = (leaves, data)
         self.mean: bool | None = None
         """Whether the loss is a mean over the examples or a sum, where that was asked."""
+        self.origin: int | None = None
+        """The value whose adjoint is the first in the person's code that has a wrong factor, where that is known."""
 
     @cached_property
     def values(self) -> dict[int, Any]:

@@ -81,6 +81,130 @@ class Partner:
         )
 
 
+_POWERS = {
+    "power rule": (
+        "wrong-derivative",
+        "you used the power rule, the exponent times the base to one less: that is the derivative by the base",
+    ),
+    "no log": ("missing-factor", "the factor log(base) is missing"),
+    "log only": ("missing-factor", "the power itself is missing: you kept only log(base)"),
+    "log exponent": ("wrong-value", "you took the logarithm of the exponent where that of the base belongs"),
+}
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """The derivative of base ** exponent by the exponent, in a form that people take for it."""
+
+    step: int
+    how: str
+    cost: float = 0.9
+    free: bool = False
+
+    @property
+    def kind(self) -> str:
+        return _POWERS[self.how][0]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.step,)
+
+    def change(self, at: At) -> Change:
+        step = at.program.steps[self.step]
+        adjoint, sent = at.out(self.step), at.contribution(self.step, 1)
+        if adjoint is None or sent is None:
+            return None
+        x, b = at.values[step.inputs[0]], at.values[step.inputs[1]]
+        with np.errstate(all="ignore"):
+            slope = {
+                "power rule": lambda: b * x ** (b - 1),
+                "no log": lambda: x**b,
+                "log only": lambda: np.log(x),
+                "log exponent": lambda: x**b * np.log(b),
+            }[self.how]()
+            new = adjoint * slope
+        new = new if np.shape(new) == np.shape(sent) else np.sum(new)
+        return {step.inputs[1]: new - sent} if np.all(np.isfinite(new)) else None
+
+    def sentence(self, say: Say, factor: str | None) -> str:
+        del factor
+        return (
+            f"In {say.at(self.step)} the derivative by the exponent `{say.operand(self.step, 1)}` is wrong: "
+            f"{_POWERS[self.how][1]}; it is base^exponent * log(base)"
+        )
+
+
+@dataclass(frozen=True)
+class Count:
+    """The number of all entries where the loss divides by a number of the data: a masked mean taken for a mean."""
+
+    step: int
+    how: str
+    """`summed`: all entries that are summed into one; `all`: of the whole array; `first`: the examples."""
+    kind: str = "wrong-value"
+    cost: float = 1.0
+    free: bool = False
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.step,)
+
+    def change(self, at: At) -> Change:
+        step, sent = at.program.steps[self.step], at.contribution(self.step, 0)
+        maker = at.makers.get(step.inputs[0])
+        made = None if maker is None else at.program.steps[maker]
+        if sent is None or made is None or made.primitive not in ("reduce_sum", "dot_general"):
+            return None
+        shape = at.shape(made.inputs[0])
+        counted = {"summed": [shape[i] for i in made.params.get("axes", ())], "all": shape, "first": shape[:1]}
+        count = float(np.prod(counted[self.how]))
+        with np.errstate(all="ignore"):
+            return {step.inputs[0]: sent * (at.values[step.inputs[1]] / count - 1)}
+
+    def sentence(self, say: Say, factor: str | None) -> str:
+        del factor
+        what = {
+            "summed": "the number of all that is summed",
+            "all": "the number of all entries",
+            "first": "the number of examples",
+        }
+        return f"In {say.at(self.step)} you divided by {what[self.how]} where `{say.operand(self.step, 1)}` belongs"
+
+
+@dataclass(frozen=True)
+class Conjugate:
+    """A product of complex values with one of the two conjugated on the way back, or not conjugated."""
+
+    step: int
+    operand: int
+    adjoint: bool
+    kind: str = "wrong-value"
+    cost: float = 1.0
+    free: bool = False
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.step,)
+
+    def change(self, at: At) -> Change:
+        step = at.program.steps[self.step]
+        back, sent = at.out(self.step), at.contribution(self.step, self.operand)
+        if back is None or sent is None:
+            return None
+        other = at.values[step.inputs[1 - self.operand]]
+        instead = {} if self.adjoint else {1 - self.operand: np.conj(other)}
+        new = at.pulled(self.step, self.operand, np.conj(back) if self.adjoint else back, instead)
+        return None if new is None else {step.inputs[self.operand]: new - sent}
+
+    def sentence(self, say: Say, factor: str | None) -> str:
+        del factor
+        what = "the adjoint" if self.adjoint else f"`{say.operand(self.step, 1 - self.operand)}`"
+        return (
+            f"In {say.at(self.step)} {what} is conjugated on the way back to `{say.operand(self.step, self.operand)}` "
+            "and must not be, or the other way round: of the two factors one is conjugated"
+        )
+
+
 def _remade(at: At, slot: int) -> Array | None:
     """A value made with the opposite operation."""
     maker = at.makers.get(slot)
@@ -279,6 +403,12 @@ class OtherEnd:
 
 def found(at: At) -> Iterator[Mistake]:
     for k, step in enumerate(at.program.steps):
+        if step.primitive == "pow" and step.inputs[1] in at.program.moving:
+            for how in _POWERS:
+                yield Exponent(k, how)
+        if step.primitive == "div" and step.inputs[1] in at.program.varying - at.program.moving:
+            for how in ("summed", "all", "first"):
+                yield Count(k, how)
         if step.primitive == "concatenate":
             for i, s in enumerate(step.inputs):
                 if s in at.program.moving:
@@ -291,6 +421,9 @@ def found(at: At) -> Iterator[Mistake]:
             if step.primitive == "div" and operand == 1:
                 continue
             partner = step.inputs[1 - operand]
+            if at.values[partner].dtype.kind == "c" and step.primitive in ("mul", "dot_general"):
+                yield Conjugate(k, operand, True)
+                yield Conjugate(k, operand, False)
             if partner in at.program.moving and step.inputs[0] != step.inputs[1]:
                 yield Partner(k, operand, "gradient", "wrong-value", 3.0)
                 yield Partner(k, operand, "updated", "wrong-value", 3.2, free=True)

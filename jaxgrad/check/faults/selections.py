@@ -108,6 +108,50 @@ class ToAll:
         return f"In {say.at(self.step)} you {how} all entries; only the largest one gets it"
 
 
+@dataclass(frozen=True)
+class Unmasked:
+    """A mask of the forward pass is not there on the way back: the next step is differentiated at the bare values."""
+
+    step: int
+    operand: int
+    user: int
+    place: int
+    kind: str = "wrong-value"
+    cost: float = 0.9
+    free: bool = False
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.user,)
+
+    def change(self, at: At) -> Change:
+        select, user = at.program.steps[self.step], at.program.steps[self.user]
+        slot, out = select.inputs[self.operand], user.outputs[0]
+        adjoint, sent = at.adjoint(out), at.contribution(self.step, self.operand)
+        if adjoint is None or sent is None or at.shape(slot) != at.shape(select.outputs[0]):
+            return None
+        new = at.pulled(self.user, self.place, adjoint, {self.place: at.values[slot]})
+        return None if new is None else {slot: new - sent}
+
+    def sentence(self, say: Say, factor: str | None) -> str:
+        del factor
+        return (
+            f"In {say.at(self.user)} the derivative is taken as if nothing were masked: the mask of "
+            f"{say.at(self.step)} is left out"
+        )
+
+
+def _unmasked(at: At) -> Iterator[Mistake]:
+    """Every choice between a value and a constant that one other step takes up."""
+    for k, step in enumerate(at.program.steps):
+        moving = [i for i, s in enumerate(step.inputs) if s in at.program.moving]
+        if step.primitive != "select_n" or len(moving) != 1:
+            continue
+        users = at.users.get(step.outputs[0], ())
+        if len(users) == 1 and len(at.program.steps[users[0][0]].outputs) == 1:
+            yield Unmasked(k, moving[0], *users[0])
+
+
 def sources(at: At, k: int, operand: int) -> Array | None:
     """For each entry of the output the flat index of the entry of the operand that it is; None if it is none."""
     step = at.program.steps[k]
@@ -123,6 +167,7 @@ def sources(at: At, k: int, operand: int) -> Array | None:
 
 
 def found(at: At) -> Iterator[Mistake]:
+    yield from _unmasked(at)
     for k, step in enumerate(at.program.steps):
         if step.primitive in ("reduce_max", "reduce_window_max", "reduce_min") and step.inputs[0] in at.program.moving:
             yield ToAll(k, False)

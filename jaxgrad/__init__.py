@@ -12,7 +12,7 @@
     statistics      intervals and tests
     parallel        many devices and many processes; `launch` starts them
     rows            tables on disk that memory does not hold
-    checkpoint      stop and resume; `atomic`: a file whole or not at all
+    atomic          a file whole or not at all
     data            real data sets, a person's own files, problems with a known answer
     timing          one stopwatch
 

@@ -217,6 +217,16 @@ def test_importing_the_library_imports_nothing_that_only_data_and_figures_need()
     assert heavy_after("import jaxgrad", heavy) == "[]\n"
 
 
+def test_the_face_of_the_library_is_read_without_jax():
+    assert heavy_after("import jaxgrad", {"jax", "numpy", "optax"}) == "[]\n"
+
+
+def test_every_name_of_the_face_is_there():
+    assert [name for name in jaxgrad.__all__ if getattr(jaxgrad, name).__name__ != name] == []
+    with pytest.raises(AttributeError, match="has no attribute 'stream'"):
+        jaxgrad.stream  # noqa: B018
+
+
 def test_every_file_beside_the_engine_is_a_study():
     assert {f"experiments.{name}" for name in catalogue()} == STUDIES
     assert {path.name for path in HOUSE.iterdir() if path.is_dir()} - {"__pycache__"} == {

@@ -74,17 +74,17 @@ class Sampling(NamedTuple):
     draw: Callable[[Key, Any, int, int], Int[Array, " b"]]
     """`draw(key, step, n, b) -> int32[b]`, pure."""
     rows: int | None = None
-    """Of the full batch: evaluate its gradient over blocks of so many rows (`descent.row_blocks`)."""
+    """For the full batch: evaluate its gradient over blocks of this many rows (`descent.row_blocks`)."""
     draw_many: Callable[[Key, Any, int, int, int], Int[Array, "steps b"]] | None = None
     """`draw_many(key, first, steps, n, b) -> int32[steps, b]`: the same, for many steps in less time."""
     take: Callable[[Any, Any], Any] | None = None
     """`take(data, indices) -> batch`, pure; None: those rows of every array."""
     parts: int = 1
-    """Of the full batch: evaluate its gradient over so many equal parts of the rows at once (`descent.row_blocks`)."""
+    """For the full batch: evaluate its gradient over this many equal parts of rows at once (`descent.row_blocks`)."""
     drop_last: bool = True
     """Whether a pass drops what is left of its order when b does not divide n; else that is its last, smaller batch."""
     n: int | None = None
-    """How many examples there are, where the data do not tell: rows that are filled up, or a block of them."""
+    """The number of examples, if the data do not show it: padded rows, or a block of rows."""
 
     def indices(self, key: Key, step: Any, n: int) -> Int[Array, " b"]:
         """The examples of step `step` out of `n`: `int32[b]`, a pure function of `(key, step)`.

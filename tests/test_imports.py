@@ -178,6 +178,21 @@ def behind_a_face(modules):
     ]
 
 
+FACES = ("jaxgrad.data", "jaxgrad.descent", "jaxgrad.means", "jaxgrad.parallel")
+"""Packages of the library whose modules only they themselves import."""
+
+
+def behind_a_face_within(modules):
+    """`(module, import)` where a module of the library reaches behind the face of a package that is not its own."""
+    return [
+        (name, other)
+        for name, source in modules.items()
+        for other in sorted(imports(name, source, modules))
+        for face in FACES
+        if other.startswith(f"{face}.") and name != face and not name.startswith(f"{face}.")
+    ]
+
+
 def blocks_of_code(markdown):
     """The Python blocks of a Markdown text, as modules by their number."""
     found = re.findall(r"^```python\n(.*?)^```", markdown, flags=re.DOTALL | re.MULTILINE)
@@ -269,6 +284,10 @@ def named(names, modules):
 def test_the_study_and_the_readme_use_the_faces_of_the_library():
     assert behind_a_face(ROOMS) == []
     assert behind_a_face(blocks_of_code((HOUSE.parent / "README.md").read_text(encoding="utf-8"))) == []
+
+
+def test_a_package_of_the_library_is_used_by_its_face():
+    assert behind_a_face_within(MODULES) == []
 
 
 @pytest.mark.parametrize("name", ["catalogue", "arguments", "commands"])
@@ -376,3 +395,10 @@ def test_a_planted_look_behind_a_face_is_found():
     assert behind_a_face(ROOMS | planted) == [("experiments.losses", "jaxgrad.data.dataset")]
     block = "Text.\n```python\nimport jaxgrad.check.gradient\n```\n"
     assert behind_a_face(blocks_of_code(block)) == [("block 0", "jaxgrad.check.gradient")]
+
+
+def test_a_planted_look_behind_a_face_within_the_library_is_found():
+    planted = {"jaxgrad.noise": "def late():\n    from jaxgrad.descent import row_blocks"}
+    assert behind_a_face_within(MODULES | planted) == [("jaxgrad.noise", "jaxgrad.descent.row_blocks")]
+    planted = {"jaxgrad.descent.log": "from jaxgrad.descent import row_blocks\nfrom jaxgrad import parallel"}
+    assert behind_a_face_within(MODULES | planted) == []

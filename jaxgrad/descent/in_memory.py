@@ -21,7 +21,7 @@ from jaxgrad.types import Key, Loss, Params, Sampling
 def in_memory(job: Job, data: Any) -> Placement:
     """The placement of rows in arrays of this process, which may already be on several devices."""
     # A late import: `import jaxgrad` does not need the package of data sets.
-    from jaxgrad.data.checks import check_batch
+    from jaxgrad.data import check_batch
 
     check_batch(data)
     data = jax.tree.map(jnp.asarray, data)

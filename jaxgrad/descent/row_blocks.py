@@ -37,7 +37,7 @@ BLOCK = 2**22
 FEWEST_BLOCKS = 5
 """Fewer blocks than this gain nothing: the data stay in the cache from one evaluation to the next."""
 GROUP = 256
-"""`on_all_cores` sums so many blocks, then adds their sum to the total."""
+"""The number of blocks that `on_all_cores` sums before it adds their sum to the total."""
 BLOCK_PER_CORE = 2**13
 """Bytes of data in a block of `on_all_cores`: it is copied and read twice within the nearest cache."""
 PARTS = 10

@@ -13,7 +13,7 @@ puts one all-reduce of the gradient into the step. Nothing else is exchanged, ex
                  Another law: the mean is the same, and the variance is only the part *within* the shares
                  (`jaxgrad.noise.stratified_trace`).
 
-Rows that do not divide by the devices are filled up with copies of a row, of weight 0. Every device gets ⌊n/D⌋ or
+If the rows do not divide by the devices, they are padded with copies of a row, of weight 0. Every device gets ⌊n/D⌋ or
 ⌈n/D⌉ rows of its own.
 
 A step hangs if its processes disagree about anything. So they compare their arguments before the first step
@@ -26,7 +26,7 @@ interruption  SIGTERM and Ctrl-C, heard by all at the same step
 processes     how processes find each other (`start`)
 sharding      rows on the devices of a mesh
 shares        the stratified law
-weighting     the loss and the law of one machine, over rows that are filled up
+weighting     the loss and the law of one machine, over padded rows
 """
 
 from jaxgrad.parallel.agreement import Elsewhere, agree, digest, from_main, is_main, of_main, together

@@ -332,7 +332,7 @@ def cases():
         statistics,
         timing,
     )
-    from jaxgrad.data.checks import check_batch
+    from jaxgrad.data import check_batch
     from jaxgrad.descent import checkpoint, run_tiles
     from jaxgrad.rows import Rows, moments, open_rows
     from jaxgrad.theory import conditioning, cost, escape, least_squares, reshuffling, stopping

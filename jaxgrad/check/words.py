@@ -571,8 +571,9 @@ def term(problem: Problem, s: Any, t: Term, factor: str, leaves: Sequence[int], 
         maker = next((k for k, m in enumerate(program.steps) if slot in m.outputs), None)
         if maker is not None and program.steps[maker].frames:
             made = locate(program, [maker])
-            # A variable made in a statement of its own is left out where it is added.
-            if made.where and made.statement == place.statement:
+            # What something else uses too is left out where it is added.
+            once = sum(slot in m.inputs for m in program.steps) == 1
+            if made.where and (once or made.statement == place.statement):
                 place = made
     whole = f"`{place.statement or place.expression}` ({place.where})" if place.where else "the loss"
     only = _only(problem, leaves, restricted)

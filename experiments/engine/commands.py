@@ -151,9 +151,11 @@ def load(out: Path) -> list["Chapter"]:
 
 
 def publish(out: Path, chapters: list["Chapter"]) -> None:
-    """Write the report of a folder, as Markdown and as a page, and, for the study's own, the front page."""
-    from experiments.engine import report
+    """Save today's claims; write the report, as Markdown and as a page, and, for the study's own, the front page."""
+    from experiments.engine import report, results
 
+    for result in (result for chapter in chapters for result in chapter.results):
+        results.reclaim(out, result)
     say(f"report: {report.write(out, chapters)}")
     try:
         from experiments.engine import page

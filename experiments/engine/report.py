@@ -42,8 +42,7 @@ class Chapter(NamedTuple):
 def load(folder: str | Path) -> list[Chapter]:
     """The experiments that have results in `folder`, in the order of the study.
 
-    Claims are a function of the numbers. If today's code makes other claims than the saved ones, the saved claims are
-    updated in `folder`.
+    Claims are a function of the numbers: they are those that today's code makes. `results.reclaim` saves them.
 
     Raises the errors of `results.read` for a result that lacks a file, is truncated or does not match.
     """
@@ -54,7 +53,7 @@ def load(folder: str | Path) -> list[Chapter]:
         if devices:
             read = [results.read(folder, entry.name, device) for device in devices]
             module = importlib.import_module(f"experiments.{entry.name}")
-            current = tuple(_current(folder, result, module) for result in read)
+            current = tuple(_current(result, module) for result in read)
             chapters.append(Chapter(entry.name, entry.headline, module, current))
     return chapters
 
@@ -253,13 +252,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _current(folder: str | Path, result: Result, module: ModuleType) -> Result:
+def _current(result: Result, module: ModuleType) -> Result:
+    """The result with the claims that today's code makes of its numbers."""
     try:
         claims = tuple(module.claims(result.numbers))
     except LookupError as error:
         again = f"run `python -m experiments {result.name}` again"
         raise ValueError(f"{result.name} was saved by an older version (it has no {error}); {again}") from None
-    return result if claims == result.claims else results.reclaim(folder, result, claims)
+    return result._replace(claims=claims)
 
 
 def _chapter(chapter: Chapter) -> str:

@@ -161,12 +161,13 @@ def as_saved(numbers: dict[str, Any]) -> dict[str, Any]:
     return {**_decode(json.loads(json.dumps(_encode(plain, "numbers")))), **arrays}
 
 
-def reclaim(folder: str | Path, result: Result, claims: Sequence[Claim]) -> Result:
-    """Put today's claims about the same numbers into a saved JSON; everything else in it stays."""
+def reclaim(folder: str | Path, result: Result) -> None:
+    """Put a result's claims into its saved JSON where that has others; everything else in it stays."""
     path = Path(folder) / result.name / f"{result.device}.json"
     document = json.loads(path.read_text(encoding="utf-8"))
-    atomic.write(path, _json(_sealed(document | {"claims": _plain_claims(claims)}, only="claims")))
-    return result._replace(claims=tuple(claims))
+    claims = _plain_claims(result.claims)
+    if document["claims"] != claims:
+        atomic.write(path, _json(_sealed(document | {"claims": claims}, only="claims")))
 
 
 def edited(folder: str | Path, name: str, device: str) -> list[str]:

@@ -196,7 +196,7 @@ def local_noise(problem: Problem, store: Kernel, point: Point, trials: int = 2) 
         size = float(np.linalg.norm(weights))
         true[trial] = [norm(x) / size for x in total_true]
         mine[trial] = [norm(x) / size for x in total_mine]
-    clean = lambda x: [float(v) if np.isfinite(v) else 0.0 for v in x.max(axis=0)]  # noqa: E731
+    clean = lambda x: [float(v) if np.isfinite(v) else 0.0 for v in x.max(axis=0)]
     return clean(true), clean(mine)
 
 

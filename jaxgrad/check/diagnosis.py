@@ -476,7 +476,7 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     """Transposed or flipped leaves, leaves swapped with each other."""
     evaluations = [s.evaluation for s in case.samples]
 
-    equal = lambda a, b, e: _equal(case, a, b, e)  # noqa: E731
+    equal = lambda a, b, e: _equal(case, a, b, e)
     moves: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
         ("transposed", lambda g: np.swapaxes(g, -1, -2)),
         ("column order", lambda g: g.reshape(g.shape, order="C").reshape(-1).reshape(g.shape, order="F")),

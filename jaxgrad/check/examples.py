@@ -64,7 +64,7 @@ def _choices(data: Sequence[np.ndarray]) -> Iterator[tuple[int | None, ...]]:
         ):
             if _count(choice):
                 found.append(choice)
-    order = lambda axes: (-_count(axes), sum(a for a in axes if a is not None))  # noqa: E731
+    order = lambda axes: (-_count(axes), sum(a for a in axes if a is not None))
     return iter(sorted(dict.fromkeys(found), key=order))
 
 

@@ -142,7 +142,7 @@ def _name_constant(
 
 
 def _join(top: Sequence[str], bottom: Sequence[str]) -> str:
-    order = lambda t: (not t[0].isdigit(), t != "n", t)  # noqa: E731  numbers, then n, then the rest
+    order = lambda t: (not t[0].isdigit(), t != "n", t)
     top, bottom = sorted(top, key=order), sorted(bottom, key=order)
     upper = "".join(top) if all(len(t) == 1 or t.isdigit() for t in top) else " ".join(top)
     lower = "".join(bottom) if len(bottom) == 1 else "(" + " ".join(bottom) + ")" if bottom else ""

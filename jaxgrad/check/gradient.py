@@ -463,7 +463,7 @@ def _cause(
     lines: list[WrongLine],
 ) -> list[Finding]:
     """Why a gradient is wrong: first what its numbers alone show, then the step of the derivation."""
-    agrees = lambda a, b: float(np.linalg.norm(a - b)) <= 1e-9 * float(np.linalg.norm(b)) + 1e-14  # noqa: E731
+    agrees = lambda a, b: float(np.linalg.norm(a - b)) <= 1e-9 * float(np.linalg.norm(b)) + 1e-14
     found = patterns.pairs_by_mistake(problem, store, [e for e in usable if e.hand_finite], agrees)
     found = found or patterns.update_step(problem, usable)
     if found:
@@ -629,7 +629,7 @@ def _points(problem: Problem, store: Kernel, notes: list[str], inside: Callable[
     n1, n2 = points.batch_sizes(problem.n, shapes)
     free = problem.n is not None and resamples(problem, store, rng, n1, notes)
     plan = points.draw(problem, store, rng, (n1, n2) if free else None, settled_truth)
-    keep = lambda chosen: tuple(p for p in chosen if inside(p.leaves, p.data))  # noqa: E731
+    keep = lambda chosen: tuple(p for p in chosen if inside(p.leaves, p.data))
     kept = plan._replace(moderate=keep(plan.moderate), generic=keep(plan.generic), saturated=keep(plan.saturated))
     lost = len(plan.moderate) + len(plan.saturated) - len(kept.moderate) - len(kept.saturated)
     if lost:

@@ -183,7 +183,7 @@ def _truth(
 ) -> tuple[Callable[[float], np.ndarray], str]:
     try:
         program, n = _program(gradient, leaves, tree, data, data_tree)
-        exactly = lambda scale: _decimal_run(program, n, [scale * np.asarray(p, np.float64) for p in leaves], data)  # noqa: E731
+        exactly = lambda scale: _decimal_run(program, n, [scale * np.asarray(p, np.float64) for p in leaves], data)
         exactly(1.0)
         return exactly, "the same formula in decimals of 1,200 digits"
     except Exception as error:

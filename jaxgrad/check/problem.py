@@ -363,7 +363,7 @@ def truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[fl
         value, gradients = store.compiled[key](list(leaves), list(data))
         return float(value), [np.asarray(g, dtype=np.float64) for g in gradients]
     function = jex.jaxpr_as_fun(traced(store, leaves, data))
-    number = lambda ls, ds: function(*ls, *ds)[0]  # noqa: E731
+    number = lambda ls, ds: function(*ls, *ds)[0]
     store.compiled[key] = quick_jit(jax.value_and_grad(number))
     try:
         return truth(store, leaves, data)
@@ -476,7 +476,7 @@ def _is_value(x: Any) -> bool:
 
 
 def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
-    is_none = lambda x: x is None  # noqa: E731
+    is_none = lambda x: x is None
     keep = [isinstance(f, Moves) for f in problem.spec.fixed_params]
     if jax.tree_util.tree_structure(result) == problem.spec.params:
         return [leaf for leaf, k in zip(jax.tree_util.tree_leaves(result), keep, strict=True) if k]
@@ -535,7 +535,7 @@ def _has_none(result: Any) -> bool:
 def _asked_only(problem: Problem, result: Any) -> list[Any] | None:
     """The leaves of a result that holds only those which are compared: by name, in their order, or the one alone."""
     wanted = [i for i, asked in enumerate(problem.asked) if asked]
-    is_none = lambda x: x is None  # noqa: E731
+    is_none = lambda x: x is None
     if isinstance(result, dict) or hasattr(result, "_fields") or _has_none(result):
         with_paths, _ = jax.tree_util.tree_flatten_with_path(result, is_leaf=is_none)
         got = {leaf_name(path): leaf for path, leaf in with_paths}

@@ -161,7 +161,7 @@ def _shaken(closed: Any, unit: float) -> Callable[..., Any]:
             """The values of a jaxpr, each with whether it depends on the leaves or the data."""
             held: dict[Any, tuple[Any, bool]] = {v: (c, False) for v, c in zip(jaxpr.constvars, consts, strict=True)}
             held.update(zip(jaxpr.invars, inputs, strict=True))
-            read = lambda atom: (atom.val, False) if isinstance(atom, jex.Literal) else held[atom]  # noqa: E731
+            read = lambda atom: (atom.val, False) if isinstance(atom, jex.Literal) else held[atom]
             for eqn in jaxpr.eqns:
                 known = [read(atom) for atom in eqn.invars]
                 name = eqn.primitive.name
@@ -171,7 +171,7 @@ def _shaken(closed: Any, unit: float) -> Callable[..., Any]:
                     held.update(zip(eqn.outvars, through(plain, getattr(inner, "consts", ()), known), strict=True))
                     continue
                 varies = any(v for _, v in known)
-                moving = lambda x: varies and jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: B023, E731
+                moving = lambda x: varies and jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: B023
                 values = [jnp.asarray(x) if v else x for x, v in known]
                 if name in _SUMS:
                     values = [shake(x, True) if v and moving(x) else x for x, (_, v) in zip(values, known, strict=True)]

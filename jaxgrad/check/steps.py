@@ -163,7 +163,7 @@ def flatten(closed: Any, n_leaves: int, opened: bool = True, named: bool = True)
             outs.append(run(branch.jaxpr, consts, arguments[1:], of.frames, of.moment))
         found = []
         for i, v in enumerate(eqn.outvars):
-            choose = lambda which, *xs: [jax.lax.select_n(jnp.clip(which, 0, len(xs) - 1).astype(jnp.int32), *xs)]  # noqa: E731
+            choose = lambda which, *xs: [jax.lax.select_n(jnp.clip(which, 0, len(xs) - 1).astype(jnp.int32), *xs)]
             found += emit("select_n", choose, [arguments[0], *(out[i] for out in outs)], [v.aval], of)
         return found
 

@@ -135,7 +135,7 @@ def check_rule(f: Any, *args: Any, tolerance: Any = None) -> Report:
         moving = jax.tree.map(jnp.asarray, moving)
         out, pull = jax.vjp(lambda *m: rule(*complete(m)), *moving)
         sent = pull(jax.tree.map(lambda c, v: jnp.asarray(c).astype(v.dtype), cotangent_of_rule, out))
-        kept = lambda s, m: m if s.dtype == jax.dtypes.float0 else s  # noqa: E731
+        kept = lambda s, m: m if s.dtype == jax.dtypes.float0 else s
         return tuple(jax.tree.map(kept, s, m) for s, m in zip(sent, moving, strict=True))
 
     moving = [a for i, a in enumerate(args) if i not in held]

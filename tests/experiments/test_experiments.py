@@ -984,6 +984,9 @@ class TestCommitted:
         folder = copy / "results"
         before = contents(copy)
         chapters = report.load(folder)
+        assert contents(copy) == before
+        for result in (result for chapter in chapters for result in chapter.results):
+            results.reclaim(folder, result)
         report.write(folder, chapters)
         page.write(folder, chapters)
         report.front_page(copy / "README.md", folder, chapters)

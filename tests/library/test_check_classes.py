@@ -111,6 +111,6 @@ def test_an_attempt_of_the_search_is_needed(name, monkeypatch):
 @pytest.mark.parametrize("name", ZOO)
 def test_a_fault_of_the_catalogue_is_needed(name, monkeypatch):
     every = faults.catalogue
-    keep = lambda f: not (f.detail and f.detail[0] == name)  # noqa: E731
+    keep = lambda f: not (f.detail and f.detail[0] == name)
     monkeypatch.setattr(faults, "catalogue", lambda *args: tuple(f for f in every(*args) if keep(f)))
     assert fails(zoo.test_every_mistake_of_the_zoo_is_named_and_placed, *ZOO[name])

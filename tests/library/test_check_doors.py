@@ -65,8 +65,8 @@ def test_only_some_parameters_are_checked_in_whatever_form_they_are_returned(ret
 def test_only_takes_the_first_part_of_a_path_and_several_in_order():
     p, batch = net()
     tree = {"first": {"W": p["W"], "c": p["c"]}, "last": [p["v"]]}
-    flat = lambda q: {"W": q["first"]["W"], "c": q["first"]["c"], "v": q["last"][0]}  # noqa: E731
-    loss = lambda q, b: net_loss(flat(q), b)  # noqa: E731
+    flat = lambda q: {"W": q["first"]["W"], "c": q["first"]["c"], "v": q["last"][0]}
+    loss = lambda q, b: net_loss(flat(q), b)
 
     def first(q, b):
         g = net_by_hand(flat(q), b)
@@ -102,7 +102,7 @@ def test_parameters_that_are_passed_one_by_one_are_checked(options):
     report = check_gradient(separate_loss, separate_by_hand, *arguments, **options)
     assert report.ok, str(report)
     assert [row.path for row in report.leaves] == ["W", "c", "v"]
-    named = lambda *a: dict(zip(("dW", "dc", "dv"), separate_by_hand(*a), strict=True))  # noqa: E731
+    named = lambda *a: dict(zip(("dW", "dc", "dv"), separate_by_hand(*a), strict=True))
     assert check_gradient(separate_loss, named, *arguments, **options)
 
     def wrong(*a):
@@ -233,7 +233,7 @@ def test_a_step_of_descent_is_recognised_as_one(step, leaf):
 def test_a_sign_and_a_half_are_no_step_of_descent():
     p, batch = net()
     for factor, kind in ((-1.0, "sign"), (-0.5, "scale")):
-        scaled = lambda p, b, f=factor: {k: f * v for k, v in net_by_hand(p, b).items()}  # noqa: E731
+        scaled = lambda p, b, f=factor: {k: f * v for k, v in net_by_hand(p, b).items()}
         assert check_gradient(net_loss, scaled, p, batch).findings[0].kind == kind
 
 
@@ -261,7 +261,7 @@ def test_a_right_backward_pass_of_a_layer():
     assert report.ok, str(report)
     assert [row.path for row in report.leaves] == ["x", "w", "b"]
     assert check_vjp(layer, lambda x, w, b, dout: layer_backward(dout, x, w, b), *arguments)
-    named = lambda dout, x, w, b: dict(zip("xwb", layer_backward(dout, x, w, b), strict=True))  # noqa: E731
+    named = lambda dout, x, w, b: dict(zip("xwb", layer_backward(dout, x, w, b), strict=True))
     assert check_vjp(layer, named, *arguments)
 
 
@@ -269,7 +269,7 @@ def test_a_wrong_backward_pass_names_the_step_and_its_line():
     report = check_vjp(layer, lambda *a: layer_backward(*a, slope=False), *layer_arguments())
     assert report.findings[0].kind == "missing-derivative"
     assert report.findings[0].where.startswith("test_check_doors.py:")
-    one = lambda c, x, w, b: (*layer_backward(c, x, w, b)[:2], c.sum(axis=0))  # noqa: E731
+    one = lambda c, x, w, b: (*layer_backward(c, x, w, b)[:2], c.sum(axis=0))
     report = check_vjp(layer, one, *layer_arguments())
     assert [row.path for row in report.leaves if not row.ok] == ["b"]
 
@@ -277,8 +277,8 @@ def test_a_wrong_backward_pass_names_the_step_and_its_line():
 def test_a_mistake_that_a_uniform_cotangent_hides_is_seen():
     rng = RNG(5)
     x = rng.normal(size=(5, 4))
-    centred = lambda x: x - x.mean(axis=1, keepdims=True)  # noqa: E731
-    zero = lambda g, x: np.zeros_like(g) * x + (g - g) + 0 * g  # noqa: E731
+    centred = lambda x: x - x.mean(axis=1, keepdims=True)
+    zero = lambda g, x: np.zeros_like(g) * x + (g - g) + 0 * g
     assert not check_vjp(centred, zero, x)
     assert check_vjp(centred, lambda g, x: g - g.mean(axis=1, keepdims=True), x)
 
@@ -309,8 +309,8 @@ def test_integers_strides_trees_and_complex_outputs():
         return out, None
 
     assert check_vjp(strided, strided_back, rng.normal(size=9), 2)
-    spectrum = lambda x: jnp.fft.rfft(x)  # noqa: E731
-    back = lambda g, x: np.asarray(jax.vjp(jnp.fft.rfft, jnp.asarray(x))[1](jnp.asarray(g))[0])  # noqa: E731
+    spectrum = lambda x: jnp.fft.rfft(x)
+    back = lambda g, x: np.asarray(jax.vjp(jnp.fft.rfft, jnp.asarray(x))[1](jnp.asarray(g))[0])
     assert check_vjp(spectrum, back, rng.normal(size=8))
 
 

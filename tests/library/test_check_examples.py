@@ -66,7 +66,7 @@ BATCHES = {
 def test_a_sum_for_the_mean_is_a_factor_of_n(name):
     loss, batch = BATCHES[name]
     axis = 1 if name.startswith("columns") else 0
-    wrong = lambda w, batch: batch[-1].shape[axis] * jax.grad(loss)(w, batch)  # noqa: E731
+    wrong = lambda w, batch: batch[-1].shape[axis] * jax.grad(loss)(w, batch)
     report = check_gradient(loss, wrong, W, batch)
     assert [(f.kind, f.factor) for f in report.findings] == [("scale", "n")], str(report)
     assert len({p.n for p in report.points}) > 1

@@ -58,7 +58,7 @@ def test_a_report_counts_as_true_where_the_gradient_is_right(check):
         return jnp.mean((x @ w) ** 2)
 
     for factor in (2, 1):
-        gradient = lambda w, x, factor=factor: factor * x.T @ (x @ w) / len(x)  # noqa: E731
+        gradient = lambda w, x, factor=factor: factor * x.T @ (x @ w) / len(x)
         by_hand = gradient if check is check_gradient else lambda w, x, gradient=gradient: (gradient(w, x), {})
         report = check(loss, by_hand, np.ones(3), x)
         assert bool(report) is report.ok is (factor == 2)
@@ -122,9 +122,9 @@ def net_point(n=30, seed=0):
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e30])
 def test_a_factor_in_front_of_the_loss_changes_nothing(scale):
     p, batch = net_point()
-    loss = lambda p, b: scale * net_loss(p, b)  # noqa: E731
-    right = lambda p, b: jax.tree.map(lambda g: scale * g, net_gradient(p, b))  # noqa: E731
-    wrong = lambda p, b: Net(*(scale * g for g in (net_gradient(p, b).W1, -net_gradient(p, b).W2)))  # noqa: E731
+    loss = lambda p, b: scale * net_loss(p, b)
+    right = lambda p, b: jax.tree.map(lambda g: scale * g, net_gradient(p, b))
+    wrong = lambda p, b: Net(*(scale * g for g in (net_gradient(p, b).W1, -net_gradient(p, b).W2)))
     good = check_gradient(loss, right, p, batch)
     assert good.ok
     assert 1e-11 < good.smallest_detectable < 1e-8
@@ -152,7 +152,7 @@ def test_errors_down_to_1e_8_of_a_leaf_are_seen(leaf, size):
 def test_what_is_called_detectable_is_detected_and_a_tenth_of_rounding_is_not():
     p, batch = net_point()
     smallest = check_gradient(net_loss, net_gradient, p, batch).smallest_detectable
-    grown = lambda f: lambda p, b: jax.tree.map(lambda g: g * (1 + f * smallest), net_gradient(p, b))  # noqa: E731
+    grown = lambda f: lambda p, b: jax.tree.map(lambda g: g * (1 + f * smallest), net_gradient(p, b))
     assert not check_gradient(net_loss, grown(2.0), p, batch).ok
     assert check_gradient(net_loss, grown(0.01), p, batch).ok
 
@@ -161,15 +161,15 @@ def test_float32_code_is_right_to_its_own_precision_and_wrong_beyond_it():
     p, batch = net_point()
 
     def single(p, batch):
-        low = lambda a: np.asarray(a, np.float32)  # noqa: E731
+        low = lambda a: np.asarray(a, np.float32)
         return net_gradient(Net(low(p.W1), low(p.W2)), (low(batch[0]), low(batch[1])))
 
     report = check_gradient(net_loss, single, p, batch)
     assert report.ok
     assert 1e-6 < report.smallest_detectable < 1e-3
-    off = lambda p, b: single(p, b)._replace(W1=single(p, b).W1 * np.float32(1.01))  # noqa: E731
+    off = lambda p, b: single(p, b)._replace(W1=single(p, b).W1 * np.float32(1.01))
     assert not check_gradient(net_loss, off, p, batch).ok
-    as_jax = lambda p, b: jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), jax.grad(net_loss)(p, b))  # noqa: E731
+    as_jax = lambda p, b: jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), jax.grad(net_loss)(p, b))
     assert check_gradient(net_loss, as_jax, p, batch).ok
 
 
@@ -177,7 +177,7 @@ def test_float32_inputs_are_checked_in_float64():
     p, batch = net_point()
     low = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (p, batch))
     assert check_gradient(net_loss, jax.grad(net_loss), *low).ok
-    off = lambda p, b: jax.tree.map(lambda g: g * (1 + 1e-8), jax.grad(net_loss)(p, b))  # noqa: E731
+    off = lambda p, b: jax.tree.map(lambda g: g * (1 + 1e-8), jax.grad(net_loss)(p, b))
     assert not check_gradient(net_loss, off, *low).ok
 
 
@@ -186,9 +186,9 @@ def test_wrong_gradients_are_seen_at_a_minimum(how):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(30, 3)), rng.normal(size=30)
     w = np.linalg.lstsq(X, y, rcond=None)[0]
-    loss = lambda w, b: jnp.mean((b[0] @ w - b[1]) ** 2)  # noqa: E731
+    loss = lambda w, b: jnp.mean((b[0] @ w - b[1]) ** 2)
     factor = {"sign": -1.0, "zero": 0.0, "double": 2.0}[how]
-    right = lambda w, b: 2 * b[0].T @ (b[0] @ w - b[1]) / len(b[1])  # noqa: E731
+    right = lambda w, b: 2 * b[0].T @ (b[0] @ w - b[1]) / len(b[1])
     assert np.linalg.norm(right(w, (X, y))) < 1e-14
     assert check_gradient(loss, right, w, (X, y)).ok
     assert not check_gradient(loss, lambda w, b: factor * right(w, b), w, (X, y)).ok
@@ -215,13 +215,13 @@ def test_a_leaf_whose_gradient_is_rounding_only_is_no_error():
     report = check_gradient(loss, gradient, p, batch)
     assert report.ok
     assert max(point.error for point in report.points) < 1e-14
-    wrong = lambda p, b: {**gradient(p, b), "c": np.asarray(0.1)}  # noqa: E731
+    wrong = lambda p, b: {**gradient(p, b), "c": np.asarray(0.1)}
     assert not check_gradient(loss, wrong, p, batch).ok
 
 
 def test_n_is_told_from_a_number_that_is_equal():
     p, batch = net_point(n=24)
-    times = lambda f: lambda p, b: jax.tree.map(lambda g: f(len(b[1])) * g, net_gradient(p, b))  # noqa: E731
+    times = lambda f: lambda p, b: jax.tree.map(lambda g: f(len(b[1])) * g, net_gradient(p, b))
     assert check_gradient(net_loss, times(lambda n: n), p, batch).findings[0].factor == "n"
     assert check_gradient(net_loss, times(lambda n: 24.0), p, batch).findings[0].factor == "24"
     assert check_gradient(net_loss, times(lambda n: n / 24), p, batch).findings[0].factor == "n/24"
@@ -230,7 +230,7 @@ def test_n_is_told_from_a_number_that_is_equal():
     assert check_gradient(net_loss, times(lambda n: -0.5), p, batch).findings[0].factor == "-1/2"
     # 4 features, and a 4 that is written down: changing the number of features tells them apart
     assert check_gradient(net_loss, times(lambda n: 4.0), p, batch).findings[0].factor == "4"
-    by_width = lambda p, b: jax.tree.map(lambda g: b[0].shape[1] * g, net_gradient(p, b))  # noqa: E731
+    by_width = lambda p, b: jax.tree.map(lambda g: b[0].shape[1] * g, net_gradient(p, b))
     assert check_gradient(net_loss, by_width, p, batch).findings[0].factor == "d"
 
 
@@ -241,20 +241,20 @@ def test_any_tree_aux_extra_arguments_and_pairs():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(12, 3)), rng.normal(size=12)
     w = rng.normal(size=3)
-    right = lambda w, X, y, l2: 2 * X.T @ (X @ w - y) / len(y) + l2 * w  # noqa: E731
+    right = lambda w, X, y, l2: 2 * X.T @ (X @ w - y) / len(y) + l2 * w
 
     def loss(p, X, y, l2=0.1):
         w = jax.tree.leaves(p)[0]
         return jnp.mean((X @ w - y) ** 2) + 0.5 * l2 * jnp.sum(w**2)
 
     for params in (w, [w], (w,), {"a": {"b": w}}, Net(w, None)):
-        gradient = lambda p, X, y, l2=0.1: jax.tree.map(lambda w: right(w, X, y, l2), p)  # noqa: E731
+        gradient = lambda p, X, y, l2=0.1: jax.tree.map(lambda w: right(w, X, y, l2), p)
         assert check_gradient(loss, gradient, params, X, y).ok
         assert check_gradient(loss, gradient, params, X, y, l2=0.3).ok
         assert check_gradient(loss, gradient, params, X, y, 0.3).ok
-        forgot = lambda p, X, y, l2=0.1: jax.tree.map(lambda w: right(w, X, y, 0.0), p)  # noqa: E731
+        forgot = lambda p, X, y, l2=0.1: jax.tree.map(lambda w: right(w, X, y, 0.0), p)
         assert check_gradient(loss, forgot, params, X, y, l2=0.3).findings[0].kind == "missing-term"
-    aux = lambda p, X, y: (loss(p, X, y), {"norm": 1.0})  # noqa: E731
+    aux = lambda p, X, y: (loss(p, X, y), {"norm": 1.0})
     assert check_gradient(aux, lambda p, X, y: right(p, X, y, 0.1), w, X, y, has_aux=True).ok
     assert check_gradient(aux, lambda p, X, y: (right(p, X, y, 0.1), 3.0), w, X, y, has_aux=True).ok
     assert check_gradient(loss, lambda p, X, y: (loss(p, X, y), right(p, X, y, 0.1)), w, X, y).ok
@@ -266,7 +266,7 @@ def test_leaves_that_are_no_floats_stay_as_they_are():
     rng = np.random.default_rng(0)
     X = rng.normal(size=(9, 3))
     p = {"W": rng.normal(size=(3, 2)), "act": jnp.tanh, "name": "first", "steps": np.arange(3)}
-    loss = lambda p, X: jnp.mean(p["act"](X @ p["W"]) ** 2)  # noqa: E731
+    loss = lambda p, X: jnp.mean(p["act"](X @ p["W"]) ** 2)
 
     def gradient(p, X):
         a = np.tanh(X @ p["W"])
@@ -341,7 +341,7 @@ def test_a_kink_is_told_and_is_no_error():
 
 
 def test_overflow_is_told_with_its_line_and_the_stable_form():
-    loss = lambda w, b: jnp.mean(jax.nn.softplus(b[0] @ w) - b[1] * (b[0] @ w))  # noqa: E731
+    loss = lambda w, b: jnp.mean(jax.nn.softplus(b[0] @ w) - b[1] * (b[0] @ w))
 
     def printed(w, b):
         X, y = b
@@ -364,7 +364,7 @@ def test_overflow_is_told_with_its_line_and_the_stable_form():
         assert int(finding.where.split(":")[1]) in range(first, first + len(source))
         assert "p - y" in finding.sentence
         assert "about 36.7" in finding.sentence
-    stable = lambda w, b: b[0].T @ (jax.nn.sigmoid(b[0] @ w) - b[1]) / len(b[1])  # noqa: E731
+    stable = lambda w, b: b[0].T @ (jax.nn.sigmoid(b[0] @ w) - b[1]) / len(b[1])
     assert check_gradient(loss, stable, rng.normal(size=3), batch).findings == ()
 
 
@@ -387,8 +387,8 @@ def test_a_softmax_without_its_maximum_overflows():
 
 
 def test_a_poisson_rate_that_is_really_too_large_is_no_instability():
-    loss = lambda w, b: jnp.mean(jnp.exp(b[0] @ w) - b[1] * (b[0] @ w))  # noqa: E731
-    gradient = lambda w, b: b[0].T @ (np.exp(b[0] @ w) - b[1]) / len(b[1])  # noqa: E731
+    loss = lambda w, b: jnp.mean(jnp.exp(b[0] @ w) - b[1] * (b[0] @ w))
+    gradient = lambda w, b: b[0].T @ (np.exp(b[0] @ w) - b[1]) / len(b[1])
     rng = np.random.default_rng(0)
     batch = (rng.normal(size=(20, 3)), rng.poisson(2.0, 20) * 1.0)
     report = check_gradient(loss, gradient, 0.2 * rng.normal(size=3), batch)
@@ -402,8 +402,8 @@ def test_a_wrong_custom_derivative_of_the_loss_is_found_by_central_differences()
         return x**3
 
     cube.defvjp(lambda x: (x**3, x), lambda x, g: (2 * g * x**2,))
-    loss = lambda w, X: jnp.mean(cube(X @ w))  # noqa: E731
-    right = lambda w, X: X.T @ (3 * (X @ w) ** 2) / len(X)  # noqa: E731
+    loss = lambda w, X: jnp.mean(cube(X @ w))
+    right = lambda w, X: X.T @ (3 * (X @ w) ** 2) / len(X)
     rng = np.random.default_rng(0)
     X, w = rng.normal(size=(9, 3)), rng.normal(size=3)
     for gradient, words in ((right, "agrees with central"), (jax.grad(loss), "has the same mistake")):
@@ -422,7 +422,7 @@ def test_a_right_custom_derivative_passes():
         return jnp.sin(x)
 
     f.defjvp(lambda primals, tangents: (jnp.sin(primals[0]), jnp.cos(primals[0]) * tangents[0]))
-    loss = lambda w, X: jnp.mean(f(X @ w))  # noqa: E731
+    loss = lambda w, X: jnp.mean(f(X @ w))
     X = np.random.default_rng(0).normal(size=(9, 3))
     assert check_gradient(loss, jax.grad(loss), np.ones(3), X).ok
 
@@ -478,8 +478,8 @@ def test_a_gradient_that_knows_its_batch_size_is_still_diagnosed():
 
 def test_a_square_matrix_used_untransposed_is_found_at_the_given_size_only():
     # X is square at this batch size only: X @ d has no shape at another one.
-    loss = lambda w, b: jnp.mean((b[0] @ w - b[1]) ** 2)  # noqa: E731
-    gradient = lambda w, b: b[0] @ (2 * (b[0] @ w - b[1])) / len(b[1])  # noqa: E731
+    loss = lambda w, b: jnp.mean((b[0] @ w - b[1]) ** 2)
+    gradient = lambda w, b: b[0] @ (2 * (b[0] @ w - b[1])) / len(b[1])
     rng = np.random.default_rng(0)
     report = check_gradient(loss, gradient, rng.normal(size=6), (rng.normal(size=(6, 6)), rng.normal(size=6)))
     assert report.findings[0].kind == "transposed"

@@ -53,7 +53,7 @@ def test_integers_and_nan_in_the_gradient_are_compared_as_numbers():
 
 def test_a_python_float_is_accepted_for_a_leaf_without_axes():
     p = {"a": 2.0, "b": np.asarray(1.0)}
-    loss = lambda p: p["a"] ** 2 * p["b"]  # noqa: E731
+    loss = lambda p: p["a"] ** 2 * p["b"]
     assert check_gradient(loss, lambda p: {"a": float(2 * p["a"] * p["b"]), "b": float(p["a"] ** 2)}, p).ok
     assert not check_gradient(loss, lambda p: {"a": float(p["a"] * p["b"]), "b": float(p["a"] ** 2)}, p).ok
 
@@ -130,11 +130,11 @@ def test_an_error_inside_the_loss_is_passed_on():
 
 def test_a_leaf_that_the_loss_does_not_use_is_noted():
     p = {"used": W, "idle": np.ones(2)}
-    gradient = lambda p, X: {"used": right(p["used"], X), "idle": np.zeros(2)}  # noqa: E731
+    gradient = lambda p, X: {"used": right(p["used"], X), "idle": np.zeros(2)}
     report = check_gradient(lambda p, X: loss(p["used"], X), gradient, p, X)
     assert report.ok
     assert any("does not depend on idle" in note for note in report.notes)
-    wrong = lambda p, X: {"used": right(p["used"], X), "idle": np.ones(2)}  # noqa: E731
+    wrong = lambda p, X: {"used": right(p["used"], X), "idle": np.ones(2)}
     report = check_gradient(lambda p, X: loss(p["used"], X), wrong, p, X)
     assert not report.ok
     assert report.findings[0].kind == "additive"
@@ -146,7 +146,7 @@ def test_a_loss_that_reads_a_global_is_checked_as_it_is_now():
     def penalised(w, X):
         return loss(w, X) + settings["strength"] * jnp.sum(w**2)
 
-    gradient = lambda w, X: right(w, X) + 2 * settings["strength"] * w  # noqa: E731
+    gradient = lambda w, X: right(w, X) + 2 * settings["strength"] * w
     assert check_gradient(penalised, gradient, W, X).ok
     settings["strength"] = 0.2
     assert check_gradient(penalised, gradient, W, X).ok
@@ -181,7 +181,7 @@ def test_a_complex_leaf_is_checked_not_left_out(w):
 
     report = check_gradient(loss, zeroed, {"a": W, "w": w}, X)
     assert [leaf.path for leaf in report.leaves if not leaf.ok] == ["w"]
-    conjugate = lambda params, X: {"a": right(params["a"], X), "w": 2 * np.conj(params["w"])}  # noqa: E731
+    conjugate = lambda params, X: {"a": right(params["a"], X), "w": 2 * np.conj(params["w"])}
     assert check_gradient(loss, conjugate, {"a": W, "w": w}, X)
 
 

@@ -111,7 +111,7 @@ def test_steps_know_their_lines_and_jit_is_opened():
 @pytest.mark.parametrize("opened", [True, False])
 def test_a_scan_is_written_out_or_one_step_and_is_differentiated_right(opened):
     def rnn(W, x):
-        step = lambda h, xt: (jnp.tanh(W @ h + xt), None)  # noqa: E731
+        step = lambda h, xt: (jnp.tanh(W @ h + xt), None)
         return jnp.sum(jax.lax.scan(step, jnp.zeros(3), x)[0] ** 2)
 
     rng = np.random.default_rng(0)

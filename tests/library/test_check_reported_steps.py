@@ -129,7 +129,7 @@ def copies_not_added_up(p, batch, spread):
 
 # ------------------------------------------------------------------------------- functions that mix entries
 
-soft = lambda z: jax.nn.softmax(z, axis=1)  # noqa: E731
+soft = lambda z: jax.nn.softmax(z, axis=1)
 
 
 def written_out(z):
@@ -172,7 +172,7 @@ for how, back in SOFT.items():
             None,
         )
 
-logsoft = lambda z: jax.nn.log_softmax(z, axis=1)  # noqa: E731
+logsoft = lambda z: jax.nn.log_softmax(z, axis=1)
 LOGSOFT = {
     "passed": lambda out, d, z: d,
     "minus_p": lambda out, d, z: d - jnp.exp(out),
@@ -369,7 +369,7 @@ for how, back in SOLVES.items():
 
 relu = jax.nn.relu
 silu = jax.nn.silu
-leaky = lambda z: jax.nn.leaky_relu(z, 0.1)  # noqa: E731
+leaky = lambda z: jax.nn.leaky_relu(z, 0.1)
 elu = jax.nn.elu
 CHAINS = {
     "relu_by_adjoint": (relu, lambda a, d, z: d * (d > 0), {"wrong-argument"}),
@@ -536,7 +536,7 @@ for how, (back, kinds, leaf) in CONVS.items():
 @pytest.mark.parametrize("name", CASES)
 def test_the_cause_and_its_line_are_named(name):
     loss, right, wrong, params, batch, kinds, line, leaf = CASES[name]
-    taught = lambda p, batch: loss(p, batch, *right)  # noqa: E731
+    taught = lambda p, batch: loss(p, batch, *right)
     gradient = jax.jit(jax.grad(lambda p, batch: loss(p, batch, *wrong)))
     report = check_gradient(taught, gradient, params, batch)
     assert not report.ok

@@ -81,11 +81,11 @@ def test_the_tolerance_of_float32_code_does_not_hang_on_how_it_happened_to_round
     """Noise that was measured to be next to nothing says nothing about the next point, or the next machine."""
     monkeypatch.setattr(agreement, "noise_of", lambda problem, store, points: (2e-11, [0.0] * len(problem.paths)))
     p, batch = saturated_net()
-    single = lambda p, batch: by_hand(p, batch, np.float32)  # noqa: E731
+    single = lambda p, batch: by_hand(p, batch, np.float32)
     report = check_gradient(saturated_loss, single, p, batch)
     assert report.ok, str(report)
     assert any("float32" in note or "rounding" in note for note in report.notes)
-    wrong = lambda p, batch: by_hand(p, batch, np.float32, 1.01)  # noqa: E731
+    wrong = lambda p, batch: by_hand(p, batch, np.float32, 1.01)
     assert [row.path for row in check_gradient(saturated_loss, wrong, p, batch).leaves if not row.ok] == ["W"]
 
 
@@ -305,16 +305,16 @@ def test_points_can_be_given_as_a_list_or_as_a_function_that_draws_them():
     start, y = np.array([1.5, 0.7, 0.3]), RNG(11).gamma(2.0, size=20)
     assert check_gradient(gamma_loss, gamma_by_hand, start, y)
     others = [np.array([0.2, 3.0, -0.9]), np.array([4.0, 1.0, 0.5])]
-    draw = lambda rng: np.append(rng.uniform(0.1, 3, 2), rng.uniform(-0.9, 0.9))  # noqa: E731
-    by_key = lambda key: jnp.append(jax.random.uniform(key, (2,), minval=0.1), 0.5)  # noqa: E731
-    halved = lambda theta, y: gamma_by_hand(theta, y) * np.array([1, 1, 0.5])  # noqa: E731
+    draw = lambda rng: np.append(rng.uniform(0.1, 3, 2), rng.uniform(-0.9, 0.9))
+    by_key = lambda key: jnp.append(jax.random.uniform(key, (2,), minval=0.1), 0.5)
+    halved = lambda theta, y: gamma_by_hand(theta, y) * np.array([1, 1, 0.5])
     for points in (others, draw, by_key):
         report = check_gradient(gamma_loss, gamma_by_hand, start, y, points=points)
         assert report.ok, str(report)
         assert any(p.name.startswith("points[") for p in report.points)
         report = check_gradient(gamma_loss, halved, start, y, points=points)
         assert not report
-    only_there = lambda theta, y: gamma_by_hand(theta, y) + (theta[0] > 3.5)  # noqa: E731
+    only_there = lambda theta, y: gamma_by_hand(theta, y) + (theta[0] > 3.5)
     assert check_gradient(gamma_loss, only_there, start, y, points=[start * 1.1])
     assert not check_gradient(gamma_loss, only_there, start, y, points=others)
 
@@ -391,7 +391,7 @@ def entropy():
 @pytest.mark.parametrize("wrong", [{"guard": 1e-8}, {"log2": 0.6931472}])
 def test_numbers_that_are_nearly_right_are_said_to_be_and_accepted_on_request(wrong):
     p, batch = entropy()
-    gradient = lambda p, b: entropy_by_hand(p, b, **wrong)  # noqa: E731
+    gradient = lambda p, b: entropy_by_hand(p, b, **wrong)
     report = check_gradient(entropy_loss, gradient, p, batch)
     assert not report
     assert report.findings[0].kind in ("inexact", "scale", "scaled-term")
@@ -457,7 +457,7 @@ def test_a_mean_over_outputs_too_is_noted():
 
     rng = RNG(16)
     p, batch = rng.normal(size=(3, 4)), (rng.normal(size=(10, 3)), rng.normal(size=(10, 4)))
-    by_examples = lambda p, b: 2 * b[0].T @ (b[0] @ p - b[1]) / len(b[0])  # noqa: E731
+    by_examples = lambda p, b: 2 * b[0].T @ (b[0] @ p - b[1]) / len(b[0])
     report = check_gradient(loss, by_examples, p, batch)
     assert not report
     assert any("divides by 40, not by 10" in note for note in report.notes)

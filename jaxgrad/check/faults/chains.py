@@ -71,7 +71,7 @@ def _through(at: At, piece: Piece, how: str, slope: Array, d: Array) -> Array | 
         if how == "other term":
             return d * (slope - a / z)
         if how in ("function", "slope"):
-            function = lambda x: run_piece(at.program, piece, at.values, x)  # noqa: E731
+            function = lambda x: run_piece(at.program, piece, at.values, x)
             out, back = jax.vjp(function, d.astype(z.dtype))
             return np.asarray(out) if how == "function" else np.asarray(back(np.ones_like(out))[0]) * d
         if d.ndim != 2 or a.shape != d.shape:

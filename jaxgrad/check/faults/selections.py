@@ -95,7 +95,7 @@ class ToAll:
             p = step.params
             keys = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
             windows = [p[k] for k in keys]
-            add = lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, *windows)  # noqa: E731
+            add = lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, *windows)
             other = at.pulled(self.step, 0, adjoint, call=lambda x, *_: add(x))
             size = int(np.prod(p["window_dimensions"]))
         if other is None:

@@ -46,6 +46,16 @@ def bounded_memory():
             trim(0)
 
 
+@pytest.fixture(scope="session")
+def knows_float16():
+    """Whether XLA can compile float16 here: on a processor without F16C its code names functions that nobody has."""
+    try:
+        jax.jit(jax.numpy.tanh)(jax.numpy.ones(40, "float16"))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 @pytest.fixture
 def key():
     return jax.random.key(20210407)

@@ -185,7 +185,7 @@ def contents(folder):
 
 
 class TestPlanted:
-    def test_every_planted_fault_is_named(self, package, tmp_path, monkeypatch, capsys):
+    def test_every_planted_fault_is_named(self, package, tmp_path, monkeypatch, capsys, knows_float16):
         folder = tmp_path / "committed"
         module, _ = committed(package, folder, monkeypatch)
         before = contents(folder)
@@ -203,6 +203,8 @@ class TestPlanted:
         assert not found.remarks
         for fault, (was, now, hint, expected) in FAULTS.items():
             assert was in PLANTED, fault
+            if "jnp.float16" in now and not knows_float16:
+                continue
             status, said = verified(PLANTED.replace(was, now))
             assert status == expected, (fault, said)
             assert f"hint: {hint}" in said, (fault, said)

@@ -111,8 +111,10 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_labels_0_and_1_cost_the_same_in_every_dtype(kind):
+def test_labels_0_and_1_cost_the_same_in_every_dtype(kind, knows_float16):
     """1 − 2y of an unsigned 1 wraps around: uint8 gave 254 in place of −1."""
+    if kind == np.float16 and not knows_float16:
+        pytest.skip("XLA computes no float16 on this processor")
     h, y = jnp.linspace(-3.0, 3.0, 8), np.arange(8) % 2
     with jax.numpy_dtype_promotion("standard"):
         got = [

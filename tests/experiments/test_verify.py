@@ -184,6 +184,14 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Ctrl-C interrupts, as in a terminal: a script's shell starts what it runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class TestPlanted:
     def test_every_planted_fault_is_named(self, package, tmp_path, monkeypatch, capsys, knows_float16):
         folder = tmp_path / "committed"
@@ -978,6 +986,7 @@ class TestCommand:
             ("writing", "interrupted between two experiments; planted finished"),
         ],
     )
+    @pytest.mark.usefixtures("heeds_ctrl_c")
     def test_the_interrupt_names_what_was_cut_off(self, package, tmp_path, monkeypatch, capsys, where, words):
         """Ctrl-C before the first experiment, within one, and while its files are written: then they are finished."""
         source = PLANTED.replace("x = x[:, [2, 8]]", "raise KeyboardInterrupt") if where == "within" else PLANTED

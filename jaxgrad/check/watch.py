@@ -196,6 +196,8 @@ class _Frame:
         self.before: dict[Path, Any] = {}
 
 
+_REPORTING = ("jax._src.monitoring", "logging", "warnings")
+"""Modules that call whoever wants to be told of something."""
 _COARSE = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
@@ -210,11 +212,20 @@ class _Watcher:
         self.late = False
 
     def enter(self, frame: FrameType, event: str, _: Any) -> Any:
-        if event != "call" or self.late or not _mine(frame.f_code):
+        if event != "call" or self.late or not _mine(frame.f_code) or self.aside(frame):
             return None
         if frame not in self.frames:
             self.frames[frame] = _Frame(len(self.frames), statements_of(frame.f_code.co_filename))
         return self.step
+
+    def aside(self, frame: FrameType) -> bool:
+        """Whether it is called by what only reports, such as JAX's events of compilation, and not by the gradient."""
+        caller = frame.f_back
+        while caller is not None and caller not in self.frames:
+            if caller.f_globals.get("__name__") in _REPORTING:
+                return True
+            caller = caller.f_back
+        return False
 
     def step(self, frame: FrameType, event: str, value: Any) -> Any:
         if event not in ("line", "return"):

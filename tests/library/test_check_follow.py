@@ -71,6 +71,27 @@ def test_nothing_is_said_where_nothing_can_be_shown(name):
     assert first_wrong_line(case.loss, case.gradient, case.params, case.batch) is None
 
 
+def test_who_is_told_of_compilations_is_not_followed():
+    """JAX tells listeners of each compilation, in the midst of the gradient; what they do is not part of it."""
+    told = []
+
+    def listen(event, seconds, **_):
+        spent = seconds * 1000.0
+        told.append(spent)
+
+    case = BY_NAME["jitted_mask_of_output_weights"]
+    gradient = types.FunctionType(case.gradient.__wrapped__.__code__, case.gradient.__wrapped__.__globals__)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.clear_caches()
+        run = watch(lambda: gradient(case.params, case.batch), 1e9)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert told
+    assert run.events
+    assert not [e for e in run.events if e.code is listen.__code__]
+
+
 # ------------------------------------------------------------------------------------------ in a check
 
 

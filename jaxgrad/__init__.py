@@ -57,6 +57,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
 def __getattr__(name: str) -> Any:
     # Loaded on first use: `python -m jaxgrad.check --help` runs this file and has no need of JAX.
     if name in _HOMES:

@@ -40,6 +40,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
 def __getattr__(name: str) -> Any:
     # Loaded on first use, so that the command line can parse its arguments before JAX is imported.
     if name not in _HOMES:

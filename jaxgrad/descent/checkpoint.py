@@ -7,7 +7,8 @@ A checkpoint is one file, written by one process and whole or not at all (`atomi
 writes leaves the last checkpoint. The order of the examples is not saved, because it is a pure function of key and
 step. So a resumed run gives the same numbers, to the bit on the same number of devices.
 
-The fingerprint covers data, loss, start, optimizer, sampling and key. A checkpoint of another run is refused.
+The fingerprint covers data, loss, start, optimizer, sampling, key and stopping rules. A checkpoint of another run is
+refused.
 
 One run at a time writes to the file. It holds a lock on `<name>.lock` beside it, which ends with the run, even if it is
 killed. On file systems without locks (Windows, some network drives) two runs are not kept apart, but each file is
@@ -146,10 +147,11 @@ def resumed(checkpoint: Checkpoint, like: Any, fingerprint: dict[str, str]) -> A
     theirs = header["fingerprint"]
     other = [name for name in fingerprint if theirs.get(name) != fingerprint[name]]
     if header["format"] != _FORMAT or other:
+        hint = ". To go on with another stop, give run.state in place of params" if other == ["stop"] else ""
         raise ValueError(
             f"{path} is a checkpoint of another run: its {' and '.join(other) or 'format'} "
             f"{'are' if len(other) > 1 else 'is'} not what this one has; give another path, or the same "
-            "arguments as then"
+            f"arguments as then{hint}"
         )
     structure = jax.tree.structure(like)
     if structure.num_leaves != len(plain):

@@ -1,5 +1,6 @@
-"""The fingerprint of a run in its checkpoint: data, loss, start, optimizer, sampling and key."""
+"""The fingerprint of a run in its checkpoint: data, loss, start, optimizer, sampling, key and stopping rules."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jaxgrad import parallel
 from jaxgrad.descent import optimizers
 from jaxgrad.descent.objective import Objective
+from jaxgrad.descent.stopping import Stop
 from jaxgrad.fingerprints import fingerprint as program
 from jaxgrad.fingerprints import short
 from jaxgrad.parallel import digest
@@ -24,6 +26,7 @@ def fingerprint(
     settings: Any,
     sampling: Sampling,
     key: Any,
+    rules: Sequence[Stop],
     rows: str,
 ) -> dict[str, str]:
     """Short hashes by name, the same on however many devices and processes.
@@ -43,6 +46,7 @@ def fingerprint(
         ),
         "sampling": _of_sampling(sampling),
         "key": digest(key)[:16],
+        "stop": _of_rules(rules, optimizers.trained(one)),
     }
 
 
@@ -67,6 +71,16 @@ def _of_sampling(sampling: Sampling) -> str:
     shares = parallel.shares_of(sampling)
     last = "" if sampling.drop_last else " to the last"
     return f"{sampling.name} {sampling.batch_size} {'' if shares is None else shares}{last}"
+
+
+def _of_rules(rules: Sequence[Stop], params: Params) -> str:
+    """Kind and numbers of each rule; of a metric, its program."""
+    words = []
+    for rule in rules:
+        numbers = {name: value for name, value in rule._asdict().items() if not callable(value)}
+        metric = getattr(rule, "metric", None)
+        words.append(f"{type(rule).__name__} {numbers} {'' if metric is None else program(metric, params)}")
+    return short(" ".join(words))
 
 
 def _shapes(tree: Any) -> Any:

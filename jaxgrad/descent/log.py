@@ -50,15 +50,20 @@ class Log:
     def judge(self, number: int, rule: Judged, value: np.ndarray, at: int, point: Params) -> None:
         """End the runs for which a rule is met; keep the best parameters where the rule has a metric."""
         met, self.memory[number] = rule.met(value, self.memory[number])
-        if self.best is not None and isinstance(rule, NoImprovement):
-            better = self.active & (value < self.best.value)
-            self.best = Best(
-                chosen(better, point, self.best.params),
-                np.where(better, value, self.best.value),
-                np.where(better, at, self.best.step),
-            )
+        if isinstance(rule, NoImprovement):
+            self.keep_best(value, at, point)
         if (met := self.active & met).any():
             self.end(met, f"stopped: {rule.reason}", np.asarray(at))
+
+    def keep_best(self, value: np.ndarray, at: Any, point: Params) -> None:
+        """Keep the points with a lower metric. A run that a rule has ended is where it ended, so the end counts."""
+        assert self.best is not None
+        better = ~is_lost(self.reason) & (value < self.best.value)
+        self.best = Best(
+            chosen(better, point, self.best.params),
+            np.where(better, value, self.best.value),
+            np.where(better, np.where(self.active, at, self.ended), self.best.step),
+        )
 
     def record(self, mark: int, loss: Any, norm: Any, aux: Any, observed: Any) -> None:
         """Record what was evaluated at a record point, or where the last run ended."""

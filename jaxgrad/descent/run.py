@@ -170,7 +170,7 @@ def descend(
         (0, 0) if earlier is None else (int(earlier.step if state is None else state.step), _examples(earlier))
     )
     pauses = marks(record, first, steps, judged, checkpoint.every if checkpoint else None)
-    fingerprint = _fingerprint(checkpoint, job, rows)
+    fingerprint = _fingerprint(checkpoint, job, rows, rules)
     halt = stopping.halting(rules)
 
     if rows.mesh is not None:
@@ -223,6 +223,7 @@ def descend(
                 if checkpoint is not None and asked is not None and not log.over and asked() and step < steps:
                     saved.save(checkpoint, log.saved(), fingerprint)
                     raise parallel.Preempted(step, checkpoint.path)
+        _judge_the_end(log, rows, key, job)
         return log.trace(
             runs,
             first,
@@ -278,6 +279,14 @@ def _judge(log: Log, rows: Placement, key: Key, number: int, job: Job, at: int) 
     value = np.asarray(rows.judge(number, log.state, key))
     log.seconds += time.perf_counter() - began
     log.judge(number, rule, value, at, _points(log.state, job) if log.best is not None else None)
+
+
+def _judge_the_end(log: Log, rows: Placement, key: Key, job: Job) -> None:
+    """See whether the parameters at the end of a run are its best, off the clock."""
+    for number, rule in enumerate(job.rules):
+        if isinstance(rule, stopping.NoImprovement):
+            value = np.asarray(rows.judge(number, log.state, key))
+            log.keep_best(value, np.max(log.state.step), _points(log.state, job))
 
 
 class _Clock:
@@ -372,7 +381,9 @@ def _room(runs: Runs, steps: int) -> Any:
     return np.full(shape, np.nan, dtype) if runs.shape else jnp.full(shape, jnp.nan, dtype)
 
 
-def _fingerprint(checkpoint: Checkpoint | None, job: Job, rows: Placement) -> dict[str, str]:
+def _fingerprint(
+    checkpoint: Checkpoint | None, job: Job, rows: Placement, rules: Sequence[stopping.Stop]
+) -> dict[str, str]:
     """The fingerprint of the run. Raises an error if no checkpoint can be written."""
     if checkpoint is None:
         return {}
@@ -389,6 +400,7 @@ def _fingerprint(checkpoint: Checkpoint | None, job: Job, rows: Placement) -> di
         runs.digest_settings(),
         job.sampling,
         runs.key,
+        rules,
         hash_of_rows(),
     )
 

@@ -143,8 +143,9 @@ def no_improvement(
 ) -> NoImprovement:
     """Stop when `metric(params)` (lower is better, e.g. a validation loss) has not improved in `patience` checks.
 
-    It is evaluated each `every` steps, on the clock. A value counts as an improvement if it is more than `min_delta`
-    below the last improvement. `Trace.best` has the parameters with the lowest value of all, however little lower.
+    It is evaluated each `every` steps, on the clock, and at the end for `Trace.best`, which has the parameters with the
+    lowest value of all, however little lower. A value counts as an improvement if it is more than `min_delta` below the
+    last improvement.
     """
     return NoImprovement(metric, patience, every, min_delta)
 
@@ -153,7 +154,7 @@ def no_improvement(
 def keep_best(metric: Callable[[Params], Any], *, every: Count = 1) -> NoImprovement:
     """Never stop, but keep the parameters with the lowest `metric(params)` in `Trace.best`.
 
-    It is evaluated each `every` steps, on the clock.
+    It is evaluated each `every` steps, on the clock, and where a run ends, whichever rule ended it.
     """
     return NoImprovement(metric, None, every)
 

@@ -28,7 +28,8 @@ class Trace(NamedTuple):
     With m settings of the optimizer, s keys or both, per-run entries have leading axes `(m,) (s,)`: entry `[i, j]` is
     the run with setting i and key j.
 
-    A run that diverged has NaN losses from there on; one that stopped early keeps its last values.
+    A run that diverged has NaN losses from there on; one that stopped early keeps its last values. The record goes on
+    as long as any run does: what a run did itself are the record points up to its `stopped_at`.
 
         run.to_frame()                 a tidy pandas table, one row for each run and record point
         run.plot(x="examples")         medians and bands over the keys, one curve for each setting
@@ -79,7 +80,8 @@ class Trace(NamedTuple):
         """A tidy pandas table: one row for each run and record point.
 
         Columns: `run` (from 0), `step_size` (NaN if it is not known), `seed` (number of the key, from 0), `step`,
-        `examples`, `seconds`, `loss`, `step_norm`; then one for each swept setting, and one for each number that
+        `examples`, `seconds`, `loss`, `step_norm`, `stopped_at` and `status` (how and when the run ended; rows with
+        `step > stopped_at` repeat its last values); then one for each swept setting, and one for each number that
         `observe` or the loss (`aux`) returned, by its name. Raises ImportError without pandas.
         """
         try:
@@ -98,6 +100,8 @@ class Trace(NamedTuple):
             "seconds": np.tile(self.seconds, m * s),
             "loss": np.asarray(self.loss).reshape(-1),
             "step_norm": np.asarray(self.step_norm).reshape(-1),
+            "stopped_at": np.repeat(np.reshape(self.stopped_at, -1), k),
+            "status": np.repeat(np.array(flat(self.status), object), k),
         }
         for name, values in (self.settings or {}).items():
             if name != "step_size":
@@ -130,9 +134,10 @@ class Trace(NamedTuple):
         what = f"{m * s} runs" if shape else "one run"
         many = f" ({m} settings x {s} keys)" if len(shape) == 2 else ""
         last = self.steps[-1] if len(self.steps) else 0
+        upto = "up to " if np.min(self.stopped_at) < last else ""
         lines = [
-            f"Trace of {what}{many}: {last:,} steps, {self.examples[-1]:,} examples each, {self.seconds[-1]:.3g} s "
-            f"of steps, {len(self.steps)} record points"
+            f"Trace of {what}{many}: {upto}{last:,} steps, {self.examples[-1]:,} examples each, "
+            f"{self.seconds[-1]:.3g} s of steps, {len(self.steps)} record points"
         ]
         lines += [f"  {line}" for line in self._endings(m, s)]
         words = flat(self.status)

@@ -151,7 +151,10 @@ def _virtual(devices: int) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:
-        raise RuntimeError("start(devices=...) must come before the first array: JAX already runs") from None
+        raise RuntimeError(
+            f"start(devices=...), or {DEVICES} in the environment, must come before the first array and the first key, "
+            "and JAX already runs: make them in the function that runs after start()"
+        ) from None
 
 
 def roll_call(coordinator: str, processes: int, rank: int, timeout: float | int) -> None:

@@ -61,6 +61,11 @@ def shard(batch: Any, mesh: Mesh) -> Sharded:
     (naming the rank) a batch that differs from rank 0's.
     """
     check_mesh(mesh)
+    if hasattr(batch, "row_bytes"):  # `rows.Rows`, whose module uses this package
+        raise TypeError(
+            "batch is rows on disk, which serve one run on one device; to spread a table over devices give "
+            "np.load(file, mmap_mode='r'): each process reads only its own rows of it"
+        )
     batch = checks.batch("batch", batch, finite=False)
     n, D = jax.tree.leaves(batch)[0].shape[0], mesh.devices.size
     if n < D:

@@ -15,7 +15,7 @@ import pytest
 from parallel_worker import LOSS, problem, resumable, saved, start
 
 from jaxgrad import open_rows, parallel
-from jaxgrad.descent import descend, no_improvement
+from jaxgrad.descent import descend, no_improvement, target_loss
 from jaxgrad.descent.checkpoint import Checkpoint, rows_hash
 from jaxgrad.fingerprints import fingerprint as _program
 from jaxgrad.losses import absolute, mean_loss
@@ -89,6 +89,7 @@ def test_many_runs_with_a_stopping_rule_go_on_too(tmp_path):
         ({"sampling": distinct(17)}, "its sampling is not"),
         ({"params": jax.tree.map(lambda leaf: leaf + 1, start(np.float64))}, "its start is not"),
         ({"loss": mean_loss(linear, absolute)}, "its loss is not"),
+        ({"stop": target_loss(0.01)}, "its stop is not"),
     ],
 )
 def test_another_runs_checkpoint_is_refused(tmp_path, stopped_at_50, changes, words):
@@ -96,6 +97,23 @@ def test_another_runs_checkpoint_is_refused(tmp_path, stopped_at_50, changes, wo
     with pytest.raises(ValueError, match=f"is a checkpoint of another run: {words} what this one has"):
         resumable(tmp_path, **changes)
     assert (tmp_path / "run.npz").read_bytes() == stopped_at_50
+
+
+def test_a_run_that_a_rule_has_ended_does_not_pass_for_one_with_another_rule(tmp_path):
+    """It did: the old end came back, as if the new target had been reached."""
+    rule = {"stop": target_loss(2.0, every=10)}
+    ended = resumable(tmp_path, **rule)
+    assert ended.status == "stopped: target loss"
+    assert resumable(tmp_path, until=240, **rule).stopped_at == ended.stopped_at
+    for other in ({"stop": target_loss(1.0, every=10)}, {"stop": None}, {"stop": target_loss(2.0, every=20)}):
+        with pytest.raises(ValueError, match=r"its stop is not .* give run.state in place of params"):
+            resumable(tmp_path, **other)
+    metrics = [
+        no_improvement(lambda params, k=k: k * LOSS(params, problem(203, np.float64)), patience=9) for k in (1, 2)
+    ]
+    resumable(tmp_path, file="metric.npz", stop=metrics[0])
+    with pytest.raises(ValueError, match="its stop is not"):
+        resumable(tmp_path, file="metric.npz", stop=metrics[1])
 
 
 @pytest.fixture(scope="module")

@@ -245,6 +245,27 @@ def test_each_row_is_seen_in_each_pass_also_where_b_does_not_divide_n():
     near(run(sampling=sampling, key=KEYS, stop=small_step(1e-12)).params, run(sampling=sampling, key=KEYS).params)
 
 
+def _metric(params):
+    return LOSS(params, DATA)
+
+
+def test_the_end_of_a_run_may_be_its_best():
+    """A check that is due later than the end never came: the start was called the best."""
+    trace = run(steps=15, stop=keep_best(_metric, every=20))
+    assert trace.best.step == 15
+    near((trace.best.params, trace.best.value), (trace.params, trace.loss[-1]))
+
+
+def test_the_best_is_the_same_in_whichever_order_the_rules_are_given():
+    target, best = target_loss(1.0, every=4), keep_best(_metric, every=4)
+    one, other = (run(steps=200, key=KEYS, stop=rules) for rules in ([target, best], [best, target]))
+    assert set(one.status) == {"stopped: target loss"}
+    near((one.best, one.stopped_at), (other.best, other.stopped_at))
+    near(one.best.value, np.minimum(one.best.value, [_metric(of(one.params, i)) for i in range(3)]))
+    for i in range(3):  # others that go on change nothing
+        near(of(one.best, i), run(steps=200, key=KEYS[i], stop=[target, best]).best)
+
+
 # --- when to stop -----------------------------------------------------------------------------------------------
 
 
@@ -320,6 +341,10 @@ def test_a_trace_is_a_tidy_table():
     np.testing.assert_array_equal(own.b, trace.observed["b"][1, 2])
     np.testing.assert_array_equal(own.examples, trace.examples)
     assert run(optimizer=optax.adam(0.1)).to_frame().step_size.isna().all()
+    ended = run(optimizer=[0.0001, 0.2], steps=100, stop=target_loss(1.0))
+    frame = ended.to_frame()
+    assert frame[frame.run == 1].stopped_at.unique().tolist() == [ended.stopped_at[1]]
+    assert frame.groupby("run").status.first().tolist() == list(ended.status)
     assert run(key=KEYS).to_frame().seed.max() == 2
 
 

@@ -13,8 +13,8 @@ For our checker the study also counts how often it names the right cause and the
 
 The zoo and the checker have one author. A second table is about mistakes as people report them, in losses of many
 kinds (`support/reported`): what our checker says of each, and how many every other checker refuses. The cases were
-frozen before the checker was mended, and it was mended with them in view: the table shows which of them it
-understands, not how it will do on others.
+written before the checker was mended, a few were corrected when it was first tried on them, and it was then mended
+with them in view: the table shows which of them it understands, not how it will do on others.
 """
 
 import inspect

@@ -233,8 +233,8 @@ def report(numbers: dict[str, Any]) -> list[str]:
         f"Mistakes as people report them: {n} wrong gradients of other kinds of model, written as a person would, and "
         f"{len(right)} right ones that look unusual. They were written before the checker was mended (6f562bb), not by "
         "what it finds. When it was first tried on them, three more answers were accepted and one right case was "
-        "withdrawn (bd9d169 has the reasons); then it was mended with them in view. So the table shows which of them it "
-        "understands, not how it will do on others.",
+        "withdrawn (bd9d169 has the reasons); then it was mended with them in view. So the table shows which of them "
+        "it understands, not how it will do on others.",
         "",
         "| area | wrong | " + " | ".join(used) + " |",
         "|---|---:|" + "---:|" * len(used),

@@ -147,15 +147,18 @@ def central(value: Callable[[float], float]) -> tuple[float, float]:
     """The derivative at 0 by Richardson's central differences, and a bound on its error.
 
     Truncation is judged by the change from one step to the next, rounding by ε |f| / h; the step with the least sum
-    of both is taken.
+    of both is taken. ε is that of float32 where every value is a float32 number, for then the loss rounds to them.
     """
-    refined, rounding = [], []
+    refined, sizes, single = [], [], True
     for h in STEPS:
         values = [value(h), value(-h), value(h / 2), value(-h / 2)]
         refined.append((4 * (values[2] - values[3]) / h - (values[0] - values[1]) / (2 * h)) / 3)
-        rounding.append(20 * float(np.finfo(np.float64).eps) * max(abs(v) for v in values) / h)
+        sizes.append(max(abs(v) for v in values) / h)
+        with np.errstate(all="ignore"):
+            single = single and all(float(np.float32(v)) == v for v in values)
+    eps = float(np.finfo(np.float32 if single else np.float64).eps)
     with np.errstate(all="ignore"):
-        total = np.abs(np.diff(refined)) + np.array(rounding[1:])
+        total = np.abs(np.diff(refined)) + 20 * eps * np.array(sizes[1:])
     if not np.any(np.isfinite(total)):
         return float("nan"), float("inf")
     best = int(np.nanargmin(total))

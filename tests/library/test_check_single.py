@@ -1,0 +1,17 @@
+"""A NumPy loss that rounds to float32: its differences are bounded by that rounding."""
+
+import numpy as np
+
+from jaxgrad.check.numerical import central
+
+
+def test_the_bound_on_a_slope_covers_the_rounding_of_float32() -> None:
+    for seed in range(200):
+        a, b, c = np.random.default_rng(seed).standard_normal(3)
+        slope, bound = central(lambda h, a=a, b=b, c=c: float(np.float32(3 + a * h + b * h**2 + c * h**3)))
+        assert abs(slope - a) <= bound
+
+
+def test_the_bound_stays_narrow_in_float64() -> None:
+    slope, bound = central(lambda h: 3 + 0.7 * h + h**2)
+    assert abs(slope - 0.7) <= bound < 1e-9

@@ -244,7 +244,8 @@ def test_no_process_outlives_a_launcher_that_is_killed(tmp_path):
     launched.wait()
     try:
         until(lambda: not any(running(pid) for pid in pids), seconds=60)
-        assert (tmp_path / "logs" / "rank1.log").read_text().endswith("ended because the launcher is gone\n")
+        # XLA's own thread may add its words, in the midst of a line, before the process is gone.
+        assert "ended because the launcher is gone" in (tmp_path / "logs" / "rank1.log").read_text()
     finally:
         for pid in filter(running, pids):
             os.kill(pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def bounded_memory():
     """No worker grows without end."""
     yield
     status = Path("/proc/self/statm")
-    if sys.platform == "linux" and int(status.read_text().split()[1]) * 4096 > MOST:
+    if sys.platform == "linux" and int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST:
         jax.clear_caches()
         gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what was freed until it is told

@@ -176,7 +176,7 @@ def check(
                     "and errors below their rounding cannot be seen."
                 )
             elif numerical.works(problem):
-                first = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".:")
+                first = _first_line(error.__cause__ or error).rstrip(".:")
                 return numerical.check(problem, first, options.tolerance)
             else:
                 raise
@@ -274,6 +274,10 @@ class NotDifferentiable(Exception):
     """JAX can trace the loss and not differentiate it, for instance because it calls back to Python."""
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
 def _final(error: Exception) -> Exception:
     """An error that says all: no other way of evaluating the loss would help."""
     error.jaxgrad_final = True  # type: ignore[attr-defined]
@@ -299,7 +303,7 @@ def trace_given(problem: Problem, store: Kernel) -> None:
         jax.errors.TracerBoolConversionError,
         jax.errors.ConcretizationTypeError,
     ) as error:
-        first = str(error).strip().split("\n")[0]
+        first = _first_line(error)
         raise TypeError(
             "JAX cannot trace this loss: it uses the value of an array where only its shape is known "
             "(a numpy function, float(...), or an `if` on an array). "
@@ -314,12 +318,11 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
     try:
         truth(store, problem.leaves, problem.data)
     except jax.errors.JaxRuntimeError as error:
-        first_line = str(error).strip().split("\n")[0]
         raise RuntimeError(
-            f"JAX cannot compile or run the gradient of this loss on this machine: {first_line}"
+            f"JAX cannot compile or run the gradient of this loss on this machine: {_first_line(error)}"
         ) from error
     except Exception as error:
-        raise NotDifferentiable(str(error).strip().split("\n")[0]) from error
+        raise NotDifferentiable(_first_line(error)) from error
     notes += patterns.loss_notes(problem, store)
     reach = domain.around(store, problem.leaves, problem.data)
     given = Point("the given point", problem.n, problem.leaves, problem.data)

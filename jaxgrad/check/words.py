@@ -295,6 +295,11 @@ def _one_leaf(problem: Problem, leaves: Sequence[int], restricted: bool) -> str 
     return problem.paths[leaves[0]] if len(leaves) == 1 and (restricted or len(problem.paths) > 1) else None
 
 
+def _called(place: Where) -> str:
+    """A step of the loss by its statement."""
+    return f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+
+
 def _only(problem: Problem, leaves: Sequence[int], restricted: bool) -> str:
     if not restricted:
         return ""
@@ -327,7 +332,7 @@ def _times_itself(problem: Problem, s: Any, f: Fault, leaves: Sequence[int], res
         what = f"the derivative of the root divides by the root itself, `{value}`, and that is left out"
     else:
         return None
-    at = f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+    at = _called(place)
     sentence = f"In {at} {what}" + _only(problem, leaves, restricted) + "."
     leaf = _one_leaf(problem, leaves, restricted)
     return Finding(kind, leaf, None, place.where, place.expression, sentence)
@@ -341,7 +346,7 @@ def _by_signs(problem: Problem, s: Any, f: Fault, leaves: Sequence[int], restric
         return None
     users = [k for k, step in enumerate(program.steps) if slot in step.inputs and step.frames]
     place = locate(program, users[-1:] or f.members)
-    at = f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+    at = _called(place)
     value, other = spelled(problem, s, slot), spelled(problem, s, f.detail[1])
     sentence = (
         f"In {at} the factor `{other}` is missing or there twice, going back to `{value}` (it is 1 or -1, so the two "
@@ -382,7 +387,7 @@ class _Say:
 
     def at(self, step: int) -> str:
         place = locate(self._sample.program, [step])
-        return f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+        return _called(place)
 
     def operand(self, step: int, number: int) -> str:
         made = self._sample.program.steps[step]
@@ -427,7 +432,7 @@ def _names(problem: Problem, s: Any, f: Fault) -> tuple[str, str, str]:
 
 
 def _fault_sentence(problem: Problem, s: Any, f: Fault, place: Where) -> str:
-    at = f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+    at = _called(place)
     if f.piece >= 0:
         return _piece_sentence(problem, s, f, place, at)
     step = s.program.steps[f.members[-1]]

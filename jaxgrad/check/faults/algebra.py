@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, OfStep, Say
 
 
 def _low(m: Array) -> Array:
@@ -189,7 +189,7 @@ def _outer(a: Array, b: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class MatrixRule:
+class MatrixRule(OfStep):
     """The derivative of a matrix function in a form that is nearly right."""
 
     step: int
@@ -204,10 +204,6 @@ class MatrixRule:
     @property
     def cost(self) -> float:
         return FORMULAS[self.function][self.how][1]
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         step = at.program.steps[self.step]
@@ -246,17 +242,13 @@ class MatrixRule:
 
 
 @dataclass(frozen=True)
-class OneStep:
+class OneStep(OfStep):
     """A fixed point (`while_loop`) differentiated through its last step only."""
 
     step: int
     kind: str = "missing-term"
     cost: float = 1.0
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         import jax

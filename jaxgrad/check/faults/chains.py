@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, OfMembers, OfStep, Say
 from jaxgrad.check.replay import Piece, run_piece
 
 
 @dataclass(frozen=True)
-class Adjoint:
+class Adjoint(OfMembers):
     """The incoming adjoint is ignored, or goes through a function that belongs to the value."""
 
     piece: int
@@ -21,10 +21,6 @@ class Adjoint:
     kind: str
     cost: float
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return self.members
 
     def change(self, at: At) -> Change:
         piece, slope = at.todo.pieces[self.piece], at.replay.derivatives[self.piece][0]
@@ -92,7 +88,7 @@ def _through(at: At, piece: Piece, how: str, slope: Array, d: Array) -> Array | 
 
 
 @dataclass(frozen=True)
-class Side:
+class Side(OfMembers):
     """The slope of a function in pieces is wrong where z > 0, or where z < 0."""
 
     piece: int
@@ -101,10 +97,6 @@ class Side:
     kind: str = "wrong-derivative"
     cost: float = 3.4
     free: bool = True
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return self.members
 
     def change(self, at: At) -> Change:
         piece, slope = at.todo.pieces[self.piece], at.replay.derivatives[self.piece][0]
@@ -123,7 +115,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Swapped:
+class Swapped(OfMembers):
     """A function of two slopes with the slopes exchanged."""
 
     piece: int
@@ -131,10 +123,6 @@ class Swapped:
     kind: str = "wrong-derivative"
     cost: float = 2.4
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return self.members
 
     def change(self, at: At) -> Change:
         piece, slope = at.todo.pieces[self.piece], np.asarray(at.replay.derivatives[self.piece][0])
@@ -150,7 +138,7 @@ class Swapped:
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(OfMembers):
     """A run of steps that multiply or divide by values of the data: the adjoint went through it unchanged."""
 
     start: int
@@ -159,10 +147,6 @@ class Chain:
     kind: str = "missing-factor"
     cost: float = 1.0
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return self.members
 
     def change(self, at: At) -> Change:
         d, sent = at.adjoint(self.end), at.contribution(self.members[0], _moving_operand(at, self.members[0]))
@@ -242,7 +226,7 @@ SLOPES: dict[str, dict[str, Callable[[Any], Any]]] = {
 
 
 @dataclass(frozen=True)
-class Slope:
+class Slope(OfStep):
     """The derivative of a function that has few users, by a formula that people take for it."""
 
     step: int
@@ -250,10 +234,6 @@ class Slope:
     kind: str = "wrong-derivative"
     cost: float = 1.2
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         step = at.program.steps[self.step]
@@ -269,7 +249,7 @@ class Slope:
 
 
 @dataclass(frozen=True)
-class Cumulated:
+class Cumulated(OfStep):
     """A running sum that is run in the same direction on the way back, or left out there."""
 
     step: int
@@ -280,10 +260,6 @@ class Cumulated:
     @property
     def kind(self) -> str:
         return "transposed" if self.turned else "missing-derivative"
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         step = at.program.steps[self.step]
@@ -304,7 +280,7 @@ class Cumulated:
 
 
 @dataclass(frozen=True)
-class Bypass:
+class Bypass(OfMembers):
     """The derivative of a function is left out for one of the ways back to it, and is there for the others."""
 
     start: int
@@ -315,10 +291,6 @@ class Bypass:
     kind: str = "missing-derivative"
     cost: float = 1.7
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return self.members
 
     def change(self, at: At) -> Change:
         sent = [at.contribution(k, i) for k, i in self.edges]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, OfMembers, Say
 from jaxgrad.check.replay import run_piece
 
 Formula = Callable[[Any, Any, Any, Callable[[Any], Any], Callable[[Any], Any]], Any]
@@ -357,7 +357,7 @@ _TRUE = {
 
 
 @dataclass(frozen=True)
-class Jacobian:
+class Jacobian(OfMembers):
     """Another Jacobian than that of the function, or the right one over the wrong axes."""
 
     start: int
@@ -378,10 +378,6 @@ class Jacobian:
     @property
     def cost(self) -> float:
         return 2.0 if self.name == "right" else FAMILIES[self.family][self.name][1]
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return self.members
 
     def change(self, at: At) -> Change:
         x, a, d = at.values[self.start], at.values[self.end], at.adjoint(self.end)

@@ -54,6 +54,26 @@ class Mistake(Protocol):
         ...
 
 
+class OfStep:
+    """A mistake in one step."""
+
+    step: int
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.step,)
+
+
+class OfMembers:
+    """A mistake in a run of steps."""
+
+    members: tuple[int, ...]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.members
+
+
 @runtime_checkable
 class Say(Protocol):
     """How steps and values are called in the person's own code."""

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, OfStep, Say
 
 _PRODUCTS = ("mul", "dot_general", "conv_general_dilated", "div")
 _SWAPPED = {"mul": "div", "div": "mul", "add": "sub", "sub": "add"}
 
 
 @dataclass(frozen=True)
-class Partner:
+class Partner(OfStep):
     """Something else in the place of the factor that the adjoint is multiplied with."""
 
     step: int
@@ -23,10 +23,6 @@ class Partner:
     kind: str
     cost: float
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     @property
     def partner(self) -> int:
@@ -93,7 +89,7 @@ _POWERS = {
 
 
 @dataclass(frozen=True)
-class Exponent:
+class Exponent(OfStep):
     """The derivative of base ** exponent by the exponent, in a form that people take for it."""
 
     step: int
@@ -104,10 +100,6 @@ class Exponent:
     @property
     def kind(self) -> str:
         return _POWERS[self.how][0]
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         step = at.program.steps[self.step]
@@ -135,7 +127,7 @@ class Exponent:
 
 
 @dataclass(frozen=True)
-class Count:
+class Count(OfStep):
     """The number of all entries where the loss divides by a number of the data: a masked mean taken for a mean."""
 
     step: int
@@ -144,10 +136,6 @@ class Count:
     kind: str = "wrong-value"
     cost: float = 1.0
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         step, sent = at.program.steps[self.step], at.contribution(self.step, 0)
@@ -172,7 +160,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Conjugate:
+class Conjugate(OfStep):
     """A product of complex values with one of the two conjugated on the way back, or not conjugated."""
 
     step: int
@@ -181,10 +169,6 @@ class Conjugate:
     kind: str = "wrong-value"
     cost: float = 1.0
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         step = at.program.steps[self.step]
@@ -226,7 +210,7 @@ def step_rest(at: At, k: int) -> list[Array]:
 
 
 @dataclass(frozen=True)
-class PartOfAdjoint:
+class PartOfAdjoint(OfStep):
     """A product with a square result sends back only the diagonal of the adjoint, or all but the diagonal."""
 
     step: int
@@ -238,10 +222,6 @@ class PartOfAdjoint:
     @property
     def cost(self) -> float:
         return 2.4 if self.diagonal else 3.0
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         adjoint, sent = at.out(self.step), at.contribution(self.step, self.operand)
@@ -265,7 +245,7 @@ class PartOfAdjoint:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(OfStep):
     """A convolution's backward pass with the kernel turned, its channels swapped, or another stride or padding."""
 
     step: int
@@ -281,10 +261,6 @@ class Convolution:
     @property
     def cost(self) -> float:
         return 2.5
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         step = at.program.steps[self.step]
@@ -350,7 +326,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class OtherEnd:
+class OtherEnd(OfStep):
     """A slice of the adjoint, or of the other factor, taken at the other end: `[1:]` for `[:-1]`."""
 
     step: int
@@ -358,10 +334,6 @@ class OtherEnd:
     kind: str = "wrong-value"
     cost: float = 2.6
     free: bool = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         step = at.program.steps[self.step]

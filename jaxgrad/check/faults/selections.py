@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, Say
+from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, OfStep, Say
 
 _PICKS = ("gather", "repeat", "tile", "reduce_window_max", "broadcast_in_dim", "dynamic_slice", "reduce_max", "sort")
 
 
 @dataclass(frozen=True)
-class Overwritten:
+class Overwritten(OfStep):
     """An entry that was picked several times keeps only one of its contributions, or their mean."""
 
     step: int
@@ -30,10 +30,6 @@ class Overwritten:
     @property
     def cost(self) -> float:
         return {"last": 2.0, "first": 2.1, "mean": 2.6}[self.keep] + (0.5 if self.copied else 0.0)
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         adjoint, picked = at.out(self.step), sources(at, self.step, self.operand)
@@ -65,7 +61,7 @@ class Overwritten:
 
 
 @dataclass(frozen=True)
-class ToAll:
+class ToAll(OfStep):
     """A maximum sends its adjoint to every entry, or shares it among them, instead of to the one it picked."""
 
     step: int
@@ -76,10 +72,6 @@ class ToAll:
     @property
     def cost(self) -> float:
         return 2.5 + 0.3 * self.shared
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return (self.step,)
 
     def change(self, at: At) -> Change:
         adjoint, sent, step = at.out(self.step), at.contribution(self.step, 0), at.program.steps[self.step]

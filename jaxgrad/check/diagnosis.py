@@ -9,7 +9,6 @@ out, for the same fault at every similar step, and for two faults at once.
 
 import itertools
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -122,6 +121,8 @@ def sample(problem: Problem, store: Kernel, evaluation: Evaluation, rng: np.rand
     return Sample(evaluation, program, todo, replay, faults, directions, owner, true, mine, changes, shares, at)
 
 
+MOST_REPLAYS = 100
+"""How many groups of similar steps are tried by a reverse pass of their own."""
 MOST_TANGENTS = 3e6
 """How many numbers the tangents of all values may take at one point; of eight bytes each, at some eight points."""
 
@@ -1027,7 +1028,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     order = sorted(groups.values(), key=lambda ms: (not _is_named(case, ms[0]), case.faults[ms[0]].cost))
     hits = []
     tried: set[tuple[int, ...]] = set()
-    replays, deadline = 0, time.thread_time() + 0.5
+    replays = 0
     for members in order:
         # Pieces that overlap describe one step twice: keep disjoint ones.
         chosen: list[int] = []
@@ -1045,7 +1046,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         )
         if linear > 1:
             replays += 1
-            if (replays > 60 and time.thread_time() > deadline) or not _replayed(case, chosen, leaves):
+            if replays > MOST_REPLAYS or not _replayed(case, chosen, leaves):
                 continue
         hits.append((case.faults[chosen[0]].cost - 0.1 * len(chosen), chosen))
         break

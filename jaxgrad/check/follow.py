@@ -48,6 +48,7 @@ from jaxgrad.check.watch import (
     Path,
     Repair,
     Run,
+    TooLong,
     as_array,
     probed,
     repaired,
@@ -55,8 +56,10 @@ from jaxgrad.check.watch import (
     watch,
 )
 
-SECONDS = 1.0
-"""How long the search may take, besides compiling."""
+MOST_REPAIRS = 1000
+"""How often the gradient may be run again with a repair. A count, so that every machine finds the same line."""
+SECONDS = 20.0
+"""Processor time after which the search gives up, besides compiling: for a gradient that is slow in itself."""
 MOST_EVENTS = 20_000
 
 
@@ -157,9 +160,7 @@ class _Point:
     @property
     def run(self) -> Run:
         if self._run is None:
-            started = time.thread_time()
-            self._run = watch(self.call, self.search.deadline + 1.0)
-            self.search.seconds_of_a_run = time.thread_time() - started
+            self._run = watch(self.call, self.search.deadline)
         return self._run
 
     @property
@@ -182,8 +183,9 @@ class _Point:
 
     def with_repair(self, repair: Repair) -> list[np.ndarray] | None:
         """The gradient with a repair, or None if it cannot be made."""
-        if time.thread_time() > self.search.deadline:
-            raise TimeoutError
+        self.search.repairs += 1
+        if self.search.repairs > MOST_REPAIRS or time.thread_time() > self.search.deadline:
+            raise TooLong
         try:
             return self.leaves(repaired(self.call, repair))
         except Exception:  # another shape than the code expects
@@ -212,7 +214,7 @@ class _Search:
         self.problem, self.store = problem, store
         self.deadline = time.thread_time() + seconds
         self.eager = False
-        self.seconds_of_a_run = 0.0
+        self.repairs = 0
         first = evaluations[0]
         twin = next(e for e in evaluations[1:] if e.point.n == first.point.n)
         other = [e for e in evaluations if e.point.n != first.point.n][:1]
@@ -231,7 +233,7 @@ class _Search:
             return scaled
         try:
             return self.by_repair()
-        except TimeoutError:
+        except TooLong:
             return None
 
     def follow(self) -> bool:
@@ -252,8 +254,6 @@ class _Search:
             leaves = point.leaves(point.run.result)
             if leaves is None or not all(map(_same, leaves, point.evaluation.hand)):
                 return False
-        # A slow function, as JAX code that is run step by step, has a little longer.
-        self.deadline += min(3.0, 20 * self.seconds_of_a_run)
         self.twins = {(e.statement.key, e.occurrence): e for e in self.points[1].run.events}
         self.statuses: dict[Any, Status] = {}
         return True

@@ -7,6 +7,7 @@ makes, each time that it makes it, so that one can see what would have come out.
 """
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -154,11 +155,16 @@ def _run(call: Callable[[], Any], tracer: Callable[..., Any]) -> Any:
         np.errstate(all="ignore"),
     ):
         warnings.simplefilter("ignore")
+        # What the collector finishes in the middle, as a `__del__`, is no part of what is followed.
+        collects = gc.isenabled()
+        gc.disable()
         sys.settrace(tracer)
         try:
             return call()
         finally:
             sys.settrace(before)
+            if collects:
+                gc.enable()
 
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -178,10 +184,11 @@ def _mine(code: CodeType) -> bool:
         # A notebook's cell has no path of its own.
         library = library or full.startswith((_HERE, *_LIBRARIES))
         known = _OWN[file] = not library and bool(statements_of(file))
-    return known and code.co_name not in ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<lambda>", "<module>")
+    return known and code.co_name not in _NOT_FOLLOWED
 
 
 _OWN: dict[str, bool] = {}
+_NOT_FOLLOWED = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<lambda>", "<module>", "__del__")
 
 
 class _Frame:

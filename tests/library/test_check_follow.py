@@ -1,6 +1,7 @@
 """The first wrong line of a person's own gradient: found where it can be shown, and else nothing said."""
 
 import concurrent.futures
+import gc
 import linecache
 import re
 import sys
@@ -62,7 +63,46 @@ def test_the_line_with_the_mistake_is_found(name):
     case = BY_NAME[name]
     line = first_wrong_line(case.loss, case.gradient, case.params, case.batch)
     assert line is not None
-    assert (line.line, line.certain) == (case.lines[0], name not in follow_cases.ONE_OF_TWO)
+    assert (line.line, line.certain) == (case.lines[0], name not in follow_cases.ONE_OF_TWO), line.sentence
+
+
+class _Dropped:
+    """Garbage that only the collector finds, and that runs a line when it is found."""
+
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        key = jax.random.key(0)
+        del key
+
+
+def test_what_the_collector_runs_is_not_taken_for_a_part_of_the_gradient(monkeypatch):
+    case = BY_NAME["jitted_mask_of_output_weights"]
+    watched = follow.watch
+
+    def with_garbage(call, deadline):
+        for _ in range(3):
+            _Dropped()
+        return watched(call, deadline)
+
+    real = jax.numpy.where
+    monkeypatch.setattr(follow, "watch", with_garbage)
+    monkeypatch.setattr(jax.numpy, "where", lambda *args: (gc.isenabled() and gc.collect(), real(*args))[1])
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10**9)  # it collects where `where` is called, and nowhere else
+    try:
+        line = first_wrong_line(case.loss, case.gradient, case.params, case.batch)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert line is not None
+    assert (line.line, line.certain) == (case.lines[0], True), line.sentence
+
+
+def test_the_search_is_bounded_by_a_count_of_runs(monkeypatch):
+    case = BY_NAME["jitted_mask_of_output_weights"]
+    monkeypatch.setattr(follow, "MOST_REPAIRS", 5)
+    assert first_wrong_line(case.loss, case.gradient, case.params, case.batch) is None
 
 
 @pytest.mark.parametrize("name", [case.name for case in follow_cases.CASES if case.silent])

@@ -73,14 +73,7 @@ def pytest_collection_finish():
     # What was imported stays: the collector need not look through it again and again.
     gc.freeze()
     gc.enable()
-    # Called by the ten thousand, with numbers or cells of a file. Those that call them have their types checked.
-    from jaxgrad.check import agreement, diagnosis, faults, problem
-    from jaxgrad.data import cells
+    # Called ten thousand times, with numbers. Its callers have their types checked.
     from jaxgrad.theory import escape
 
-    for step in (
-        agreement.norm, agreement.Tolerance.allowed, diagnosis._allowed, faults._sigmoid, faults._slope,
-        faults.change, faults.extra_factor, problem._convert, cells.number, cells.is_number,
-        cells.is_missing, cells._proves, cells._value, escape._compositions,
-    ):  # fmt: skip
-        step.__no_type_check__ = True
+    escape._compositions.__no_type_check__ = True

@@ -167,7 +167,7 @@ def _run(call: Callable[[], Any], tracer: Callable[..., Any]) -> Any:
                 gc.enable()
 
 
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _LIBRARIES = tuple(
     {os.path.abspath(p) + os.sep for k, p in sysconfig.get_paths().items() if k in ("stdlib", "platstdlib", "purelib")}
 )
@@ -182,7 +182,7 @@ def _mine(code: CodeType) -> bool:
         parts = full.split(os.sep)
         library = "site-packages" in parts or "dist-packages" in parts
         # A notebook's cell has no path of its own.
-        library = library or full.startswith((_HERE, *_LIBRARIES))
+        library = library or full.startswith((_PACKAGE, *_LIBRARIES))
         known = _OWN[file] = not library and bool(statements_of(file))
     return known and code.co_name not in _NOT_FOLLOWED
 
@@ -203,8 +203,8 @@ class _Frame:
         self.before: dict[Path, Any] = {}
 
 
-_REPORTING = ("jax._src.monitoring", "logging", "warnings")
-"""Modules that call whoever wants to be told of something."""
+_ASIDE = ("jax._src.monitoring", "jax._src.compiler", "jax._src.compilation_cache", "logging", "warnings")
+"""Modules that call what others have registered: whoever wants to be told of something, keepers of compiled programs."""
 _COARSE = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
@@ -226,10 +226,10 @@ class _Watcher:
         return self.step
 
     def aside(self, frame: FrameType) -> bool:
-        """Whether it is called by what only reports, such as JAX's events of compilation, and not by the gradient."""
+        """Whether it is called by JAX's compiler or a reporter, and not by the gradient."""
         caller = frame.f_back
         while caller is not None and caller not in self.frames:
-            if caller.f_globals.get("__name__") in _REPORTING:
+            if caller.f_globals.get("__name__") in _ASIDE:
                 return True
             caller = caller.f_back
         return False

@@ -12,6 +12,8 @@ import follow_cases
 import jax
 import numpy as np
 import pytest
+from jax._src import compilation_cache
+from jax._src.compilation_cache_interface import CacheInterface
 
 from jaxgrad.check import agreement, check_gradient, follow, points
 from jaxgrad.check.gradient import trace_given
@@ -130,6 +132,38 @@ def test_who_is_told_of_compilations_is_not_followed():
     assert told
     assert run.events
     assert not [e for e in run.events if e.code is listen.__code__]
+
+
+def test_who_keeps_compiled_programs_is_not_followed(monkeypatch, tmp_path):
+    """JAX asks a cache for each program, in the midst of the gradient; the cache may be anybody's."""
+    asked = []
+
+    class Cache(CacheInterface):
+        _path = tmp_path
+
+        def get(self, key):
+            rate = float(len(key))
+            asked.append(rate)
+
+        def put(self, key, value):
+            pass
+
+    case = BY_NAME["jitted_mask_of_output_weights"]
+    gradient = types.FunctionType(case.gradient.__wrapped__.__code__, case.gradient.__wrapped__.__globals__)
+    monkeypatch.setattr(compilation_cache, "get_file_cache", lambda path: (Cache(), path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        compilation_cache.reset_cache()
+        jax.clear_caches()
+        run = watch(lambda: gradient(case.params, case.batch), 1e9)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        monkeypatch.undo()
+        compilation_cache.reset_cache()
+    assert asked
+    assert run.events
+    assert not [e for e in run.events if e.code is Cache.get.__code__]
 
 
 # ------------------------------------------------------------------------------------------ in a check

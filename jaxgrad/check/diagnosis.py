@@ -570,8 +570,9 @@ def _in_some_entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         return []
     leaf = leaves[0]
     s = case.samples[0]
-    mask = s.owner == leaf
-    if mask.sum() != case.problem.leaves[leaf].size or mask.sum() < 2:
+    size = case.problem.leaves[leaf].size
+    # A larger batch may leave room for fewer directions than there are entries.
+    if size < 2 or any(int(np.sum(t.owner == leaf)) != size for t in case.samples):
         return []
     hits = []
     gaps = [(t.hand - t.true)[t.owner == leaf] for t in case.samples]

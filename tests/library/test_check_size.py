@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxgrad
-from jaxgrad.check import diagnosis
+from jaxgrad.check import check_gradient, diagnosis
 from jaxgrad.check.steps import Program
 
 MEASURE = """
@@ -142,3 +142,22 @@ def test_tangents_take_no_more_room_however_many_values_there_are():
         assert set(owner) == set(range(10))
         assert len(owner) * values * 2000 <= max(diagnosis.MOST_TANGENTS, 10 * values * 2000)
         assert directions[0].shape == (len(owner), 30, 30)
+
+
+def test_a_larger_batch_may_leave_room_for_fewer_directions(monkeypatch):
+    monkeypatch.setattr(diagnosis, "MOST_TANGENTS", 500)
+    rng = np.random.default_rng(0)
+    params, x = rng.normal(size=12), rng.normal(size=(9, 12))
+    seen = set()
+    sample = diagnosis.sample
+    monkeypatch.setattr(diagnosis, "sample", lambda *a: [s := sample(*a), seen.add(len(s.owner))][0])
+
+    def loss(w, x):
+        return jax.numpy.mean(jax.numpy.tanh(x @ w) ** 2)
+
+    def gradient(w, x):
+        g = np.array(jax.grad(loss)(w, x))
+        return g + np.tanh(w) * np.sum(g)
+
+    assert not check_gradient(loss, gradient, params, x).ok
+    assert len(seen) == 2, "the two batch sizes have the same directions: this tests nothing"

@@ -4,6 +4,7 @@ Each rule is a function of sources, so that it can be shown to catch a source th
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -40,14 +41,20 @@ def imports(name, source, modules):
     """
     package = name if any(other.startswith(f"{name}.") for other in modules) else name.rpartition(".")[0]
     found = set()
-    for node in _running(ast.parse(source)):
+    for node in _statements(source):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
             found |= {f"{stem}.{alias.name}" if f"{stem}.{alias.name}" in modules else stem for alias in node.names}
     return found
+
+
+@functools.cache
+def _statements(source):
+    """The import statements of a source; each source is parsed once."""
+    return [node for node in _running(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def _running(tree):

@@ -140,8 +140,9 @@ def test_as_many_classes_as_a_narrow_dtype_holds_and_more(kind, k):
     for label in (0, 44, most):
         got = losses.softmax_cross_entropy(z, jnp.asarray(label, kind))
         np.testing.assert_allclose(got, losses.softmax_cross_entropy(z, label), rtol=1e-14)
-    loss = losses.mean_loss(models.linear, losses.softmax_cross_entropy)
-    assert run(loss, models.init_linear(3, k), np.array([0, 44, most], kind)).status == "finished"
+    if k == 300 or np.dtype(kind).itemsize == 1:
+        loss = losses.mean_loss(models.linear, losses.softmax_cross_entropy)
+        assert run(loss, models.init_linear(3, k), np.array([0, 44, most], kind)).status == "finished"
 
 
 @pytest.mark.parametrize("label", [-1.0, -1, 2, 0.5, 255, 1e9, -0.1])

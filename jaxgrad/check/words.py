@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxgrad.check import faults as catalogue_of
+from jaxgrad.check.evidence import constant_in_words, is_square, multiplier, turns_sign
 from jaxgrad.check.faults import Fault, Term
 from jaxgrad.check.faults.mistake import Mistake
 from jaxgrad.check.problem import Problem
@@ -52,19 +53,14 @@ def scale(problem: Problem, s: Any, factor: str, leaf: int | None, leaves: Seque
     """The gradient, or one leaf of it, times one factor."""
     path = None if leaf is None or len(problem.paths) == 1 else problem.paths[leaf]
     whose = "Your gradient" if path is None else f"Your gradient of {path}"
-    named = constant_step(s, factor, leaves) if path is not None else None
-    place = _scale_place(s, factor, leaves) if path is None else _use_of(s, leaves[0])
-    place = place if named is None else locate(s.program, [named])
-    at = f" (`{place.expression}`, {place.where})" if place.where else ""
+    step = constant_step(s, factor, leaves) if path is not None else _scale_step(s, factor, leaves)
+    place = locate(s.program, [step]) if step is not None else NOWHERE if path is None else _use_of(s, leaves[0])
     if path is None and len(leaves) < len(problem.paths):
         whose = f"Your gradient of {', '.join(problem.paths[i] for i in leaves)}"
     if factor == "-1":
-        sentence = f"{whose} has the wrong sign everywhere: it points downhill."
-        if place.where:
-            sentence += " An inner derivative of -1 is missing or doubled, for instance"
-            sentence += f" in `{place.expression}` ({place.where})."
-        return Finding("sign", path, "-1", place.where, place.expression, sentence)
-    sentence = f"{whose} is {_times(factor)} the true one. {_scale_reason(factor, at, s.at.mean)}"
+        sentence = f"{whose} has the wrong sign everywhere: it points downhill. {_sign_reason(s, step, leaves)}"
+        return Finding("sign", path, "-1", place.where, place.expression, sentence.strip())
+    sentence = f"{whose} is {_times(factor)} the true one. {_scale_reason(s, factor, step, place, leaves)}"
     return Finding("scale", path, factor, place.where, place.expression, sentence.strip())
 
 
@@ -73,8 +69,54 @@ def _times(factor: str) -> str:
     return spoken.get(factor, f"{factor} times")
 
 
-def _scale_reason(factor: str, at: str, mean: bool | None) -> str:
-    bare = factor.lstrip("-")
+def _at(place: Where) -> str:
+    return f" (`{place.expression}`, {place.where})" if place.where else ""
+
+
+def _sign_reason(s: Any, step: int | None, leaves: Sequence[int]) -> str:
+    """Which step of the loss could have lost its minus, or got one."""
+    turning = [k for k in _shared_steps(s, leaves) if turns_sign(s, k)]
+    k = step if step in turning else turning[-1] if turning else None
+    if k is not None:
+        place = locate(s.program, [k])
+        return f"An inner derivative of -1 is missing or doubled, for instance in `{place.expression}` ({place.where})."
+    if step is not None and s.program.steps[step].primitive == "sub":
+        place = locate(s.program, [step])
+        return f"A difference may be the other way round in it, for instance `{place.expression}` ({place.where})."
+    return ""
+
+
+def _two_reason(s: Any, factor: str, step: int | None, place: Where, leaves: Sequence[int]) -> str:
+    """Where a missing or doubled 2 may come from: a square or a constant only where the loss has one."""
+    squares = [k for leaf in leaves for k in _shared_steps(s, [leaf]) if is_square(s, k)]
+    constant = step is not None and is_constant_step(s, step, factor)
+    said = ""
+    if step is not None and constant:
+        said = f"in `{place.expression}` ({place.where}) {constant_in_words(s, step, _number(factor) or 0.0)}."
+    known = step is not None and s.at.origin in s.program.steps[step].inputs
+    if factor == "1/2" and squares and not (constant and known):
+        at = _at(place) if step is None or step in squares else ""
+        more = f", or {said}" if said else f"{at}."
+        return f"It is the exact gradient of 1/2 of this loss: the factor 2 of a square's derivative is missing{more}"
+    if said:
+        return said[0].upper() + said[1:]
+    return "A factor 2 is missing." if factor == "1/2" else "A factor 2 is too many."
+
+
+def _log_reason(s: Any, factor: str, step: int | None, place: Where) -> str:
+    """Where a factor log(2) may come from."""
+    name = "" if step is None else s.program.steps[step].primitive
+    if name in ("log", "log1p") and factor == "1/log(2)":
+        return f"It is the gradient of a loss in log2; this loss uses the natural logarithm{_at(place)}."
+    if name in ("log", "log1p", "div") and factor == "log(2)":
+        return f"It is the gradient for the natural logarithm; this loss uses log2{_at(place)}."
+    if name in ("exp2", "pow"):
+        return f"The derivative of 2^x is log(2) 2^x{_at(place)}."
+    return f"A constant factor is missing or too many{_at(place)}."
+
+
+def _scale_reason(s: Any, factor: str, step: int | None, place: Where, leaves: Sequence[int]) -> str:
+    bare, mean, at = factor.lstrip("-"), s.at.mean, _at(place)
     if bare == "n" and mean is not True:
         what = "This loss is a sum over the examples: no factor n belongs there" if mean is False else "Divide by n"
         return f"{what}{at}."
@@ -86,31 +128,32 @@ def _scale_reason(factor: str, at: str, mean: bool | None) -> str:
         return f"It is the exact gradient of the sum over the examples; this loss is their mean{at}: divide by n."
     if bare == "1/n":
         return f"It is that of the mean over the examples where this loss sums, or divided by n once too often{at}."
-    if bare == "1/2":
-        return f"It is the exact gradient of 1/2 of this loss: the factor 2 of a square's derivative is missing{at}."
-    if bare == "2":
-        return f"It is the exact gradient of twice this loss: a factor 2 too many, or a 1/2 of the loss left out{at}."
-    if bare == "1/log(2)":
-        return f"It is the gradient of a loss in log2; this loss uses the natural logarithm{at}."
-    if bare == "log(2)":
-        return f"It is the gradient for the natural logarithm; this loss uses log2{at}."
+    if bare in ("1/2", "2"):
+        return _two_reason(s, bare, step, place, leaves)
+    if bare in ("log(2)", "1/log(2)"):
+        return _log_reason(s, bare, step, place)
     if bare in ("d", "k", "h"):
         what = {"d": "features d", "k": "outputs k", "h": "hidden units h"}[bare]
         return f"The loss averages over the number of {what} too, and your gradient does not{at}."
     if bare in ("1/d", "1/k", "1/h"):
         what = {"d": "features d", "k": "outputs k", "h": "hidden units h"}[bare[2:]]
         return f"You averaged over the number of {what} too; the loss does not{at}."
-    if bare in ("n/2", "2/n"):
-        if bare == "n/2":
-            what = "Both the 1/n of a mean and the 2 of a square's derivative are left out"
-            return f"{what}{at}: it is the exact gradient of n/2 times this loss."
+    if bare == "n/2":
+        squared = any(is_square(s, k) for leaf in leaves for k in _shared_steps(s, [leaf]))
+        two = "the 2 of a square's derivative" if squared else "a factor 2"
+        what = f"Both the 1/n of a mean and {two} are left out" if mean is not False else f"An n is too many, and {two}"
+        what += "" if mean is not False else " is left out"
+        return f"{what}{at}: it is the exact gradient of n/2 times this loss."
+    if bare == "2/n":
         return f"It is divided by n once too often, and a factor 2 is too many{at}."
     if re.fullmatch(r"n/\d+|\d+/n", bare):
         number = bare.replace("n", "").replace("/", "")
         return f"The number {number} is written into your gradient where n, the number of examples, belongs{at}."
     if bare in ("n/(n-1)", "(n-1)/n"):
         return f"One of the two divides by n - 1 and the other by n{at}."
-    return f"A constant factor is missing or too many{at}." if at else "A constant factor is missing or too many."
+    if step is not None and is_constant_step(s, step, factor):
+        return f"In `{place.expression}` ({place.where}) {constant_in_words(s, step, _number(factor) or 0.0)}."
+    return f"A constant factor is missing or too many{at}."
 
 
 def constant_step(s: Any, factor: str, leaves: Sequence[int]) -> int | None:
@@ -122,18 +165,11 @@ def constant_step(s: Any, factor: str, leaves: Sequence[int]) -> int | None:
 
 def is_constant_step(s: Any, k: int, factor: str) -> bool:
     """Whether a step multiplies or divides by a number of which the factor is the inverse, or the number itself."""
-    program: Program = s.program
-    step, value = program.steps[k], _number(factor)
-    if value is None or value in (0.0, 1.0) or step.primitive not in ("mul", "div") or len(step.inputs) != 2:
+    value = _number(factor)
+    if value is None or value in (0.0, 1.0):
         return False
-    for i, slot in enumerate(step.inputs):
-        if slot in program.varying or slot not in s.at.values or (step.primitive == "div" and i == 0):
-            continue
-        held = np.unique(s.at.values[slot])
-        size = float(held[0]) if held.size == 1 and held.dtype.kind in "fiu" else 0.0
-        if size and min(abs(value * size - 1), abs(value / size - 1)) < 1e-9:
-            return True
-    return False
+    number = multiplier(s, k)
+    return number is not None and min(abs(value * abs(number) - 1), abs(value / abs(number) - 1)) < 1e-9
 
 
 def _number(factor: str) -> float | None:
@@ -145,8 +181,8 @@ def _number(factor: str) -> float | None:
         return None
 
 
-def _scale_place(s: Any, factor: str, leaves: Sequence[int]) -> Where:
-    """The last step whose own derivative is the missing or extra factor; else where the leaf is used.
+def _scale_step(s: Any, factor: str, leaves: Sequence[int]) -> int | None:
+    """The last step whose own derivative is the missing or extra factor; else one on the way to all these leaves.
 
     Where no step could be it, the one that takes the value whose adjoint has the factor first in the person's code,
     if that is known."""
@@ -154,17 +190,16 @@ def _scale_place(s: Any, factor: str, leaves: Sequence[int]) -> Where:
     two = factor.lstrip("-") in ("2", "1/2")
     named = constant_step(s, factor, leaves)
     if named is not None and not two:
-        return locate(program, [named])
+        return named
     steps = _steps_with_factor(s, factor, leaves)
     users = [k for k, step in enumerate(program.steps) if s.at.origin in step.inputs and step.frames]
     on_path = _shared_steps(s, leaves)
     subs = [k for k in on_path if program.steps[k].primitive == "sub"] if factor == "-1" else []
-    halves = [k for k in on_path if program.steps[k].primitive == "mul"] if two else []
     own = [k for k in users if is_constant_step(s, k, factor)]
-    for chosen in (own[-1:], steps[:1], [] if named is None else [named], subs[-1:], users[-1:], halves[-1:]):
+    for chosen in (own[-1:], steps[:1], [] if named is None else [named], subs[-1:], users[-1:], on_path[-1:]):
         if chosen:
-            return locate(program, chosen)
-    return locate(program, on_path[-1:]) if on_path else NOWHERE
+            return chosen[0]
+    return None
 
 
 def _steps_with_factor(s: Any, factor: str, leaves: Sequence[int]) -> list[int]:
@@ -172,30 +207,24 @@ def _steps_with_factor(s: Any, factor: str, leaves: Sequence[int]) -> list[int]:
     program: Program = s.program
     bare = factor.lstrip("-")
     names: tuple[str, ...] = ()
-    if bare == "1" and factor.startswith("-"):
-        names = ("sub", "neg", "inv", "solve", "cos")
-    elif bare in ("2", "1/2"):
-        names = ("integer_pow", "square", "pow")
-    elif "n" in bare or bare in ("d", "k", "h", "1/d", "1/k", "1/h"):
+    if "n" in bare or bare in ("d", "k", "h", "1/d", "1/k", "1/h"):
         names = ("div", "reduce_sum")
     elif "log" in bare:
-        names = ("log", "log1p", "div")
+        names = ("log", "log1p", "div", "exp2", "pow")
+
+    def has_factor(k: int) -> bool:
+        step = program.steps[k]
+        if factor == "-1":
+            return turns_sign(s, k)
+        if bare in ("2", "1/2"):
+            return is_square(s, k)
+        return step.primitive in names and not (step.primitive == "div" and step.inputs[1] in program.varying)
+
     on_path = _shared_steps(s, leaves)
-    if bare in ("2", "1/2") and not any(program.steps[k].primitive in names for k in on_path):
+    if bare in ("2", "1/2") and not any(map(has_factor, on_path)):
         # Every leaf may have a square of its own.
         on_path = sorted({k for leaf in leaves for k in _shared_steps(s, [leaf])})
-    found = []
-    for k in reversed(on_path):
-        step = program.steps[k]
-        if step.primitive not in names:
-            continue
-        if step.primitive == "sub" and step.inputs[1] not in program.moving and factor == "-1":
-            continue
-        if step.primitive == "solve" and step.inputs[0] not in program.moving:
-            continue
-        if step.primitive == "div" and step.inputs[1] in program.varying:
-            continue
-        found.append(k)
+    found = [k for k in reversed(on_path) if has_factor(k)]
     number = _number(factor)
     for k in reversed(on_path) if number is not None and not found else ():
         lengths = program.steps[k].params.get("fft_lengths", ())
@@ -239,7 +268,8 @@ def _use_of(s: Any, leaf: int) -> Where:
 
 def zero(problem: Problem, s: Any, leaf: int | None, leaves: Sequence[int]) -> Finding:
     if leaf is None:
-        place = _scale_place(s, "1", leaves)
+        step = _scale_step(s, "1", leaves)
+        place = NOWHERE if step is None else locate(s.program, [step])
         return Finding(
             "missing-term",
             None,

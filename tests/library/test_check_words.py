@@ -1,0 +1,94 @@
+"""What a report says of the loss is true of the loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrad.check import check_gradient
+
+RNG = np.random.default_rng
+BATCH = {"x": RNG(0).normal(size=(9, 4)), "y": RNG(1).normal(size=9)}
+W = RNG(2).normal(size=4)
+
+
+@pytest.fixture(autouse=True)
+def people_let_shapes_spread():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def times(loss, factor):
+    """The gradient of a loss times a factor, in NumPy's arrays."""
+    return lambda w, b: jax.tree.map(lambda g: factor * np.asarray(g), jax.grad(loss)(w, b))
+
+
+def said(loss, factor, w=W):
+    report = check_gradient(loss, times(loss, factor), w, BATCH)
+    assert [f.kind for f in report.findings] == ["sign" if factor == -1 else "scale"]
+    return report.findings[0].sentence
+
+
+SQUARES = {
+    "power": lambda w, b: jnp.sum((b["x"] @ w - b["y"]) ** 2),
+    "product with itself": lambda w, b: jnp.sum((b["x"] * w) * (b["x"] * w)),
+    "dot with itself": lambda w, b: jnp.dot(b["x"] @ w, b["x"] @ w),
+    "quadratic form": lambda w, b: w @ (b["x"].T @ b["x"]) @ w,
+    "jnp.square": lambda w, b: jnp.mean(jnp.square(b["x"] @ w - b["y"])),
+    "inverse square": lambda w, b: jnp.sum(1 / (3 + b["x"] @ w) ** 2),
+    "variance": lambda w, b: jnp.var(b["x"] @ w),
+}
+NO_SQUARES = {
+    "constant": lambda w, b: jnp.sum(jax.nn.logsumexp(b["x"] * w / 0.5, axis=1)),
+    "none": lambda w, b: jnp.sum(jnp.log(jnp.cosh(b["x"] @ w))),
+    "cube": lambda w, b: jnp.sum((b["x"] @ w) ** 3),
+    "product of two": lambda w, b: jnp.sum(jnp.tanh(b["x"] @ w) * jnp.exp(b["x"] @ w)),
+    "square of the data": lambda w, b: jnp.sum(jnp.tanh(b["x"] ** 2 @ w)),
+}
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_half_is_the_two_of_a_square_where_there_is_one(name):
+    assert "the factor 2 of a square's derivative is missing" in said(SQUARES[name], 0.5)
+
+
+@pytest.mark.parametrize("name", NO_SQUARES)
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_no_square_is_spoken_of_where_there_is_none(name, factor):
+    assert "square" not in said(NO_SQUARES[name], factor)
+
+
+def test_a_square_of_another_leaf_is_not_spoken_of():
+    def loss(p, b):
+        return jnp.sum(jnp.tanh(b["x"] @ p["u"])) + jnp.sum((b["y"] - p["c"]) ** 2)
+
+    gradient = lambda p, b: {k: g * (0.5 if k == "u" else 1) for k, g in jax.grad(loss)(p, b).items()}
+    report = check_gradient(loss, gradient, {"u": W, "c": np.array(0.4)}, BATCH)
+    assert [f.leaf for f in report.findings] == ["u"]
+    assert "square" not in report.findings[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor", "words"),
+    [
+        (NO_SQUARES["constant"], 0.5, "the division by 0.5 is left out"),
+        (NO_SQUARES["constant"], 2.0, "the division by 0.5 is there twice"),
+        (lambda w, b: jnp.sum(0.5 * jnp.tanh(b["x"] @ w)), 2.0, "the factor 0.5 is left out"),
+        (lambda w, b: jnp.sum(jnp.tanh(b["x"] @ w) / 0.7), 0.7, "the division by 0.7 is left out"),
+        (lambda w, b: jnp.sum(3 * jnp.tanh(b["x"] @ w)), 3.0, "the factor 3 is there twice"),
+    ],
+)
+def test_the_constant_of_a_line_is_named(loss, factor, words):
+    assert words in said(loss, factor)
+
+
+@pytest.mark.parametrize("factor", [np.log(2), 1 / np.log(2)])
+def test_no_logarithm_is_spoken_of_where_there_is_none(factor):
+    assert "logarithm" not in said(lambda w, b: jnp.sum(jnp.tanh(b["x"] @ w)), factor)
+    assert "natural logarithm" in said(lambda w, b: jnp.sum(jnp.log(3 + jnp.tanh(b["x"] @ w))), 1 / np.log(2))
+
+
+def test_a_minus_is_looked_for_only_where_a_derivative_has_one():
+    assert "inner derivative" not in said(lambda w, b: jnp.sum(jnp.tanh(b["x"] @ w)), -1)
+    assert "inner derivative of -1" in said(lambda w, b: jnp.sum(jnp.tanh(b["y"] - b["x"] @ w)), -1)
+    assert "the other way round" in said(lambda w, b: jnp.sum(jnp.tanh(b["x"] @ w - b["y"])), -1)

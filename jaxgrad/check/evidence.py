@@ -28,8 +28,7 @@ def is_square(s: Any, k: int) -> bool:
         return step.inputs[1] not in program.varying and bool(np.all(np.abs(s.at.values[step.inputs[1]]) == 2))
     if step.primitive not in ("mul", "dot_general") or not set(step.inputs) <= program.moving:
         return False
-    left, right = (_root(s, slot) for slot in step.inputs)
-    return left == right
+    return len({_root(s, slot) for slot in step.inputs}) == 1
 
 
 def _root(s: Any, slot: int) -> int:
@@ -54,7 +53,7 @@ def turns_sign(s: Any, k: int) -> bool:
     if step.primitive in ("sub", "div"):
         return second
     if step.primitive in ("integer_pow", "solve"):
-        return step.inputs[0] in program.moving and (step.primitive == "solve" or step.params["y"] < 0)
+        return set(step.inputs[:1]) <= program.moving and (step.primitive == "solve" or step.params["y"] < 0)
     number = multiplier(s, k)
     return step.primitive in _TURNING or (number is not None and number < 0)
 

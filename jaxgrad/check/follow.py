@@ -328,23 +328,28 @@ class _Search:
                 return False
         return not self.doubtful(event, tried, without, part)
 
-    def doubtful(self, event: Event, tried: set[bytes], without: str = "", part: Any = None) -> list[str]:
-        """What a statement reads that is not known to be right."""
+    def doubtful(
+        self, event: Event, tried: set[bytes], without: str = "", part: Any = None, masks: bool = False
+    ) -> list[str]:
+        """What a statement reads that is not known to be right; with `masks`, of the conditions that it reads."""
         within = None if part is None else {ast.unparse(n) for n in ast.walk(part) if isinstance(n, ast.expr)}
         sound: list[str] = []
         doubt: list[str] = []
         for text, array in event.inputs:
-            if text == without or (within is not None and text not in within):
+            if text == without or (within is not None and text not in within) or (masks and text not in event.masks):
                 continue
-            right = self.sound(self.input_status(event, text, array), array, tried)
+            right = self.sound(self.input_status(event, text, array), array, tried, text in event.masks)
             (sound if right else doubt).append(text)
         # A part of an array that is right is right: which part is taken is for this statement to answer.
         return [text for text in doubt if not any(text.startswith(f"{whole}[") for whole in sound)]
 
-    def sound(self, status: Status, array: np.ndarray, tried: set[bytes]) -> bool:
+    def sound(self, status: Status, array: np.ndarray, tried: set[bytes], mask: bool = False) -> bool:
         """Whether a value that a statement reads may be taken to be right."""
         if status.kind == "helper":
             return array.tobytes() in tried
+        if mask and status.kind == "constant":
+            # `p > 0` is true at every point: that tells nothing of whether it is the right condition.
+            return self.points[0].facts.holds(array)
         if status.kind != "known":
             return status.kind == "constant"
         # A value of the loss times a number is right as nothing that one could name.
@@ -958,8 +963,7 @@ class _Search:
     def made_from(self, site: Site, doubt: Sequence[str] = ()) -> str:
         """What a statement reads, in words; `doubt` is what is not known to be right."""
         if doubt:
-            named = " and ".join(f"`{text}`" for text in list(dict.fromkeys(doubt))[:3])
-            return f"It is made from {named}, of which nothing can be said: the mistake is here or there. "
+            return _doubted(doubt)
         said: dict[str, str] = {}
         for text, array in site.first.inputs:
             status = self.input_status(site.first, text, array)
@@ -1061,11 +1065,13 @@ class _Search:
                     f"in its place {_right(names, len(self.wrong))}."
                 )
                 return WrongLine(here.file, here.line, here.text, site.name, target, tuple(names), sentence, True)
+            ran = [*self.inner(maker.first), maker.first]
+            masks = [text for event in ran for text in self.doubtful(event, set(), masks=True)]
             sentence = (
-                f"`{text}` is {now}; line {here.line}, `{here.text}`, needs {target}. With that in its place "
-                f"{_right(names, len(self.wrong))}."
+                f"`{text}` is {now}; line {here.line}, `{here.text}`, needs {target}. {_doubted(masks)}With that in "
+                f"its place {_right(names, len(self.wrong))}."
             )
-            return WrongLine(there.file, there.line, there.text, text, target, tuple(names), sentence, True)
+            return WrongLine(there.file, there.line, there.text, text, target, tuple(names), sentence, not masks)
         return None
 
     def leaf_name(self, leaf: int) -> str:
@@ -1185,6 +1191,12 @@ def _right(names: Sequence[str], count: int) -> str:
     if len(names) == count:
         return f"everything is right ({listed} now {'has' if len(names) == 1 else 'have'} the mistake)"
     return f"{listed} {'is' if len(names) == 1 else 'are'} right (another mistake is elsewhere)"
+
+
+def _doubted(doubt: Sequence[str]) -> str:
+    """That nothing can be said of what a statement reads."""
+    named = " and ".join(f"`{text}`" for text in list(dict.fromkeys(doubt))[:3])
+    return f"It is made from {named}, of which nothing can be said: the mistake is here or there. " if doubt else ""
 
 
 def _is_derivative(text: str) -> bool:

@@ -51,6 +51,13 @@ class Facts(NamedTuple):
     program: Program
     by_label: Mapping[Label, np.ndarray]
     index: Any
+    fixed: tuple[np.ndarray, ...]
+    """Values that depend on neither the parameters nor the data: a mask of the loss, say."""
+
+    def holds(self, array: np.ndarray) -> bool:
+        """Whether an array is, as it is, one of the values or slopes of the loss, or one of its constants."""
+        made = [v for label, v in self.by_label.items() if label[0] in ("value", "slope")]
+        return any(v.shape == array.shape and np.array_equal(v, array) for v in (*made, *self.fixed))
 
 
 def facts_at(store: Kernel, leaves: Sequence[Any], data: Sequence[Any], n: int | None) -> Facts:
@@ -60,12 +67,12 @@ def facts_at(store: Kernel, leaves: Sequence[Any], data: Sequence[Any], n: int |
         program = _unrolled(store, leaves, data)
         store.compiled[key] = (program, quick_jit(lambda ls, ds: _everything(program, ls, ds, n)))
     program, run = store.compiled[key]
-    values, sent, rows = jax.device_get(run(list(leaves), list(data)))
+    values, sent, rows, fixed = jax.device_get(run(list(leaves), list(data)))
     found = [(("value", slot), value) for slot, value in values.items()]
     found += _sorted_by_kind(program, sent)
     found += [(("rows", k, i), row) for (k, i), row in rows.items()]
     by_label = {label: np.asarray(v, np.float64) for label, v in found if np.asarray(v).dtype.kind != "c"}
-    return Facts(program, by_label, Index(by_label, n))
+    return Facts(program, by_label, Index(by_label, n), tuple(np.asarray(v, np.float64) for v in fixed))
 
 
 def _unrolled(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> Program:
@@ -100,7 +107,8 @@ def _everything(program: Program, leaves: Sequence[Any], data: Sequence[Any], n:
     found, values = jax.grad(run, has_aux=True)(zeros)
     sent = dict(zip(uses, found, strict=True))
     kept = {s: v for s, v in values.items() if s in program.varying and _is_number(program.avals[s])}
-    return kept, sent, _by_example(program, values, sent, n)
+    still = [s for s in values if s not in program.varying and _is_number(program.avals[s]) and program.avals[s].ndim]
+    return kept, sent, _by_example(program, values, sent, n), [values[s] for s in still]
 
 
 def _by_example(program: Program, values: Mapping[int, Any], sent: Mapping[tuple[int, int], Any], n: int | None) -> Any:

@@ -23,7 +23,7 @@ class Statement(NamedTuple):
     """Its source on one line."""
     node: Any
     expressions: tuple[Any, ...]
-    """What it evaluates: of a `for`, what it runs over."""
+    """What it evaluates: of a `for`, what it runs over; of `a[i] = ...`, also `i`."""
     names: frozenset[str]
     """Every name in it."""
     targets: tuple[Any, ...]
@@ -77,6 +77,8 @@ def _statement(file: str, source: str, node: Any) -> Statement:
     elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.AsyncFor)):
         targets = [node.target]
     read = parts if isinstance(node, ast.AugAssign) else [p for p in parts if not any(p is t for t in targets)]
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        read += [n.slice for t in targets for n in ast.walk(t) if isinstance(n, ast.Subscript)]
     expressions = tuple(p for p in read if isinstance(p, (ast.expr, ast.withitem)))
     return Statement(file, node.lineno, end, text, node, expressions, frozenset(names), tuple(targets))
 

@@ -54,6 +54,8 @@ class Event(NamedTuple):
     outputs: tuple[Output, ...]
     opaque: bool
     """Whether it reads arrays that could not be looked at."""
+    masks: frozenset[str] = frozenset()
+    """Which of the inputs are conditions: True or False."""
 
 
 class Run(NamedTuple):
@@ -200,11 +202,12 @@ class _Frame:
         self.statement: Statement | None = None
         self.inputs: tuple[tuple[str, np.ndarray], ...] = ()
         self.opaque = False
+        self.masks: frozenset[str] = frozenset()
         self.before: dict[Path, Any] = {}
 
 
 _ASIDE = ("jax._src.monitoring", "jax._src.compiler", "jax._src.compilation_cache", "logging", "warnings")
-"""Modules that call what others have registered: whoever wants to be told of something, keepers of compiled programs."""
+"""Modules that call what others have registered: listeners to events, keepers of compiled programs."""
 _COARSE = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
@@ -251,25 +254,30 @@ class _Watcher:
         if statement is not None:
             env = frame.f_locals
             state.before = dict(self.held(statement, env))
-            state.inputs, state.opaque = self.read(statement, {**frame.f_globals, **env})
+            state.inputs, state.opaque, state.masks = self.read(statement, {**frame.f_globals, **env})
         return self.step
 
-    def read(self, statement: Statement, env: dict[str, Any]) -> tuple[tuple[tuple[str, np.ndarray], ...], bool]:
+    def read(
+        self, statement: Statement, env: dict[str, Any]
+    ) -> tuple[tuple[tuple[str, np.ndarray], ...], bool, frozenset[str]]:
         found: list[tuple[str, np.ndarray]] = []
+        masks: set[str] = set()
         opaque = False
         for text, value in reads(statement, env):
             for path, inner in arrays_in((text,), value):
-                if isinstance(inner, (int, np.integer, np.bool_)):
+                if isinstance(inner, (int, np.integer)):
                     continue
-                array = self.array(inner)
+                condition = getattr(getattr(inner, "dtype", None), "kind", "") == "b"
+                array = np.array(float(inner)) if isinstance(inner, np.bool_) else self.array(inner)
                 if array is None:
                     opaque = True
                     self.traced = self.traced or isinstance(inner, Tracer)
                 else:
                     found.append((spelled_path(path), array))
+                    masks |= {spelled_path(path)} if condition else set()
             if type(value).__name__ == "PjitFunction" and _mine_function(value):
                 self.traced = True
-        return tuple(found), opaque
+        return tuple(found), opaque, frozenset(masks)
 
     def array(self, value: Any) -> np.ndarray | None:
         kind = getattr(value, "dtype", None)
@@ -310,7 +318,7 @@ class _Watcher:
         count = self.counts.get(statement.key, 0)
         self.counts[statement.key] = count + 1
         self.events.append(
-            Event(statement, frame.f_code, state.number, count, state.inputs, tuple(outputs), state.opaque)
+            Event(statement, frame.f_code, state.number, count, state.inputs, tuple(outputs), state.opaque, state.masks)
         )
 
 

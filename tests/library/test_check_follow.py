@@ -354,3 +354,84 @@ def test_every_mistake_of_the_cases_is_marked_once():
     for case in follow_cases.CASES:
         assert len(case.lines) == (0 if case.silent else 1), case.name
         assert re.fullmatch(r"\w+", case.name)
+
+
+def masked_loss(p, b):
+    z = b["x"] @ p["w"]
+    a = jax.numpy.maximum(z, 0)
+    return jax.numpy.mean((a @ p["v"] - b["y"]) ** 2)
+
+
+def always_true(z, da):
+    mask = np.exp(z) > 0
+    dz = da * mask
+    return dz
+
+
+def always_true_where(z, da):
+    mask = np.abs(z) >= 0
+    dz = np.where(mask, da, 0.0)
+    return dz
+
+
+def entry_by_entry(z, da):
+    dz = np.zeros_like(da)
+    for i in range(len(z)):
+        for j in range(z.shape[1]):
+            on = np.exp(z[i, j]) > 0
+            dz[i, j] = da[i, j] * on
+    return dz
+
+
+def another_entry(z, da):
+    off = np.argmin(z, axis=1)
+    dz = da * (z > 0)
+    dz[np.arange(len(z)), off] = 1.0
+    return dz
+
+
+def right_mask(z, da):
+    mask = z > 0
+    dz = da * da * mask
+    return dz
+
+
+@pytest.mark.parametrize("slope", [always_true, always_true_where, entry_by_entry, another_entry])
+def test_a_line_is_not_certain_that_reads_a_condition_of_which_nothing_is_known(slope):
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.normal(size=(9, 4)), "y": rng.normal(size=9)}
+    params = {"w": rng.normal(size=(4, 5)), "v": rng.normal(size=5)}
+
+    def gradient(p, b):
+        z = b["x"] @ p["w"]
+        a = np.maximum(z, 0)
+        e = 2 * (a @ p["v"] - b["y"]) / len(z)
+        dz = slope(z, np.outer(e, p["v"]))
+        return {"w": b["x"].T @ dz, "v": a.T @ e}
+
+    line = first_wrong_line(masked_loss, gradient, params, batch)
+    assert line is None or (not line.certain and "is right: " not in line.sentence)
+    if slope in (always_true, always_true_where):
+        assert line is not None
+        assert "`mask`, of which nothing can be said" in line.sentence
+
+
+def test_a_condition_of_the_loss_is_known():
+    rng = np.random.default_rng(0)
+    keep = np.tril(np.ones((4, 4))) > 0
+    batch, params = rng.normal(size=(9, 4)), rng.normal(size=(4, 4))
+
+    def loss(w, x):
+        return jax.numpy.sum(jax.numpy.where(keep, (x.T @ x) * w, 0.0) ** 2)
+
+    def gradient(w, x):
+        k = x.T @ x
+        mask = np.tril(np.ones((4, 4))) > 0
+        ds = 2 * np.where(mask, k * w, 0.0)
+        dw = np.where(mask, k * k * ds, 0.0)
+        return dw
+
+    line = first_wrong_line(loss, gradient, params, batch)
+    assert line is not None
+    assert line.certain
+    assert "k * k * ds" in line.text

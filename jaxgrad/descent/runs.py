@@ -107,9 +107,18 @@ def first_state(runs: Runs, start: Params, axis: int | None) -> State:
 @partial(jax.jit, static_argnames=("optimizer", "many"))
 def _init(params, *, optimizer, many):
     if not many:
-        return init(params, optimizer)
+        return strong(init(params, optimizer))
     state = jax.vmap(partial(init, optimizer=optimizer))(params)
     return state._replace(step=state.step[0])
+
+
+def strong(tree: Any) -> Any:
+    """The same numbers, no dtype of them weak. A step would return them strong, and compile again for its own result."""
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype) if _is_weak(leaf) else leaf, tree)
+
+
+def _is_weak(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and bool(getattr(leaf, "weak_type", False))
 
 
 def _spread(state: State, shape: tuple[int, ...], ahead: int) -> State:
@@ -126,9 +135,9 @@ def _spread(state: State, shape: tuple[int, ...], ahead: int) -> State:
 
 def copies(tree: Any, shape: tuple[int, ...]) -> Any:
     """Copy a tree to all runs: leaves `[*shape, …]`. If there are many runs, they are on the host."""
-    return (
-        jax.tree.map(lambda leaf: np.broadcast_to(np.asarray(leaf), (*shape, *np.shape(leaf))), tree) if shape else tree
-    )
+    if not shape:
+        return strong(tree)
+    return jax.tree.map(lambda leaf: np.broadcast_to(np.asarray(leaf), (*shape, *np.shape(leaf))), tree)
 
 
 def continued(state: State, runs: Runs) -> State:

@@ -1,5 +1,7 @@
 """What people train: losses of every form, optimizers that ask for more, settings side by side, traces to look at."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -19,6 +21,7 @@ from jaxgrad.descent import (
     target_loss,
     time_limit,
 )
+from jaxgrad.descent.runs import strong
 from jaxgrad.sampling import distinct, full_batch, reshuffled
 from jaxgrad.types import Batch, Linear
 
@@ -45,22 +48,33 @@ def run(loss=LOSS, params=START, **how):
     return descend(loss, params, DATA, **given | how)
 
 
-def plain(optimizer, key=KEY, sampling=None, steps=STEPS, at=lambda params: params, params=START, extras=True):
+def _fast(params):
+    return params.fast
+
+
+def plain(optimizer, key=KEY, sampling=None, steps=STEPS, at=None, params=START, extras=True):
     """The loop of optax's documentation."""
     sampling = sampling or distinct(10)
-    state, update = optimizer.init(params), optax.with_extra_args_support(optimizer).update
-
-    @jax.jit
-    def step(params, state, batch):
-        value, grad = jax.value_and_grad(LOSS)(at(params), batch)
-        given = {"value": value, "grad": grad, "value_fn": lambda w: LOSS(w, batch)} if extras else {}
-        updates, state = update(grad, state, params, **given)
-        return optax.apply_updates(params, updates), state
-
+    # Of numbers with a weak dtype the step would be compiled three times.
+    params, state, step = strong(params), strong(optimizer.init(params)), _step(optimizer, at, extras)
     for t in range(steps):
         indices = sampling.indices(key, t, N)
         params, state = step(params, state, Batch(DATA.x[indices], DATA.y[indices]))
     return params, state
+
+
+@functools.cache
+def _step(optimizer, at, extras):
+    update = optax.with_extra_args_support(optimizer).update
+
+    @jax.jit
+    def step(params, state, batch):
+        value, grad = jax.value_and_grad(LOSS)(at(params) if at else params, batch)
+        given = {"value": value, "grad": grad, "value_fn": lambda w: LOSS(w, batch)} if extras else {}
+        updates, state = update(grad, state, params, **given)
+        return optax.apply_updates(params, updates), state
+
+    return step
 
 
 def near(got, want, rtol=1e-8):
@@ -103,7 +117,7 @@ def test_an_optimizer_that_asks_for_the_loss_gets_that_of_its_batch(name):
 def test_lookahead_is_run_as_its_documentation_says():
     optimizer = optax.lookahead(optax.sgd(0.1), 5, 0.5)
     pair = optax.LookaheadParams.init_synced(START)
-    want, _ = plain(optimizer, params=pair, at=lambda params: params.fast, extras=False)
+    want, _ = plain(optimizer, params=pair, at=_fast, extras=False)
     for params in (START, pair):
         trace = run(optimizer=optimizer, params=params)
         near(trace.params, want)
@@ -145,6 +159,27 @@ def test_an_equal_optimizer_does_not_compile_again(make):
     again = run(optimizer=make())
     assert again.compile_seconds < 0.2 * max(first.compile_seconds, 0.25)
     near(again.params, first.params, rtol=0)
+
+
+@pytest.mark.parametrize("key", [KEY, KEYS], ids=["one", "many"])
+@pytest.mark.parametrize("name", ["sgd", *ASKING])
+def test_the_steps_of_a_run_are_compiled_once_and_off_the_clock(name, key, caplog):
+    """Also where the parameters or the optimizer's first state are made of Python numbers, whose dtype is weak."""
+    optimizer = ASKING.get(name, lambda: optax.sgd(0.05, momentum=0.5))()
+    start = Linear(jnp.array([1.0, -1.0, 0.5]), jnp.asarray(0.25))
+    with jax.log_compiles():
+        run(optimizer=optimizer, params=start, key=key, record=[0, 2, 5, 7], steps=7)
+    compiled = [line for line in caplog.messages if line.startswith("Compiling jit(advance)")]
+    assert len(compiled) <= 1
+
+
+def test_a_state_of_python_numbers_is_compiled_once(caplog):
+    def loss(params, batch, state):
+        return LOSS(params, batch), {"seen": state["seen"] + jnp.sum(batch.y)}
+
+    with jax.log_compiles():
+        run(loss, loss_state={"seen": 0.5}, evaluate=lambda params, batch, state: LOSS(params, batch), record=[0, 2, 5])
+    assert len([line for line in caplog.messages if line.startswith("Compiling jit(advance)")]) == 1
 
 
 def test_an_optimizer_with_one_other_number_is_another():

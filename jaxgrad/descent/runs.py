@@ -113,7 +113,7 @@ def _init(params, *, optimizer, many):
 
 
 def strong(tree: Any) -> Any:
-    """The same numbers, no dtype of them weak. A step would return them strong, and compile again for its own result."""
+    """The same numbers without weak dtypes. Steps return none: with weak ones at first they would be compiled twice."""
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype) if _is_weak(leaf) else leaf, tree)
 
 

@@ -454,8 +454,14 @@ def _each_leaf(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             found.append(words.zero(case.problem, s, leaf, (leaf,)))
         else:
             found.append(words.scale(case.problem, s, factor, leaf, (leaf,)))
-        cost += 2.0 + _complexity(factor)
+        # A number written where n belongs is one mistake.
+        cost += 2.0 + (0.0 if _for_n(factor) else _complexity(factor))
     return [Explanation(26.0 + cost, leaves, tuple(found))]
+
+
+def _for_n(factor: str) -> bool:
+    """Whether a factor is n over a number, as where that number stands in the place of n."""
+    return re.fullmatch(r"-?(n/\d{2,}|\d{2,}/n)", factor) is not None
 
 
 def _complexity(factor: str | None) -> float:
@@ -1261,6 +1267,7 @@ def _term_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         assert inner is not None
         cost = _term_cost(case, m, inner, True) + _complexity(factor) + _complexity(inner)
         cost += 0.0 if len(leaves) in (1, len(case.problem.leaves)) else 3.0  # half of an overall factor
+        cost += 4.0 if _for_n(inner) else 0.0  # each leaf has a factor of its own then
         hits.append((cost, m, factor, inner))
     if not hits:
         return []

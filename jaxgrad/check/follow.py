@@ -360,26 +360,33 @@ class _Search:
     def by_factor(self) -> WrongLine | None:
         """The line that brings in a factor, where every wrong leaf is right but for one."""
         blamed: list[tuple[int, int, WrongLine]] = []
+        factors: dict[int, str | None] = {}
         for i in self.wrong:
-            factor = self.factor_of(i)
-            if factor is None:
+            values = self.factor_of(i)
+            if values is None:
                 return None
-            line = self.line_of_factor(i, factor)
+            line = self.line_of_factor(i, values)
             if line is None:
                 return None
+            factors[i] = self.named(values)
             blamed.append((line[0], i, line[1]))
-        first = min(blamed, key=lambda b: b[:2])
-        same = [self.leaf_name(i) for _, i, line in blamed if line[:4] == first[2][:4]]
-        others = [line for _, _, line in blamed if line[:4] != first[2][:4]]
-        line = first[2]._replace(leaves=tuple(same))
-        if others:
-            at = ", ".join(sorted({f"line {o.line}" for o in others if o.line != line.line}))
-            if at:
-                line = line._replace(sentence=f"{line.sentence} The same kind of mistake is in {at}.")
-        return line
+        order, leaf, line = min(blamed, key=lambda b: b[:2])
+        del order
+        # One line may have made two mistakes: the leaves with its factor are right once it is, and no others.
+        alike = lambda i, other: other[:4] == line[:4] and factors[i] == factors[leaf]
+        same = [self.leaf_name(i) for _, i, other in blamed if alike(i, other)]
+        others = [(i, other) for _, i, other in blamed if not alike(i, other)]
+        found = line._replace(leaves=tuple(same))
+        for i, other in others if any(factors[i] != factors[leaf] for i, _ in others) else ():
+            text = f" {self.leaf_name(i)} is {_times(factors[i])} the true one: see line {other.line}."
+            found = found._replace(sentence=found.sentence + text.replace("  ", " "))
+        at = ", ".join(sorted({f"line {other.line}" for _, other in others if other.line != line.line}))
+        if at and all(factors[i] == factors[leaf] for i, _ in others):
+            found = found._replace(sentence=f"{found.sentence} The same kind of mistake is in {at}.")
+        return found
 
-    def factor_of(self, leaf: int) -> float | None:
-        """The factor on a leaf at the first point, if it is one number times the true leaf at every point."""
+    def factor_of(self, leaf: int) -> tuple[float, ...] | None:
+        """The factor on a leaf at each point, if it is one number times the true leaf at every point."""
         values = []
         for point in self.points:
             true, hand = point.evaluation.true[leaf], point.evaluation.hand[leaf]
@@ -388,14 +395,14 @@ class _Search:
                 return None
             values.append(c)
         steady = abs(values[0] - values[1]) < 1e-7 * abs(values[0])
-        return values[0] if steady and self.named(values) is not None else None
+        return tuple(values) if steady and self.named(values) is not None else None
 
     def named(self, values: Sequence[float]) -> str | None:
         pairs = [(p.evaluation.point.n, v) for p, v in zip(self.points, values, strict=False)]
         return name_factor(pairs, {}, 1e-7)
 
-    def line_of_factor(self, leaf: int, factor: float) -> tuple[int, WrongLine] | None:
-        facts = self.points[0].facts
+    def line_of_factor(self, leaf: int, values: Sequence[float]) -> tuple[int, WrongLine] | None:
+        facts, factor = self.points[0].facts, values[0]
         chain = self.chain(leaf, factor)
         if not chain:
             return None
@@ -410,15 +417,16 @@ class _Search:
             return None
         name = name_of(self.problem, facts.program, link.slot)
         target = f"dL/d{name}" if is_variable(name) else f"the adjoint of {name}"
-        how = _times(self.named([factor]))
+        how = _times(self.named(values))
         variable = spelled_path(link.output.path)
         if best == len(chain) - 1:
             source = f" `{chain[best - 1].text}`, from which it is made, is not what is wrong." if best else ""
             sentence = f"What this line makes of {name} is {how} the gradient of {name}.{source}"
         else:
-            mine = _times(self.named([link.factor])) if abs(link.factor - 1) > 1e-9 else ""
+            made = self.factors(link)
+            mine = _times(None if made is None else self.named(made)) if abs(link.factor - 1) > 1e-9 else ""
             sentence = (
-                f"`{variable}` is {mine} {target}. Of that, {_word(self.named([factor]))} is never taken back, "
+                f"`{variable}` is {mine} {target}. Of that, {_word(self.named(values))} is never taken back, "
                 "and every gradient that is made from it has it."
             ).replace("  ", " ")
         line, text = self.place(link.event, link.output.path, leaf)
@@ -438,9 +446,11 @@ class _Search:
                     continue
                 if output.path[0] == RETURN[0] and not self.is_leaf_path(output, leaf):
                     continue
-                c = _ratio(output.value, facts.by_label.get(("adjoint", slot)))
+                link = _Link(order, event, output, slot, 0.0, spelled_path(output.path))
+                made = self.factors(link)
+                c = None if made is None else made[0]
                 if c is not None and (not links or abs(links[-1].factor - c) > 1e-9 * abs(c)):
-                    links.append(_Link(order, event, output, slot, c, spelled_path(output.path)))
+                    links.append(link._replace(factor=c))
         if not links or abs(links[-1].factor - factor) > 1e-7 * abs(factor):
             return []
         above = links[0]
@@ -451,6 +461,23 @@ class _Search:
             links.insert(0, before)
             above = before
         return links
+
+    def factors(self, link: "_Link") -> tuple[float, ...] | None:
+        """By what the value of a link is its adjoint times at each point; None where it is no such multiple.
+
+        A single number is a multiple of any other: it must be the same multiple at two points.
+        """
+        found: list[float] = []
+        for point in self.points:
+            events = [
+                e for e in point.by_statement.get(link.event.statement.key, []) if e.occurrence == link.event.occurrence
+            ]
+            outputs = [o for e in events for o in e.outputs if o.path == link.output.path]
+            c = _ratio(outputs[0].value, point.facts.by_label.get(("adjoint", link.slot))) if outputs else None
+            if c is None:
+                return None
+            found.append(c)
+        return tuple(found) if abs(found[0] - found[1]) <= 1e-7 * abs(found[0]) else None
 
     def above(self, link: "_Link") -> "_Link | None":
         """The adjoint that a statement reads, where it was made."""
@@ -718,7 +745,10 @@ class _Search:
         return False
 
     def own_leaf(self, output: Output, leaf: int) -> bool:
-        return _ratio(output.value, self.points[0].evaluation.hand[leaf]) is not None
+        """Whether an output is what is returned for a leaf, but for a factor: of a single number, a simple one."""
+        evaluation = self.points[0].evaluation
+        c = _ratio(output.value, evaluation.hand[leaf])
+        return c is not None and (output.value.size > 1 or _plainness(c, evaluation.point.n) < UNKNOWN)
 
     def site(self, event: Event, output: Output, point: "_Point | None" = None) -> Site:
         outputs = []
@@ -1165,9 +1195,13 @@ def _is_exact(name: str) -> bool:
     return "." not in name and "e" not in name
 
 
+UNKNOWN = 9.0
+"""The plainness of a factor that is no simple number."""
+
+
 def _plainness(x: float, n: int | None) -> float:
     """How much there is to say about a factor: 0 for 1, 1 for -1, 2 or n, 2 for -n, ..."""
-    best = 9.0
+    best = UNKNOWN
     for power in (0, 1, -1, 2, -2) if n else (0,):
         rest = abs(x) / float(n or 1) ** power
         for number, cost in ((1.0, 0.0), (2.0, 1.0), (0.5, 1.0), (4.0, 1.5), (0.25, 1.5), (3.0, 2.0), (1 / 3, 2.0)):

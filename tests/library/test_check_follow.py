@@ -435,3 +435,80 @@ def test_a_condition_of_the_loss_is_known():
     assert line is not None
     assert line.certain
     assert "k * k * ds" in line.text
+
+
+def two_leaves(weight, bias):
+    """A gradient whose two leaves have these factors, as functions of n, and are made on lines of their own."""
+
+    def loss(p, b):
+        return jax.numpy.mean(jax.numpy.sum((b["x"] @ p["w"] + p["b"] - b["y"]) ** 2, axis=1))
+
+    def gradient(p, b):
+        n = len(b["y"])
+        e = 2 * (b["x"] @ p["w"] + p["b"] - b["y"]) / n
+        dw = weight(n) * b["x"].T @ e
+        db = bias(n) * e.sum(axis=0)
+        return {"w": dw, "b": db}
+
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.normal(size=(12, 4)), "y": rng.normal(size=(12, 3))}
+    return loss, gradient, {"w": rng.normal(size=(4, 3)), "b": rng.normal(size=3)}, batch
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "factors"),
+    [
+        (lambda n: n, lambda n: n / 12, {"w": "n", "b": "n/12"}),
+        (lambda n: n, lambda n: 12, {"w": "n", "b": "12"}),
+        (lambda n: 1 / n, lambda n: 1 / 12, {"w": "1/n", "b": "1/12"}),
+    ],
+)
+def test_two_leaves_with_different_factors_of_n_are_two_mistakes(weight, bias, factors):
+    report = check_gradient(*two_leaves(weight, bias))
+    assert {f.leaf: f.factor for f in report.findings} == factors
+    line = report.first_wrong_line
+    assert line is not None
+    assert line.leaves == ("w",)
+    assert "The same kind" not in line.sentence
+    assert f"b is {factors['b']} times the true one" in line.sentence
+
+
+def test_the_factor_of_a_line_is_named_by_all_batch_sizes():
+    line = check_gradient(*two_leaves(lambda n: 1, lambda n: n / 12)).first_wrong_line
+    assert line is not None
+    assert "n/12 times" in line.sentence
+
+
+def test_a_single_number_is_not_taken_for_a_multiple_of_another():
+    def loss(p, b):
+        return jax.numpy.mean((b["x"] @ p["w"] + p["b"] - b["y"]) ** 2)
+
+    def gradient(p, b):
+        n = len(b["y"])
+        half = n / 12
+        e = 2 * (b["x"] @ p["w"] + p["b"] - b["y"]) / n
+        return {"w": b["x"].T @ e, "b": e.sum() * half}
+
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.normal(size=(12, 4)), "y": rng.normal(size=12)}
+    line = check_gradient(loss, gradient, {"w": rng.normal(size=4), "b": np.array(0.3)}, batch).first_wrong_line
+    assert line is not None
+    assert line.variable == 'return["b"]'
+
+
+def test_a_single_number_is_not_taken_for_the_gradient_of_another_that_is_right():
+    def loss(p, x):
+        scale = jax.numpy.exp(jax.numpy.mean(x @ p["w"]))
+        return scale**3 + jax.numpy.sum(x) * p["c"] ** 2
+
+    def gradient(p, x):
+        scale = np.exp(np.mean(x @ p["w"]))
+        dscale = 3 * np.cos(scale)
+        dw = dscale * scale * x.mean(axis=0)
+        return {"w": dw, "c": 2 * p["c"] * np.sum(x)}
+
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=4), "c": np.array(0.3)}
+    line = first_wrong_line(loss, gradient, params, rng.normal(size=(9, 4)))
+    assert line is not None
+    assert line.text == "dscale = 3 * np.cos(scale)"

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxgrad.check import agreement, diagnosis, examples, points
 from jaxgrad.check.agreement import Evaluation
+from jaxgrad.check.blame import raised_by
 from jaxgrad.check.gradient import resamples, trace_given
 from jaxgrad.check.points import Point
 from jaxgrad.check.problem import (
@@ -181,12 +182,8 @@ def _tags(program: Program) -> dict[str, int]:
 
 def _call(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[list[np.ndarray], dict[str, Any]]:
     params, arguments, keywords = assemble(problem.spec, leaves, data, numpy=True)
-    with np.errstate(all="ignore"):
-        try:
-            result = problem.gradient(params, *arguments, **keywords)
-        except Exception as error:
-            error.add_note("jaxgrad: your backprop raised this.")
-            raise
+    with np.errstate(all="ignore"), raised_by("backprop", problem.gradient):
+        result = problem.gradient(params, *arguments, **keywords)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise TypeError('backprop must return (gradient, {"name": adjoint, ...}).')
     gradient = match_tree(problem, params, result[0])

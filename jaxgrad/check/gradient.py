@@ -24,6 +24,7 @@ from jaxgrad.check import (
     words,
 )
 from jaxgrad.check.agreement import Evaluation, Tolerance
+from jaxgrad.check.blame import raised_by
 from jaxgrad.check.points import Point
 from jaxgrad.check.problem import (
     NO_BATCH,
@@ -228,7 +229,8 @@ def _given_points(problem: Problem, given: Any) -> tuple[tuple[np.ndarray, ...],
             by_key = False
         rng = np.random.default_rng(20210407)
         sources = [jax.random.key(i) for i in range(4)] if by_key else [rng] * 4
-        trees = [given(source) for source in sources]
+        with raised_by("points"):
+            trees = [given(source) for source in sources]
         return tuple(flat_params(problem, tree, "what points draws") for tree in trees)
     if not isinstance(given, (list, tuple)) or not given:
         raise TypeError("points must be a list of parameters to try, or a function that draws some.")
@@ -309,9 +311,9 @@ def trace_given(problem: Problem, store: Kernel) -> None:
             "(a numpy function, float(...), or an `if` on an array). "
             f"Use jax.numpy in the loss (the gradient may stay numpy). JAX says: {first}"
         ) from error
-    except Exception as error:
-        error.add_note("jaxgrad: your loss raised this while it was traced with float64 inputs.")
-        raise
+    except Exception:
+        with raised_by("loss", where=" while it was traced with float64 inputs"):
+            raise
 
 
 def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) -> Report:
@@ -329,7 +331,7 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
     first = _call(problem, store, given)
     if isinstance(first, Wrong):
         return _structure(problem, store, first)
-    again = hand(problem, given.leaves, given.data)
+    again = hand(problem, given.leaves, given.data, " when it was called again at the given point")
     asked = [i for i in range(len(problem.paths)) if problem.compares(i)]
     if not isinstance(again, Wrong) and not _repeats([first.hand[i] for i in asked], [again[i] for i in asked]):
         raise ValueError(

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxgrad.check import agreement, patterns, points
 from jaxgrad.check.agreement import Evaluation
+from jaxgrad.check.blame import raised_by
 from jaxgrad.check.factors import name_factor
 from jaxgrad.check.points import Point
 from jaxgrad.check.problem import Problem, Wrong, assemble, hand
@@ -56,7 +57,7 @@ def works(problem: Problem) -> bool:
 def check(problem: Problem, reason: str, tolerance: float | None) -> Report:
     """The report on a gradient, the truth being differences of the loss's values."""
     value = value_of(problem)
-    mine = hand(problem, problem.leaves, problem.data)
+    mine = hand(problem, problem.leaves, problem.data, " at the given point")
     if isinstance(mine, Wrong):
         sentence = mine.sentence[0].upper() + mine.sentence[1:]
         return Report(False, (), (Finding("structure", mine.leaf, None, "", "", sentence),), float("nan"), ())
@@ -67,8 +68,9 @@ def check(problem: Problem, reason: str, tolerance: float | None) -> Report:
     evaluations: list[Evaluation] = []
     by_complex = True
     for point in plan:
-        loss = value(point.leaves, point.data)
-        got = hand(problem, point.leaves, point.data)
+        with raised_by("loss", problem.loss, f" at {point.name}"):
+            loss = value(point.leaves, point.data)
+        got = hand(problem, point.leaves, point.data, f" at {point.name}")
         if isinstance(got, Wrong) or not np.isfinite(loss):
             continue
         slopes = derivative(value, point, tried, rng)

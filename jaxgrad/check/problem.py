@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.check import steps
+from jaxgrad.check.blame import raised_by
 from jaxgrad.check.replay import lacks_reverse_mode, quick_jit
 
 
@@ -394,12 +395,15 @@ def program_at(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> ste
     return store.compiled[key]
 
 
-def hand(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> list[np.ndarray] | Wrong:
-    """The person's gradient as float64 arrays in the order of the leaves, or what is wrong with its form."""
+def hand(problem: Problem, leaves: Sequence[Any], data: Sequence[Any], where: str = "") -> list[np.ndarray] | Wrong:
+    """The person's gradient as float64 arrays in the order of the leaves, or what is wrong with its form.
+
+    What it raises is passed on, with a note that it was the gradient, and `where` it was called."""
     params, arguments, keywords = assemble(problem.spec, leaves, data, numpy=True)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = problem.gradient(params, *arguments, **keywords)
+        with raised_by("gradient", problem.gradient, where):
+            result = problem.gradient(params, *arguments, **keywords)
         return match_tree(problem, params, result)
 
 

@@ -197,3 +197,60 @@ def test_a_bfloat16_leaf_of_numpy_is_checked_not_left_out():
     report = check_gradient(both, zeroed, w, X)
     assert not report.ok
     assert [leaf.path for leaf in report.leaves if not leaf.ok] == ["w"]
+
+
+def raises(*_):
+    raise ZeroDivisionError("nothing")
+
+
+def in_numpy(w, X):
+    return float(np.mean((np.asarray(X) @ np.asarray(w)) ** 2))
+
+
+class Tape:
+    def loss(self, w, X):
+        self.z = X @ w
+        return jnp.mean(self.z**2)
+
+    def gradient(self, w, X):
+        return 2 * X.T @ self.z / len(X)
+
+
+tape = {}
+
+
+def taped(w, X):
+    tape["z"] = X @ w
+    return jnp.mean(tape["z"] ** 2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "keywords", "words"),
+    [
+        (loss, raises, {}, "your gradient raised this at the given point"),
+        (in_numpy, raises, {}, "your gradient raised this at the given point"),
+        (raises, right, {}, "your loss raised this"),
+        (loss, right, {"points": raises}, "your points raised this"),
+        (taped, lambda w, X: 2 * X.T @ tape["z"] / len(X), {}, "It reads `tape`, where your loss has left"),
+        (Tape.loss, Tape.gradient, {}, "It reads `self`, where your loss has left"),
+    ],
+)
+def test_an_error_says_whose_code_raised_it(loss, gradient, keywords, words):
+    if loss is Tape.loss:
+        held = Tape()
+        loss, gradient = held.loss, held.gradient
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever their code raises
+        check_gradient(loss, gradient, W, X, **keywords)
+    assert any(note.startswith("jaxgrad:") and words in note for note in caught.value.__notes__)
+
+
+def test_a_gradient_that_raises_only_the_second_time_says_so():
+    calls = []
+
+    def gradient(w, X):
+        calls.append(1)
+        return right(w, X) if len(calls) < 3 else raises()  # it is called once for its form
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        check_gradient(loss, gradient, W, X)
+    assert any("your gradient raised this when it was called again" in note for note in caught.value.__notes__)

@@ -35,6 +35,7 @@ from jaxgrad.check.problem import (
     Wrong,
     assemble,
     cached_kernel,
+    closed,
     flat_params,
     hand,
     in_given_types,
@@ -191,6 +192,9 @@ def check(
                     f"the arguments that your gradient returns are the parameters: argnums=({shown}).",
                 )
             )
+        held = closed(problem.spec.fixed_params)
+        if held:
+            notes.append(f"params holds {held}. The numbers in it are not checked.")
         if redraw is None:
             problem = examples.counted(problem, store)
         else:

@@ -1,5 +1,6 @@
 """What the person handed over, made uniform: functions of flat lists of float64 leaves."""
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -123,6 +124,11 @@ def prepare(
             paths.append(name)
         else:
             fixed.append(leaf)
+    unknown = [(leaf_name(path), leaf) for path, leaf in with_paths if holds_arrays(leaf)]
+    if not leaves and unknown:
+        name, leaf = unknown[0]
+        named = "params is" if name == "params" else f"params leaf {name} is"
+        raise TypeError(f"{named} {_describe(leaf)}, which JAX does not take apart: {how_to_register(leaf)}.")
     if not leaves:
         seen = ", ".join(f"{leaf_name(p)}: {_describe(v)}" for p, v in with_paths[:4]) or "no leaves at all"
         raise TypeError(
@@ -165,6 +171,32 @@ def prepare(
     )
     pairs = tuple(k.startswith("complex") for k in kinds if k in PARAMETERS)
     return Problem(loss, gradient, spec, tuple(paths), tuple(leaves), tuple(data), axes, n, tuple(data_names), pairs)
+
+
+def holds_arrays(leaf: Any, kinds: tuple[type, ...] = (float, np.ndarray, jax.Array)) -> bool:
+    """Whether something that JAX takes for one leaf is an object with floating numbers in its attributes."""
+    if isinstance(leaf, (np.ndarray, np.generic, jax.Array, type)):
+        return False
+    names = (
+        [f.name for f in dataclasses.fields(leaf)] if dataclasses.is_dataclass(leaf) else getattr(leaf, "__dict__", {})
+    )
+    inside = [getattr(leaf, name, None) for name in names]
+    return any(np.asarray(v).dtype.kind in "fc" for v in inside if isinstance(v, kinds))
+
+
+def closed(fixed: Sequence[Any]) -> str:
+    """The first object with arrays, among leaves that are no arrays, that JAX does not take apart: in words."""
+    found = next((v for v in fixed if holds_arrays(v, (np.ndarray, jax.Array))), None)
+    return "" if found is None else f"{_describe(found)}, which JAX does not take apart: {how_to_register(found)}"
+
+
+def how_to_register(leaf: Any) -> str:
+    """What to do about an object that JAX does not take apart."""
+    name = type(leaf).__name__
+    way = f"jax.tree_util.register_dataclass({name})"
+    if not dataclasses.is_dataclass(leaf):
+        way = f"jax.tree_util.register_pytree_node({name}, ...)"
+    return f"say once {way}, or pass a dict, a tuple or a NamedTuple"
 
 
 def require_functions(loss: Any, gradient: Any) -> None:

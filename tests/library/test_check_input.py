@@ -1,7 +1,9 @@
 """check_gradient on input that cannot be used: a sentence for people, never a traceback of ours."""
 
+import dataclasses
 import random
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -254,3 +256,48 @@ def test_a_gradient_that_raises_only_the_second_time_says_so():
     with pytest.raises(ZeroDivisionError) as caught:
         check_gradient(loss, gradient, W, X)
     assert any("your gradient raised this when it was called again" in note for note in caught.value.__notes__)
+
+
+@dataclasses.dataclass
+class Plain:
+    w: object
+    size: int = 3
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    w: object
+
+
+class Custom:
+    def __init__(self, w):
+        self.w = w
+
+
+@pytest.mark.parametrize("kind", [Plain, Slotted, Custom])
+@pytest.mark.parametrize("inside", [False, True])
+def test_parameters_that_jax_does_not_take_apart_are_named_with_the_way_to_register_them(kind, inside):
+    params = {"layer": kind(W)} if inside else kind(W)
+    with pytest.raises(TypeError) as caught:
+        check_gradient(loss, right, params, X)
+    way = "register_pytree_node(Custom" if kind is Custom else f"register_dataclass({kind.__name__})"
+    assert f"jax.tree_util.{way}" in str(caught.value)
+    assert ("leaf layer" in str(caught.value)) == inside
+
+
+def test_a_registered_dataclass_is_taken_apart():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Registered:
+        w: object
+
+    assert check_gradient(lambda p, X: loss(p.w, X), lambda p, X: Registered(right(p.w, X)), Registered(W), X).ok
+
+
+def test_numbers_that_jax_does_not_see_are_noted():
+    params = {"w": W, "more": Plain(W)}
+    report = check_gradient(lambda p, X: loss(p["w"], X), lambda p, X: {"w": right(p["w"], X)}, params, X)
+    assert report.ok
+    assert any("Plain" in note and "not checked" in note for note in report.notes)
+    params["more"] = Plain("no array")
+    assert not check_gradient(lambda p, X: loss(p["w"], X), lambda p, X: {"w": right(p["w"], X)}, params, X).notes

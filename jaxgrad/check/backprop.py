@@ -27,7 +27,7 @@ from jaxgrad.check.problem import (
     truth,
 )
 from jaxgrad.check.replay import forward, pull, quick_jit
-from jaxgrad.check.report import Finding, colored, finding_lines, painter
+from jaxgrad.check.report import Finding, colored, finding_lines, note_lines, painter
 from jaxgrad.check.source import locate
 from jaxgrad.check.steps import Program, Step, flatten
 
@@ -51,6 +51,8 @@ class BackpropReport(NamedTuple):
     adjoints: tuple[Adjoint, ...]
     """From the loss backwards; the leaves of the gradient where they are made."""
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+    """What could not be tried."""
 
     def __bool__(self) -> bool:
         return self.ok
@@ -89,7 +91,10 @@ def _check(problem: Problem, store: Kernel) -> BackpropReport:
     rng = np.random.default_rng(20210407)
     shapes = [np.shape(a) for a in (*problem.leaves, *problem.data)]
     sizes = points.batch_sizes(problem.n, shapes)
-    free = problem.n is not None and resamples(problem, store, rng, sizes[0], [], _gradient_only)
+    notes: list[str] = []
+    free = problem.n is not None and resamples(problem, store, rng, sizes[0], notes, _gradient_only)
+    if problem.n is None:
+        notes += examples.unsized(problem, traced(store, problem.leaves, problem.data).consts)
     given = Point("the given point", problem.n, problem.leaves, problem.data)
     drawn = points.generic(problem, store, rng, sizes[0] if free else None, truth)
     if free:
@@ -140,7 +145,7 @@ def _check(problem: Problem, store: Kernel) -> BackpropReport:
             if len(found) != 1 or found[0].kind == "unknown":
                 found = diagnosis.explain(extended, outer, search, [first])
             findings += [f for f in found if f not in findings]
-    return BackpropReport(not wrong, tuple(rows), tuple(findings))
+    return BackpropReport(not wrong, tuple(rows), tuple(findings), tuple(notes))
 
 
 def backprop_text(report: BackpropReport, color: bool = False) -> str:
@@ -165,6 +170,7 @@ def backprop_text(report: BackpropReport, color: bool = False) -> str:
         lines.append(f"  dL/d{a.name:<{width}}  {a.where:<16}  {mark}{error}")
     for f in report.findings:
         lines += ["", *finding_lines(f, paint)]
+    lines += note_lines(report.notes)
     return "\n".join(lines)
 
 

@@ -5,12 +5,13 @@ are found, and a random key, class weights or statistics that stand first in the
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxgrad.check.points import batch_sizes
-from jaxgrad.check.problem import Kernel, Problem, traced
+from jaxgrad.check.problem import Kernel, Problem, closed, traced
 
 _MOST_TRIES = 40
 
@@ -36,6 +37,25 @@ def counted(problem: Problem, store: Kernel) -> Problem:
     if len(best) > 1:
         best.sort(key=lambda axes: not _is_mean_or_sum(problem, store, axes))
     return _with(problem, best[0])
+
+
+def unsized(problem: Problem, inside: Iterable[Any]) -> list[str]:
+    """A note that no other number of examples can be tried, where there are data and none come as arrays.
+
+    `inside` are the arrays that the loss reads besides its arguments."""
+    held = closed(problem.spec.fixed_data)
+    shapes = list(dict.fromkeys(str(np.shape(a)) for a in inside if np.ndim(a) > 0))
+    if not held and not shapes:
+        return []
+    why = f"the batch holds {held}" if held else f"the loss reads data that are no arguments of it ({_list(shapes)})"
+    return [
+        f"{why}. So no other number of examples could be tried, and a mistake in a factor of n cannot be told from one "
+        "in a constant."
+    ]
+
+
+def _list(shapes: Sequence[str]) -> str:
+    return f"of shape {', '.join(shapes[:3])}" + (" and others" if len(shapes) > 3 else "")
 
 
 def _with(problem: Problem, axes: tuple[int | None, ...]) -> Problem:

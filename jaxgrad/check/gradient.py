@@ -637,6 +637,8 @@ def _points(problem: Problem, store: Kernel, notes: list[str], inside: Callable[
     shapes = [np.shape(a) for a in (*problem.leaves, *problem.data)]
     n1, n2 = points.batch_sizes(problem.n, shapes)
     free = problem.n is not None and resamples(problem, store, rng, n1, notes)
+    if problem.n is None and problem.redraw is None:
+        notes += examples.unsized(problem, traced(store, problem.leaves, problem.data).consts)
     plan = points.draw(problem, store, rng, (n1, n2) if free else None, settled_truth)
     keep = lambda chosen: tuple(p for p in chosen if inside(p.leaves, p.data))
     kept = plan._replace(moderate=keep(plan.moderate), generic=keep(plan.generic), saturated=keep(plan.saturated))

@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad.check import agreement, patterns, points
+from jaxgrad.check import agreement, examples, patterns, points
 from jaxgrad.check.agreement import Evaluation
-from jaxgrad.check.blame import raised_by
+from jaxgrad.check.blame import raised_by, read_by
 from jaxgrad.check.factors import name_factor
 from jaxgrad.check.points import Point
 from jaxgrad.check.problem import Problem, Wrong, assemble, hand
 from jaxgrad.check.report import Finding, Report, Tried
+from jaxgrad.check.watch import arrays_in
 
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 MOST_EVALUATIONS = 60_000
@@ -102,6 +103,9 @@ def check(problem: Problem, reason: str, tolerance: float | None) -> Report:
         notes.append(f"the loss is slow or large: only {', '.join(missing)} were tried.")
     if len({e.point.n for e in usable}) < 2 and problem.n is not None:
         notes.append(f"only batches of {problem.n} examples were tried, so a factor n cannot be told from {problem.n}.")
+    if problem.n is None:
+        seen = [v for name, value in read_by(problem.loss).items() for _, v in arrays_in((name,), value)]
+        notes += examples.unsized(problem, seen)
     findings = _findings(problem, usable, failing, tol, tried)
     shown_at = max(failing or usable[:1], key=lambda e: max(agreement.relative_errors(e, sizes), default=0.0))
     return Report(

@@ -180,10 +180,13 @@ def text(report: Report, color: bool = False) -> str:
             lines += ["", *_wrong_line(report.first_wrong_line, paint)]
     if report.leaves and not report.ok:
         lines += ["", *_table(report.leaves, paint)]
-    if report.notes:
-        lines.append("")
-        lines += [line for note in report.notes for line in _wrap("Note: " + note, 2)]
+    lines += note_lines(report.notes)
     return "\n".join(lines)
+
+
+def note_lines(notes: Sequence[str]) -> list[str]:
+    """Notes below a report, after an empty line."""
+    return ["", *(line for note in notes for line in _wrap("Note: " + note, 2))] if notes else []
 
 
 def finding_lines(finding: Finding, paint) -> list[str]:

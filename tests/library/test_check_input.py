@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxgrad.check import check_gradient
+from jaxgrad.check import check_backprop, check_gradient
 
 X = np.random.default_rng(0).normal(size=(8, 3))
 W = np.ones(3)
@@ -301,3 +302,33 @@ def test_numbers_that_jax_does_not_see_are_noted():
     assert any("Plain" in note and "not checked" in note for note in report.notes)
     params["more"] = Plain("no array")
     assert not check_gradient(lambda p, X: loss(p["w"], X), lambda p, X: {"w": right(p["w"], X)}, params, X).notes
+
+
+DATA = np.random.default_rng(1).normal(size=(8, 3))
+
+
+def noted(report):
+    return [note for note in report.notes if "a mistake in a factor of n cannot be told" in note]
+
+
+def test_data_that_cannot_be_resampled_are_noted():
+    by_closure = lambda w: jnp.mean((DATA @ w) ** 2)
+    assert noted(check_gradient(by_closure, lambda w: 2 * DATA.T @ (DATA @ w) / 8, W))
+    assert noted(check_gradient(by_closure, lambda w: 2 * DATA.T @ (DATA @ w), W))
+    in_numpy = lambda w: float(np.mean((DATA @ np.asarray(w)) ** 2))
+    assert noted(check_gradient(in_numpy, lambda w: 2 * DATA.T @ (DATA @ w), W))
+
+    as_object = check_gradient(lambda w, b: loss(w, b.w), lambda w, b: 8 * right(w, b.w), W, Plain(X))
+    assert "register_dataclass(Plain)" in noted(as_object)[0]
+    assert as_object.findings[0].factor == "8"
+
+    tagged = lambda w: jnp.mean(checkpoint_name(DATA @ w, "z") ** 2)
+    backward = lambda w: (2 * DATA.T @ (DATA @ w) / 8, {"z": 2 * (DATA @ w) / 8})
+    report = check_backprop(tagged, backward, W)
+    assert noted(report)
+    assert "Note: " in str(report)
+
+
+def test_nothing_is_noted_where_the_sizes_were_tried_or_there_are_no_data():
+    assert not noted(check_gradient(loss, right, W, X))
+    assert not noted(check_gradient(lambda w: jnp.sum(w**2), lambda w: 2 * w, W))

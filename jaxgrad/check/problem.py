@@ -529,12 +529,11 @@ def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
         with_paths, _ = jax.tree_util.tree_flatten_with_path(result, is_leaf=is_none)
     except Exception as error:  # a tree that JAX cannot flatten, e.g. a dict with mixed keys
         return Wrong(f"the gradient is not a tree like params ({error}).", None)
-    dummy = jax.tree_util.tree_unflatten(problem.spec.params, range(problem.spec.params.num_leaves))
-    expected = [path for path, _ in jax.tree_util.tree_flatten_with_path(dummy)[0]]
+    dummy = _skeleton(problem)
+    names, fixed, empty = _names_in_params(problem)
+    with_paths = [(path, leaf) for path, leaf in with_paths if leaf is not None or leaf_name(path) not in empty]
     same_root = type(result) is type(dummy) or not isinstance(dummy, (tuple, list, dict))
     got = {leaf_name(path): leaf for path, leaf in with_paths}
-    names = [leaf_name(path) for path, k in zip(expected, keep, strict=True) if k]
-    fixed = {leaf_name(path) for path, k in zip(expected, keep, strict=True) if not k}
     if same_root and set(names) <= set(got) and set(got) <= set(names) | fixed:
         return [got[name] for name in names]
     kind = type(dummy).__name__
@@ -551,9 +550,25 @@ def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
     if missing:
         parts.append(f"misses {', '.join(missing)}")
     if extra:
-        parts.append(f"has {', '.join(extra)} besides")
+        parts.append(f"has {', '.join(f'{e} (None in params)' if e in empty else e for e in extra)} besides")
     what = " and ".join(parts) or "has another structure than params"
     return Wrong(f"the gradient {what}; params has {', '.join(names)}.", missing[0] if missing else None)
+
+
+def _skeleton(problem: Problem) -> Any:
+    """A tree like the parameters with the numbers of their leaves."""
+    return jax.tree_util.tree_unflatten(problem.spec.params, range(problem.spec.params.num_leaves))
+
+
+def _names_in_params(problem: Problem) -> tuple[list[str], set[str], set[str]]:
+    """The paths in the parameters of leaves that are differentiated, of other leaves, and of None.
+
+    To JAX a None is no leaf; a gradient may have one in its place, or leave it out."""
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(_skeleton(problem), is_leaf=lambda x: x is None)
+    moves = [isinstance(f, Moves) for f in problem.spec.fixed_params]
+    names = [leaf_name(path) for path, number in with_paths if number is not None and moves[number]]
+    fixed = {leaf_name(path) for path, number in with_paths if number is not None and not moves[number]}
+    return names, fixed, {leaf_name(path) for path, number in with_paths if number is None}
 
 
 def _is_written_out(result: Any, shape: tuple[int, ...]) -> bool:
@@ -575,7 +590,10 @@ def _asked_only(problem: Problem, result: Any) -> list[Any] | None:
     if isinstance(result, dict) or hasattr(result, "_fields") or _has_none(result):
         with_paths, _ = jax.tree_util.tree_flatten_with_path(result, is_leaf=is_none)
         got = {leaf_name(path): leaf for path, leaf in with_paths}
-        if all(problem.paths[i] in got for i in wanted) and set(got) <= set(problem.paths):
+        # A None says nothing of what it stands for: a leaf that is not asked for, or a None in params.
+        named = {name for name, leaf in got.items() if leaf is not None}
+        _, fixed, _ = _names_in_params(problem)
+        if all(problem.paths[i] in got for i in wanted) and named <= set(problem.paths) | fixed:
             return [got.get(path) for path in problem.paths]
         return None
     flat = list(result) if isinstance(result, (tuple, list)) else [result]

@@ -332,3 +332,34 @@ def test_data_that_cannot_be_resampled_are_noted():
 def test_nothing_is_noted_where_the_sizes_were_tried_or_there_are_no_data():
     assert not noted(check_gradient(loss, right, W, X))
     assert not noted(check_gradient(lambda w: jnp.sum(w**2), lambda w: 2 * w, W))
+
+
+MIXED = {"cfg": None, "name": "text", "w": W, "inner": {"off": None, "v": W}}
+
+
+def mixed_loss(p, X):
+    return loss(p["w"], X) + jnp.sum(jnp.sin(p["inner"]["v"]))
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"cfg": None, "name": "text"},
+        {"cfg": None, "name": None},
+        {"cfg": None},
+        {"name": "text"},
+        {},
+    ],
+)
+@pytest.mark.parametrize("off", [{"off": None}, {}])
+def test_a_none_in_params_may_be_there_or_not_in_the_gradient(rest, off):
+    gradient = lambda p, X: {**rest, "w": right(p["w"], X), "inner": {**off, "v": np.cos(p["inner"]["v"])}}
+    report = check_gradient(mixed_loss, gradient, MIXED, X)
+    assert report.ok, str(report)
+    only = check_gradient(mixed_loss, lambda p, X: {**gradient(p, X), "inner": None}, MIXED, X, only="w")
+    assert only.ok, str(only)
+
+
+def test_numbers_where_params_have_none_are_told_apart():
+    gradient = lambda p, X: {"cfg": 1.0, "w": right(p["w"], X), "inner": {"v": np.cos(p["inner"]["v"])}}
+    assert "cfg (None in params) besides" in str(check_gradient(mixed_loss, gradient, MIXED, X))

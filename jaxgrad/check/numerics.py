@@ -1,7 +1,9 @@
 """Right on paper: kinks, overflow and lost digits, and the third witness, central differences."""
 
+import ast
 import inspect
 import re
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -261,7 +263,8 @@ def _mechanism(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> 
     values: dict[int, Any] = dict(program.constants)
     values.update(zip(program.leaves, map(jnp.asarray, leaves), strict=True))
     values.update(zip(program.data, map(jnp.asarray, data), strict=True))
-    infinite: tuple[int, str, str] | None = None
+    infinite: tuple[Where, str, str] | None = None
+    overflows = divides = False
     for k, step in enumerate(program.steps):
         inputs = [values[s] for s in step.inputs]
         outputs = step.call(*inputs)
@@ -270,20 +273,28 @@ def _mechanism(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> 
         if out.dtype.kind != "f" or not step.frames:
             continue
         arrays = [np.broadcast_to(x, out.shape) if np.ndim(x) == 0 else np.asarray(x) for x in inputs]
-        if np.any(np.isnan(out)) and not any(a.dtype.kind == "f" and np.any(np.isnan(a)) for a in arrays):
+        floats = [a for a in arrays if a.dtype.kind == "f"]
+        new = np.any(np.isinf(out)) and not any(np.any(np.isinf(a)) for a in floats)
+        overflows = overflows or bool(new and set(step.inner) & _EXPONENTIALS)
+        by_zero = step.primitive == "div" and bool(np.any(arrays[1] == 0))
+        divides = divides or by_zero
+        if np.any(np.isnan(out)) and not any(np.any(np.isnan(a)) for a in floats):
             where = locate(program, [k])
             how = _how(step.primitive, arrays, out)
-            return where, f"In `{where.expression}` ({where.where}) {how}.", _advice(problem, "")
-        if (
-            infinite is None
-            and np.any(np.isinf(out))
-            and not any(a.dtype.kind == "f" and np.any(np.isinf(a)) for a in arrays)
-        ):
+            told = _advice(problem, where, overflows, divides or step.primitive == "div")
+            return where, f"In `{where.expression}` ({where.where}) {how}.", told
+        if infinite is None and new:
             where = locate(program, [k])
-            infinite = (k, f"`{where.expression}` ({where.where}) overflows.", _advice(problem, ""))
-    if infinite is not None:
-        return locate(program, [infinite[0]]), infinite[1], infinite[2]
-    return Where("", "", "", 0), "", ""
+            what = "divides by zero" if by_zero else "overflows"
+            infinite = (
+                where,
+                f"`{where.expression}` ({where.where}) {what}.",
+                _advice(problem, where, overflows, divides),
+            )
+    return infinite or (Where("", "", "", 0), "", "")
+
+
+_EXPONENTIALS = {"exp", "exp2", "expm1", "sinh", "cosh"}
 
 
 def _how(primitive: str, arrays: Sequence[Any], out: np.ndarray) -> str:
@@ -302,55 +313,77 @@ def _plain(x: Any) -> str:
     return "infinity" if np.isposinf(x) else "-infinity" if np.isneginf(x) else f"{float(x):.3g}"
 
 
-def _advice(problem: Problem, fallback: str) -> str:
-    """The stable form that the text of the gradient suggests."""
-    try:
-        source = inspect.getsource(problem.gradient)
-    except (OSError, TypeError):
-        source = fallback
-    sigmoid = re.search(r"1(\.0?)?\s*/\s*\(1(\.0?)?\s*\+\s*\w*\.?exp|sigmoid|expit|logistic", source) is not None
-    exp = "exp(" in source
-    return _advice_for(sigmoid, "/" in source, exp and not sigmoid and "sum" in source, exp)
+_SIGMOID = r"1(\.0?)?\s*/\s*\(1(\.0?)?\s*\+\s*\w*\.?exp|sigmoid|expit|logistic"
 
 
-def _advice_for(sigmoid: bool, division: bool, normalised: bool, exp: bool) -> str:
-    if sigmoid and division and not normalised:
+def _advice(problem: Problem, where: Where, overflows: bool, divides: bool) -> str:
+    """The stable form for what happened: an exponential overflowed, or the step at `where` divides by zero."""
+    text = f"{_code_of(problem.gradient)} {where.expression} {where.statement}"
+    sigmoid = re.search(_SIGMOID, text) is not None
+    softmax = "softmax" in text or ("exp(" in text and "sum" in text and not sigmoid)
+    if divides and sigmoid and not softmax:
         return (
             "Algebra helps: [-y/p + (1 - y)/(1 - p)] p (1 - p) = p - y, which never divides by zero; "
             "and 1/(1 + exp(-z)) is jax.nn.sigmoid(z)."
         )
-    if normalised:
+    if overflows and not sigmoid and (softmax or "sum" in text):
         return "Subtract the largest logit before exp, as jax.nn.softmax and jax.nn.log_softmax do."
-    if exp:
+    if overflows:
         return "Use the form that only takes exp of negative numbers, as jax.nn.sigmoid and jax.nn.softplus do."
+    if divides and softmax:
+        return (
+            "It divides by a probability that has become 0. Algebra helps: the derivative of -sum(y log softmax(z)) by "
+            "z is softmax(z) sum(y) - y, which divides by none."
+        )
     return ""
+
+
+def _code_of(function: Callable[..., Any]) -> str:
+    """The text of a function without its comments; empty where there is none."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return ""
+    try:
+        return ast.unparse(ast.parse(source))
+    except (SyntaxError, ValueError):  # a lambda in the middle of a call
+        return source
 
 
 def _numpy_mechanism(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[Where, str, str]:
     """The same for numpy code: let numpy raise at the first invalid operation."""
-    settings: list[dict[str, Any]] = [
-        {"invalid": "raise", "divide": "ignore", "over": "ignore"},
-        {"invalid": "raise", "divide": "raise", "over": "raise"},
-    ]
+    large = str(_numpy_error(problem, leaves, data, {"over": "raise"}) or "")
+    overflows = any(large.endswith(f" in {name}") for name in _EXPONENTIALS)
+    zero = str(_numpy_error(problem, leaves, data, {"divide": "raise"}) or "")
+    settings: list[dict[str, Any]] = [{"invalid": "raise"}, {"invalid": "raise", "divide": "raise", "over": "raise"}]
     for setting in settings:
-        params, arguments, keywords = assemble(problem.spec, leaves, data, numpy=True)
-        try:
-            with np.errstate(**setting):
-                problem.gradient(params, *arguments, **keywords)
-        except FloatingPointError as error:
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
-            if not frames:
-                return Where("", "", "", 0), "", ""
-            f = frames[-1]
-            place = Place(
-                f.filename, f.name, f.lineno or 0, f.colno or 0, f.end_lineno or f.lineno or 0, f.end_colno or 0
-            )
-            where = describe(place)
-            how = f"In `{where.expression}` ({where.where}): {error}."
-            return where, how, _advice(problem, " ".join(x.line or "" for x in frames))
-        except Exception:
+        error = _numpy_error(problem, leaves, data, setting)
+        if error is None:
+            continue
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
+        if not frames:
             break
+        f = frames[-1]
+        place = Place(f.filename, f.name, f.lineno or 0, f.colno or 0, f.end_lineno or f.lineno or 0, f.end_colno or 0)
+        where = describe(place)
+        how = f"In `{where.expression}` ({where.where}): {error}."
+        return where, how, _advice(problem, where, overflows, "divide" in zero + str(error))
     return Where("", "", "", 0), "", ""
+
+
+def _numpy_error(
+    problem: Problem, leaves: Sequence[Any], data: Sequence[Any], setting: dict[str, Any]
+) -> FloatingPointError | None:
+    """What NumPy raises first in the person's gradient with this setting, everything else ignored."""
+    params, arguments, keywords = assemble(problem.spec, leaves, data, numpy=True)
+    try:
+        with np.errstate(**{"all": "ignore", **setting}):
+            problem.gradient(params, *arguments, **keywords)
+    except FloatingPointError as error:
+        return error
+    except Exception:  # whatever else it raises
+        return None
+    return None
 
 
 def _first_use(problem: Problem, store: Kernel, e: Evaluation) -> Where:

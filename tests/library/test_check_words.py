@@ -92,3 +92,44 @@ def test_a_minus_is_looked_for_only_where_a_derivative_has_one():
     assert "inner derivative" not in said(lambda w, b: jnp.sum(jnp.tanh(b["x"] @ w)), -1)
     assert "inner derivative of -1" in said(lambda w, b: jnp.sum(jnp.tanh(b["y"] - b["x"] @ w)), -1)
     assert "the other way round" in said(lambda w, b: jnp.sum(jnp.tanh(b["x"] @ w - b["y"])), -1)
+
+
+LABELS = np.eye(3)[RNG(3).integers(0, 3, 9)]
+WEIGHTS = RNG(4).normal(size=(4, 3))
+
+
+def through_softmax(p, x, y):
+    dp = -y / p
+    return x.T @ (p * (dp - (dp * p).sum(axis=1, keepdims=True))) / len(x)
+
+
+def subtracts_already(w, b):
+    z = b["x"] @ w
+    z = z - z.max(axis=1, keepdims=True)
+    e = np.exp(z)
+    return through_softmax(e / e.sum(axis=1, keepdims=True), b["x"], b["t"])
+
+
+def subtracts_already_jax(w, b):
+    z = b["x"] @ w
+    e = jnp.exp(z - jnp.max(z, axis=1, keepdims=True))
+    return through_softmax(e / e.sum(axis=1, keepdims=True), b["x"], b["t"])
+
+
+def by_the_library(w, b):
+    return through_softmax(jax.nn.softmax(b["x"] @ w, axis=1), b["x"], b["t"])
+
+
+def subtracts_nothing(w, b):
+    e = np.exp(b["x"] @ w)
+    return b["x"].T @ (e / e.sum(axis=1, keepdims=True) - b["t"]) / len(e)
+
+
+@pytest.mark.parametrize("gradient", [subtracts_already, subtracts_already_jax, by_the_library, subtracts_nothing])
+def test_the_largest_logit_is_spoken_of_only_where_an_exponential_overflows(gradient):
+    loss = lambda w, b: -jnp.mean(jnp.sum(b["t"] * jax.nn.log_softmax(b["x"] @ w), axis=1))
+    report = check_gradient(loss, gradient, WEIGHTS, {"x": BATCH["x"], "t": LABELS})
+    assert [f.kind for f in report.findings] == ["unstable"]
+    sentence = report.findings[0].sentence
+    assert ("largest logit" in sentence) == (gradient is subtracts_nothing)
+    assert ("which divides by none" in sentence) == (gradient is not subtracts_nothing)

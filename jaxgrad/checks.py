@@ -300,7 +300,9 @@ def path_or_name(name: str, value: Any) -> Any:
 
 def function(name: str, value: Any, takes: int | None = None) -> Any:
     """Something that can be called, with `takes` arguments if that is given."""
-    like = "loss(params, batch) -> scalar" if (name, takes) == ("loss", 2) else ""
+    like = {"loss": "loss(params, batch) -> scalar" if takes == 2 else "", "metric": "metric(params) -> number"}.get(
+        name
+    )
     needs = f"{name} must be a function{f' {like}' if like else ''}"
     # A class may be called, but to make a thing of it is not to evaluate a loss; what takes nothing may well do so.
     if (isinstance(value, type) and takes != 0) or not callable(value):

@@ -128,6 +128,9 @@ def open_rows(
 ) -> Rows:
     """Open one `.npy` table `[n, columns]` of numbers, or a folder of them, in the order of their names.
 
+    Features and target are columns of one table. Of two arrays, `np.save("rows.npy", np.column_stack([X, y]))` makes
+    one, and `open_rows("rows.npy", target=-1)` opens it.
+
     Whole numbers (bytes of pixels) reach the loss unchanged, as from memory; `scaled` makes them float32.
 
     `target` is the number of the column to predict (negative counts from the end). With `classes` it holds class

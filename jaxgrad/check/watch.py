@@ -204,6 +204,8 @@ class _Frame:
         self.opaque = False
         self.masks: frozenset[str] = frozenset()
         self.before: dict[Path, Any] = {}
+
+
 """Modules that call what others have registered: whoever wants to be told of something, a cache of programs."""
 
 _ASIDE = ("jax._src.monitoring", "jax._src.compiler", "jax._src.compilation_cache", "logging", "warnings")

@@ -63,7 +63,7 @@ def on_disk(job: Job, rows: Rows) -> Placement:
         now, until = int(state.step), int(until)
         if now >= until:
             # No steps: only compile. A block that is fetched here would not be on the clock.
-            nothing = jnp.zeros((steps * b, rows.columns), rows.dtype)
+            nothing = jnp.zeros((steps * b, rows.columns), jax.dtypes.canonicalize_dtype(rows.dtype))
             return take(state, key, nothing, np.int32(until))
         while True:
             number = now // steps

@@ -247,12 +247,31 @@ def _looked_through(optimizer: Optimizer, params: Params, shapes: Any) -> tuple[
     twice = pair is not params
     with checks.saying(
         "optimizer cannot take a step with these params (update gets the gradient, its state and params, and by name "
-        "value, grad and value_fn, or grad_fn and obj_fn)"
+        "value, grad and value_fn, or grad_fn and obj_fn"
+        f"{_SIDE_BY_SIDE if _holds_several(getattr(optimizer, 'update', None)) else ''})"
     ):
         text = _as_text(optimizer, _shape(pair))
     if text is None or shapes is None:
         return optimizer, twice
     return _known.setdefault((text, shapes), (optimizer, twice))
+
+
+_SIDE_BY_SIDE = (
+    "; it is made with several numbers for one setting: to run them side by side, give the function that makes it, and "
+    "the numbers in sweep, as in optimizer=optax.adam, sweep={'learning_rate': [1e-3, 1e-2]}"
+)
+
+
+def _holds_several(function: Any, depth: int = 6) -> bool:
+    """Whether a function was made with a list or a one-dimensional array of numbers."""
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        if isinstance(held, list) or (isinstance(held, np.ndarray | jax.Array) and held.ndim == 1):
+            return True
+        inner = held if isinstance(held, tuple) else (held,)
+        if depth and any(_holds_several(each, depth - 1) for each in inner if callable(each)):
+            return True
+    return False
 
 
 def _as_text(optimizer: Optimizer, params: Params) -> str | None:

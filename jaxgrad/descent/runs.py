@@ -245,10 +245,11 @@ def _sweep(optimizer: Any, sweep: Any) -> tuple[Optimizer, dict[str, np.ndarray]
             "with sweep the optimizer must be a function of the settings that makes a transformation, such as "
             f"optax.adam, or optax.inject_hyperparams(optax.adam)(learning_rate=0.1); got {checks.shown(optimizer)}"
         )
+    names = [*inspect.signature(optimizer).parameters]
     if strange := [name for name in settings if not takes(optimizer, name)]:
         raise TypeError(
             f"sweep names {strange[0]!r}, which is no setting of {checks.shown(optimizer)}"
-            f"{checks.nearest(strange[0], [*inspect.signature(optimizer).parameters])}"
+            f"{checks.nearest(strange[0], names) or '; it has ' + ', '.join(names)}"
         )
     # `Made` does not hold the numbers, so that other numbers need no new program.
     made = Made(optimizer, tuple(sorted(settings)))

@@ -7,6 +7,7 @@ a run. Of runs side by side, each ends by itself.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 import optax
 
@@ -122,6 +123,17 @@ def small_step(below: Positive) -> SmallStep:
     return SmallStep(below)
 
 
+def check_metric(rule: Any, params: Params) -> None:
+    """Raise TypeError if the metric of a rule is no number at such params. Nothing is computed."""
+    with checks.saying(
+        "metric(params) cannot be evaluated for these params (its data must be arrays in memory, as of a few held-out "
+        "rows, and not rows on disk)"
+    ):
+        made = jax.eval_shape(rule.metric, params)
+    if getattr(made, "shape", None) != ():
+        raise TypeError(f"metric(params) must return one number, and returns {checks.shown(made)}")
+
+
 @checked
 def small_gradient(below: Positive, *, every: Count = 1) -> SmallGradient:
     """Stop when the **full** gradient has `‖∇L(w_t)‖ < below`, judged each `every` steps, on the clock."""
@@ -143,7 +155,8 @@ def no_improvement(
 ) -> NoImprovement:
     """Stop when `metric(params)` (lower is better, e.g. a validation loss) has not improved in `patience` checks.
 
-    It is evaluated each `every` steps, on the clock, and at the end for `Trace.best`, which has the parameters with the
+    It is evaluated each `every` steps, on the clock (at each step unless you say more, which is a pass for each step if
+    the metric is over all rows), and at the end for `Trace.best`, which has the parameters with the
     lowest value of all, however little lower. A value counts as an improvement if it is more than `min_delta` below the
     last improvement.
     """
@@ -154,7 +167,8 @@ def no_improvement(
 def keep_best(metric: Callable[[Params], Any], *, every: Count = 1) -> NoImprovement:
     """Never stop, but keep the parameters with the lowest `metric(params)` in `Trace.best`.
 
-    It is evaluated each `every` steps, on the clock, and where a run ends, whichever rule ended it.
+    It is evaluated each `every` steps, on the clock (at each step unless you say more, which is a pass for each step if
+    the metric is over all rows), and where a run ends, whichever rule ended it.
     """
     return NoImprovement(metric, None, every)
 

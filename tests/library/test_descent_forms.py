@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgrad import losses, models
+from jaxgrad import losses, models, open_rows
 from jaxgrad.descent import (
     Checkpoint,
     descend,
@@ -180,6 +180,28 @@ def test_a_state_of_python_numbers_is_compiled_once(caplog):
     with jax.log_compiles():
         run(loss, loss_state={"seen": 0.5}, evaluate=lambda params, batch, state: LOSS(params, batch), record=[0, 2, 5])
     assert len([line for line in caplog.messages if line.startswith("Compiling jit(advance)")]) == 1
+
+
+@pytest.mark.parametrize("rates", [[1e-3, 1e-2], np.array([1e-3, 1e-2])])
+def test_an_optimizer_of_several_numbers_is_told_how_to_run_them_side_by_side(rates):
+    with pytest.raises(TypeError, match=r"sweep=\{'learning_rate'"):
+        run(optimizer=optax.adam(rates))
+
+
+def test_settings_that_there_are_not_are_answered_with_those_that_there_are():
+    with pytest.raises(TypeError, match="it has learning_rate, b1"):
+        run(optimizer=optax.adam, sweep={"foo": [0.1, 0.2]})
+
+
+def test_a_metric_that_cannot_be_evaluated_is_refused_before_the_first_step(tmp_path):
+    np.save(tmp_path / "rows.npy", np.column_stack([DATA.x, DATA.y]))
+    rows = open_rows(tmp_path / "rows.npy", target=-1)
+    with pytest.raises(TypeError, match="not rows on disk"):
+        run(stop=keep_best(lambda params: LOSS(params, rows)))
+    with pytest.raises(TypeError, match="must return one number, and returns an array of shape"):
+        run(stop=keep_best(lambda params: params.w))
+    with pytest.raises(TypeError, match=r"metric must be a function metric\(params\) -> number, got 'loss'"):
+        keep_best("loss")
 
 
 def test_an_optimizer_with_one_other_number_is_another():

@@ -24,22 +24,24 @@ def unknown(case: Any, leaves: Sequence[int], sampler: Sampler) -> Finding:
     leaf = leaves[0] if len(leaves) == 1 else None
     clues: list[str] = []
     place = words.NOWHERE
-    alone = [] if store is None else _alone(problem, store)
-    if alone and all(_right(e, case.noise) for e in alone) and problem.n != 1:
+    if "alone" not in case.memory:
+        alone = [] if store is None else _alone(problem, store)
+        ones = [] if store is None else [sampler(problem, store, e, np.random.default_rng(12)) for e in alone[:2]]
+        case.memory["alone"] = alone, ones
+    alone, ones = case.memory["alone"]
+    odd = [i for i, e in enumerate(alone) if not _right(e, case.noise)]
+    if alone and not odd and problem.n != 1 and _all_there(case.samples[0], ones, alone, leaves):
         clues.append(
             "For any one example alone your gradient is right: look at how several examples are put together (a sum "
             "or mean over the wrong axis, an index, a matrix product where each example should go by itself)."
         )
     else:
-        at = case.samples[:2]
-        if alone and store is not None:
-            at = [sampler(problem, store, e, np.random.default_rng(12)) for e in alone[:2]]
+        at = ones if odd else case.samples[:2]
         found = _wrong_adjoint(at, case.noise)
         if found is not None and len(leaves) == len(case.wrong):
             clue, place = words.parted(problem, at[0], found, leaves)
             clues.append(clue)
-        odd = [i for i, e in enumerate(alone) if not _right(e, case.noise)]
-        if alone and len(odd) < len(alone):
+        if odd and len(odd) < len(alone):
             clues.append(
                 f"Taken one by one, {len(odd)} of {len(alone)} examples give a wrong gradient and the others a right "
                 "one: look at what sets them apart (a class, the side of a condition)."
@@ -70,6 +72,20 @@ def _alone(problem: Problem, store: Kernel) -> list[Evaluation]:
     except Exception:  # whatever the person's functions raise for one example
         return []
     return found
+
+
+def _all_there(several: Any, ones: Sequence[Any], alone: Sequence[Evaluation], leaves: Sequence[int]) -> bool:
+    """Whether one example alone shows all of the loss: a difference from the mean over the examples is zero there,
+    and nothing comes back through it."""
+    if not any(np.any(e.true[i]) for e in alone for i in leaves):
+        return False
+    size = lambda s, use: float(np.linalg.norm(s.replay.contributions.get(use, 0.0)))
+    steps = [step.name for step in several.program.steps]
+    same = [s for s in ones if [step.name for step in s.program.steps] == steps]
+    return not any(
+        same and size(several, use) > 0 and all(size(s, use) <= 1e-12 * size(several, use) for s in same)
+        for use in several.replay.contributions
+    )
 
 
 def _right(e: Evaluation, noise: float) -> bool:

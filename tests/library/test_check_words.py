@@ -133,3 +133,25 @@ def test_the_largest_logit_is_spoken_of_only_where_an_exponential_overflows(grad
     sentence = report.findings[0].sentence
     assert ("largest logit" in sentence) == (gradient is subtracts_nothing)
     assert ("which divides by none" in sentence) == (gradient is not subtracts_nothing)
+
+
+def centred(w, b):
+    z = jnp.tanh(b["x"] @ w)
+    return jnp.mean((z - jnp.mean(z)) ** 2)
+
+
+def by_cosine(w, b):
+    z = np.tanh(b["x"] @ w)
+    return b["x"].T @ ((z - z.mean()) * np.cos(z) * (1 - z**2))
+
+
+def test_one_example_alone_is_not_spoken_of_where_it_shows_nothing_of_the_loss():
+    assert "example alone" not in str(check_gradient(centred, by_cosine, W, BATCH))
+    both = lambda w, b: centred(w, b) + jnp.mean(jnp.sin(b["x"] @ w))
+    right = lambda w, b: b["x"].T @ np.cos(b["x"] @ w) / len(b["x"])
+    assert "example alone" not in str(check_gradient(both, lambda w, b: by_cosine(w, b) + right(w, b), W, BATCH))
+    # It is where one example alone shows all of it.
+    rolled = lambda w, b: b["x"].T @ np.roll(np.cos(b["x"] @ w) * np.cosh(b["x"] @ w), 1) / len(b["x"])
+    loss = lambda w, b: jnp.mean(jnp.sin(b["x"] @ w))
+    mixed = lambda w, b: right(w, b) + (rolled(w, b) - right(w, b)) * (len(b["x"]) > 1)
+    assert "any one example alone" in str(check_gradient(loss, mixed, W, BATCH))

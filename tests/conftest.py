@@ -16,8 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The first call of a shape compiles, so a deadline would measure the compiler.
-# The same examples each time need no database, for which a checkout may have no room.
-settings.register_profile("jaxgrad", deadline=None, derandomize=True, max_examples=25, print_blob=False, database=None)
+settings.register_profile("jaxgrad", deadline=None, derandomize=True, max_examples=25, print_blob=False)
 settings.load_profile("jaxgrad")
 
 

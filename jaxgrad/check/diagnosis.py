@@ -644,7 +644,7 @@ def _added_in_entries(case: Case, leaf: int, wrong: np.ndarray, where: np.ndarra
         sentence += ", which is not in this loss."
         return [Explanation(13.6, (leaf,), (found._replace(sentence=sentence),))]
     place = locate(case.samples[0].program, [case.terms[penalty].step])
-    inside = f", `{place.statement}` ({place.where})," if place.where else ""
+    inside = f", {place.whole}," if place.where else ""
     sentence += f": the penalty of this loss{inside} does not reach there."
     found = found._replace(sentence=sentence, where=place.where, expression=place.expression)
     return [Explanation(13.6, (leaf,), (found,))]

@@ -416,7 +416,7 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
         findings += unstable
     if options.accept_rules:
         places = numerics.rules(program_at(store, problem.leaves, problem.data))
-        named = ", ".join(f"`{place.expression}` ({place.where})" for place in places[:3])
+        named = ", ".join(place.step for place in places[:3])
         if places:
             notes.append(f"checked against the loss's own derivative rules, as accept_rules says: {named}.")
     else:

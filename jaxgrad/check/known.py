@@ -312,7 +312,7 @@ def name_of(problem: Problem, program: Program, slot: int) -> str:
         return "the loss"
     place = locate(program, [maker])
     match = re.fullmatch(r"(\w+)(?:\s*:\s*[^=]+)?\s*=\s*(.+)", place.statement)
-    if _inside(program, maker, slot):
+    if _inside(program, maker, slot) and place.expression:
         return f"a step of `{place.expression}`"
     if match and _same_code(match.group(2), place.expression):
         return match.group(1)

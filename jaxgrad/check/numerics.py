@@ -43,7 +43,7 @@ def kink(problem: Problem, store: Kernel, failing: Sequence[Evaluation], tol: To
     worst = int(np.argmax(np.abs(autodiff - mine)))
     sentence = (
         f"Your gradient is right wherever the loss is differentiable. At {failing[0].point.name}, {count} "
-        f"input{'s' if count > 1 else ''} of {name} in `{where.expression}` ({where.where}) "
+        f"input{'s' if count > 1 else ''} of {name} in {where.step} "
         f"sit{'' if count > 1 else 's'} exactly at its kink, and there JAX chose another slope than you "
         f"({autodiff[worst]:.6g} against your {mine[worst]:.6g} in {problem.paths[wrong[0]]})."
     )
@@ -282,13 +282,13 @@ def _mechanism(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> 
             where = locate(program, [k])
             how = _how(step.primitive, arrays, out)
             told = _advice(problem, where, overflows, divides or step.primitive == "div")
-            return where, f"In `{where.expression}` ({where.where}) {how}.", told
+            return where, f"In {where.step} {how}.", told
         if infinite is None and new:
             where = locate(program, [k])
             what = "divides by zero" if by_zero else "overflows"
             infinite = (
                 where,
-                f"`{where.expression}` ({where.where}) {what}.",
+                f"{where.step} {what}.",
                 _advice(problem, where, overflows, divides),
             )
     return infinite or (Where("", "", "", 0), "", "")
@@ -366,7 +366,7 @@ def _numpy_mechanism(problem: Problem, leaves: Sequence[Any], data: Sequence[Any
         f = frames[-1]
         place = Place(f.filename, f.name, f.lineno or 0, f.colno or 0, f.end_lineno or f.lineno or 0, f.end_colno or 0)
         where = describe(place)
-        how = f"In `{where.expression}` ({where.where}): {error}."
+        how = f"In {where.step}: {error}."
         return where, how, _advice(problem, where, overflows, "divide" in zero + str(error))
     return Where("", "", "", 0), "", ""
 
@@ -461,7 +461,7 @@ def custom_rules(
             close = abs(mine - slope) < 0.01 * abs(auto - slope)
             whose = "Your gradient agrees with central differences." if close else "Your gradient agrees with neither."
         sentence = (
-            f"The loss itself has a wrong custom derivative: `{where.expression}` ({where.where}) carries its own "
+            f"The loss itself has a wrong custom derivative: {where.step} carries its own "
             f"rule, and central differences of its values contradict it. {whose} If the rule is meant "
             "(straight-through, clipped), pass accept_rules=True."
         )

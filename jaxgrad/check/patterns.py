@@ -169,7 +169,7 @@ def loss_notes(problem: Problem, store: Kernel) -> list[str]:
     pairs = paired(program, n)
     if pairs is not None:
         notes.append(
-            f"in `{pairs.where.expression}` ({pairs.where.where}) the loss pairs shape ({n}, 1) with ({n},), which "
+            f"in {pairs.where.step} the loss pairs shape ({n}, 1) with ({n},), which "
             f"JAX spreads to ({n}, {n}): every example meets every other. If that is not meant, give both one shape."
         )
         return notes
@@ -188,7 +188,7 @@ def loss_notes(problem: Problem, store: Kernel) -> list[str]:
         if others and n not in others and divisor is not None and float(divisor) == np.prod(lengths):
             where = locate(program, [k])
             notes.append(
-                f"the mean in `{where.expression}` ({where.where}) runs over {n} examples and over "
+                f"the mean in {where.step} runs over {n} examples and over "
                 f"{' x '.join(map(str, others))} numbers of each: it divides by {np.prod(lengths):g}, not by {n}."
             )
             break
@@ -218,8 +218,8 @@ def pairs_by_mistake(
             return []
     n, name = problem.n, problem.names[position]
     sentence = (
-        f"Your gradient is right for the loss that was meant, and the loss is another: in `{pairs.where.expression}` "
-        f"({pairs.where.where}) shape ({n}, 1) meets {name} of shape ({n},), which JAX spreads to ({n}, {n}), so the "
+        f"Your gradient is right for the loss that was meant, and the loss is another: in {pairs.where.step} "
+        f"shape ({n}, 1) meets {name} of shape ({n},), which JAX spreads to ({n}, {n}), so the "
         f"loss pairs every example with every other. Make {name} a column, {name}[:, None], or the other operand flat."
     )
     return [Finding("broadcast", None, None, pairs.where.where, pairs.where.expression, sentence)]

@@ -264,7 +264,7 @@ def _line(
         if array.dtype.kind != "f" or np.all(np.isfinite(array)):
             continue
         place = locate(program, [k])
-        text = f"`{place.expression}` ({place.where})" if place.where else step.name
+        text = place.step if place.where else step.name
         if np.any(np.isnan(array)):
             return text
         first = first or text

@@ -197,7 +197,7 @@ def finding_lines(finding: Finding, paint) -> list[str]:
         head += f", factor {paint(finding.factor, 'bold')}"
     lines = ["  " + head]
     if finding.where:
-        lines.append(f"  {paint(finding.where, 'dim')}:  {finding.expression}")
+        lines.append(f"  {paint(finding.where, 'dim')}" + (f":  {finding.expression}" if finding.expression else ""))
     lines += _wrap(finding.sentence, 4)
     for other in finding.equivalents[:3]:
         lines += _wrap("The same numbers would come from this: " + other, 4)

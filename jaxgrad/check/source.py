@@ -20,6 +20,21 @@ class Where(NamedTuple):
     """The statement it stands in, on one line."""
     line: int
 
+    @property
+    def step(self) -> str:
+        """The step and its place, in a sentence; the place alone where the source is not known."""
+        return f"`{self.expression}` ({self.where})" if self.expression else self.where
+
+    @property
+    def whole(self) -> str:
+        """The same with the whole statement, unless that is long."""
+        text = self.statement if 0 < len(self.statement) <= LONGEST else self.expression
+        return self._replace(expression=text).step
+
+
+LONGEST = 160
+"""A statement with more characters is not quoted: a table of functions, say."""
+
 
 def locate(program: Program, members: Sequence[int], elementwise: bool = False) -> Where:
     """The place of the steps `members`, the last of which makes the value.

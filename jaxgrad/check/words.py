@@ -41,7 +41,7 @@ def parted(problem: Problem, s: Any, slot: int, leaves: Sequence[int]) -> tuple[
     place = locate(program, users[-1:]) if users else NOWHERE
     names = ", ".join(problem.paths[i] for i in leaves)
     name = spelled(problem, s, slot)
-    inside = f", in `{place.statement or place.expression}` ({place.where})" if place.where else ""
+    inside = f", in {place.whole}" if place.where else ""
     return (
         f"They are what a wrong adjoint of `{name}` gives when all from there to {names} is done right: look at the "
         f"step that sends back to `{name}`{inside}, and at what comes before it on the way back.",
@@ -70,7 +70,8 @@ def _times(factor: str) -> str:
 
 
 def _at(place: Where) -> str:
-    return f" (`{place.expression}`, {place.where})" if place.where else ""
+    text = f"`{place.expression}`, " if place.expression else ""
+    return f" ({text}{place.where})" if place.where else ""
 
 
 def _sign_reason(s: Any, step: int | None, leaves: Sequence[int]) -> str:
@@ -79,10 +80,10 @@ def _sign_reason(s: Any, step: int | None, leaves: Sequence[int]) -> str:
     k = step if step in turning else turning[-1] if turning else None
     if k is not None:
         place = locate(s.program, [k])
-        return f"An inner derivative of -1 is missing or doubled, for instance in `{place.expression}` ({place.where})."
+        return f"An inner derivative of -1 is missing or doubled, for instance in {place.step}."
     if step is not None and s.program.steps[step].primitive == "sub":
         place = locate(s.program, [step])
-        return f"A difference may be the other way round in it, for instance `{place.expression}` ({place.where})."
+        return f"A difference may be the other way round in it, for instance {place.step}."
     return ""
 
 
@@ -92,7 +93,7 @@ def _two_reason(s: Any, factor: str, step: int | None, place: Where, leaves: Seq
     constant = step is not None and is_constant_step(s, step, factor)
     said = ""
     if step is not None and constant:
-        said = f"in `{place.expression}` ({place.where}) {constant_in_words(s, step, _number(factor) or 0.0)}."
+        said = f"in {place.step} {constant_in_words(s, step, _number(factor) or 0.0)}."
     known = step is not None and s.at.origin in s.program.steps[step].inputs
     if factor == "1/2" and squares and not (constant and known):
         at = _at(place) if step is None or step in squares else ""
@@ -152,7 +153,7 @@ def _scale_reason(s: Any, factor: str, step: int | None, place: Where, leaves: S
     if bare in ("n/(n-1)", "(n-1)/n"):
         return f"One of the two divides by n - 1 and the other by n{at}."
     if step is not None and is_constant_step(s, step, factor):
-        return f"In `{place.expression}` ({place.where}) {constant_in_words(s, step, _number(factor) or 0.0)}."
+        return f"In {place.step} {constant_in_words(s, step, _number(factor) or 0.0)}."
     return f"A constant factor is missing or too many{at}."
 
 
@@ -280,7 +281,7 @@ def zero(problem: Problem, s: Any, leaf: int | None, leaves: Sequence[int]) -> F
         )
     place = _use_of(s, leaf)
     path = problem.paths[leaf]
-    at = f" in `{place.statement}` ({place.where})" if place.where else ""
+    at = f" in {place.whole}" if place.where else ""
     sentence = f"Your gradient of {path} is zero: its contribution to the loss{at} was left out."
     return Finding("missing-term", path, None, place.where, place.expression, sentence)
 
@@ -288,7 +289,7 @@ def zero(problem: Problem, s: Any, leaf: int | None, leaves: Sequence[int]) -> F
 def kept(problem: Problem, s: Any, t: Term, leaf: int, which: str, count: int) -> Finding:
     """One of several contributions is kept and the others are left out."""
     place, path = locate(s.program, [t.step]), problem.paths[leaf]
-    inside = f", in `{place.statement or place.expression}` ({place.where})," if place.where else ""
+    inside = f", in {place.whole}," if place.where else ""
     sentence = (
         f"{path} is used {count} times, and of its contributions only that of the {which}{inside} is kept: the others "
         "are left out. Add them up."
@@ -308,7 +309,7 @@ def moved(problem: Problem, s: Any, leaf: int, name: str) -> Finding:
         "mirrored": f"Your gradient of {path} has its columns in reverse order",
     }[name]
     extra = ""
-    if name == "transposed" and place.where:
+    if name == "transposed" and place.expression:
         extra = f": for `{place.expression}` it is (input)^T times adjoint, not adjoint^T times input"
     return Finding("transposed", path, None, place.where, place.expression, how + extra + ".")
 
@@ -325,9 +326,13 @@ def _one_leaf(problem: Problem, leaves: Sequence[int], restricted: bool) -> str 
     return problem.paths[leaves[0]] if len(leaves) == 1 and (restricted or len(problem.paths) > 1) else None
 
 
+def _named(place: Where) -> str:
+    return f"`{place.expression}`" if place.expression else "the product"
+
+
 def _called(place: Where) -> str:
     """A step of the loss by its statement."""
-    return f"`{place.statement or place.expression}` ({place.where})" if place.where else "one step of the loss"
+    return place.whole or "one step of the loss"
 
 
 def _only(problem: Problem, leaves: Sequence[int], restricted: bool) -> str:
@@ -448,7 +453,7 @@ def short(s: Any, f: Fault) -> str:
         "transposed": "a matrix not transposed",
         "missing-term": "a contribution left out",
     }.get(f.kind, f.kind)
-    return f"{what} in `{place.expression}` ({place.where})" if place.where else what
+    return f"{what} in {place.step}" if place.where else what
 
 
 def _names(problem: Problem, s: Any, f: Fault) -> tuple[str, str, str]:
@@ -586,7 +591,7 @@ def _product_sentence(problem: Problem, s: Any, f: Fault, place: Where, at: str)
     if kind == "rolled":
         return f"In {at} the rows of `{other}` are shifted by one against those of the adjoint, going back to `{mine}`"
     if kind == "adjoint":
-        return f"In {at} the adjoint of `{place.expression}` is not transposed on the way back to `{mine}`"
+        return f"In {at} the adjoint of {_named(place)} is not transposed on the way back to `{mine}`"
     used = spelled(problem, s, f.detail[1])
     return f"In {at} you used `{used}` where `{other}` belongs, going back to `{mine}`"
 
@@ -610,7 +615,7 @@ def term(problem: Problem, s: Any, t: Term, factor: str, leaves: Sequence[int], 
             once = sum(slot in m.inputs for m in program.steps) == 1
             if made.where and (once or made.statement == place.statement):
                 place = made
-    whole = f"`{place.statement or place.expression}` ({place.where})" if place.where else "the loss"
+    whole = place.whole or "the loss"
     only = _only(problem, leaves, restricted)
     leaf = _one_leaf(problem, leaves, restricted)
     reach = ", ".join(problem.paths[i] for i in leaves)
@@ -659,7 +664,7 @@ def same_factor(problem: Problem, s: Any, factor: str, leaves: Sequence[int]) ->
     sentence = sentence.replace(" is ", " are ", 1).replace("the true one.", "the true ones.", 1)
     others = [w for w in (_use_of(s, i) for i in leaves[1:]) if w.where]
     if others:
-        sentence += " The others: " + ", ".join(f"`{w.expression}` ({w.where})" for w in others[:3]) + "."
+        sentence += " The others: " + ", ".join(w.step for w in others[:3]) + "."
     return found._replace(leaf=None, sentence=sentence)
 
 
@@ -759,7 +764,7 @@ def sliced(
         shown = ", ".join(str(int(i)) for i in odd[:5]) + (" ..." if len(odd) > 5 else "")
         which = f"{what}{'s' if len(odd) > 1 else ''} {shown}"
     leaf = _one_leaf(problem, leaves, True)
-    inside = f" in `{place.statement or place.expression}` ({place.where})" if place.where else ""
+    inside = f" in {place.whole}" if place.where else ""
     whose = "" if leaf is None else f" (in the gradient of {leaf})"
     if abs(value) < 1e-5:
         sentence = f"The contribution of {which}{inside} is left out{whose}."

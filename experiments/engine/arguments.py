@@ -233,7 +233,14 @@ def names_first(argv: list[str]) -> list[str]:
 
 
 def plan(arguments: Arguments) -> Plan:
-    """Everything that can be wrong with the arguments, found before anything is imported or written."""
+    """Everything that can be wrong with the arguments of a run, found before anything is imported or written."""
+    planned = chosen(arguments)
+    check_folder(planned.out)
+    return planned
+
+
+def chosen(arguments: Arguments) -> Plan:
+    """What is to be run, or looked at: the folder need not be one that may be written to."""
     known = catalogue()
     for name in arguments.names:
         if name in COMMANDS:
@@ -281,7 +288,6 @@ def plan(arguments: Arguments) -> Plan:
     # What is not the published study must not overwrite it.
     suffix = "-custom" if overrides else "-quick" if arguments.quick else ""
     out = Path(arguments.out or RESULTS.with_name(RESULTS.name + suffix))
-    check_folder(out)
     return Plan(entries, overrides, arguments.quick, out, arguments.device, arguments.resume, arguments.bare)
 
 
@@ -365,4 +371,7 @@ def committed(arguments: Arguments, command: str) -> tuple[Path, tuple[Entry, ..
     only_names = dataclasses.replace(
         arguments, names=arguments.names[1:], out=folder, rerun=None, every=False, note=False, python=None, echoes=None
     )
-    return folder, plan(only_names).entries
+    entries = chosen(only_names).entries
+    if command != "verify" or arguments.note:
+        check_folder(folder)
+    return folder, entries

@@ -551,6 +551,15 @@ class TestCommand:
         assert command.main(["line", "--out", str(study / "locked")]) == 2
         assert "cannot be written to" in capsys.readouterr().err
 
+    def test_to_verify_needs_no_folder_to_write_to(self, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+        folder, entries = arguments.committed(arguments.parse(["verify", "--quick"]), "verify")
+        assert folder.name == "quick"
+        assert len(entries) == len(catalogue())
+        for argv in (["verify", "--note"], ["spread"], ["power"]):
+            with pytest.raises(arguments.Unusable, match="cannot be written to"):
+                arguments.committed(arguments.parse(argv), argv[0])
+
     def test_a_package_that_is_not_installed_is_named(self, study, capsys):
         file = study / "package" / "line.py"
         file.write_text(

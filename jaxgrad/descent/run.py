@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -27,7 +27,7 @@ from jaxgrad.descent.on_mesh import on_mesh
 from jaxgrad.descent.optimizers import Optimizer
 from jaxgrad.descent.placement import Job, Placement
 from jaxgrad.descent.runs import Runs, continued, copies, first_state, keep
-from jaxgrad.descent.schedule import marks
+from jaxgrad.descent.schedule import Mark, Marks, marks
 from jaxgrad.descent.step import State
 from jaxgrad.descent.stopping import Stop
 from jaxgrad.descent.trace import Trace
@@ -133,33 +133,110 @@ def descend(
     A run that diverges is a result: its status says at which step its parameters ceased to be finite, and the
     runs beside it are untouched. A run among others equals that run alone to rounding.
     """
-    runs = Runs.of(optimizer, sweep, key)
-    objective = Objective.of(loss, random, _has_state(params, loss_state), has_aux, evaluate)
+    begin = _Begin.of(params, loss_state, Runs.of(optimizer, sweep, key), params_axis)
+    objective = Objective.of(loss, random, begin.model is not None, has_aux, evaluate)
     rules = stopping.rules("stop", stop)
-    checkpoint = None if checkpoint is None else saved.plain(checkpoint)
-    earlier = params if isinstance(params, State) else None
-    state = None if earlier is None else continued(earlier, runs)
-    start = jax.tree.map(jnp.asarray, params) if state is None else state.params
-    _check_start(start, runs, params_axis if state is None else None)
-    ahead = len(runs.shape) if state else 0 if params_axis is None else 1
-    one = lambda tree: jax.tree.map(lambda leaf: leaf[(0,) * ahead], tree)
-    model = jax.tree.map(jnp.asarray, loss_state) if state is None else one(state.model)
-    known, twice = optimizers.usable(runs.optimizer, one(start))
-    runs = runs._replace(optimizer=known)
-    start = optax.LookaheadParams.init_synced(start) if twice else start
-    judged = stopping.judged(rules)
+    job = _job(begin, objective, sampling, observe, evaluate_at, rules, batch_losses, memory, steps)
+    show = _progress(progress if callable(progress) or parallel.is_main() else False)
+    with closing(_Open(place(job, data))) as opened:
+        rows, first, halt = opened.rows, begin.step, stopping.halting(rules)
+        saves = _Saves.of(checkpoint, job, rows, rules)
+        pauses = marks(record, first, steps, job.rules, saves.every)
+        state, key = _first_state(begin, job, rows, key, pauses)
+        at_start = partial(_at_start, rows, key, state, begin.has_one_start)
+        compile_seconds = _compiled(rows, state, key, first, halt)
+        with saves.watching() as keeper:
+            log = Log(
+                state, begin.runs.shape, steps, list(job.rules), _points(state, job) if _keeps(job.rules) else None
+            )
+            done, clock = keeper.resumed(log, rows, key), _Clock(stopping.limit(rules))
+            for mark in pauses.after(done):
+                if log.over:
+                    break
+                lost = _take(log, rows, key, mark.step, halt, clock)  # on the clock
+                _date(log, lost, first, at_start, one_start=begin.has_one_start)
+                for number in mark.judged if not log.over else ():
+                    _judge(log, rows, key, number, job, mark.step)
+                if mark.recorded or log.over:
+                    log.record(mark.step, *rows.look(log.state, key))  # off the clock
+                show(mark.step, steps)
+                keeper.at(mark, log, steps)
+        _judge_the_end(log, rows, key, job)
+        examples = lambda at: begin.examples + sampling.examples(at, rows.n) - sampling.examples(first, rows.n)
+        # For rows on disk, the loss at the start would need another pass.
+        loss_first = lambda: None if isinstance(data, Rows) else np.asarray(rows.look(state, key)[0])
+        return log.trace(begin.runs, first, examples, loss_first, at_start, compile_seconds)
+
+
+# --- before the first step --------------------------------------------------------------------------------------
+
+
+class _Begin(NamedTuple):
+    """Where all runs begin: at their start, or at the state of an earlier run."""
+
+    runs: Runs
+    start: Params
+    """The start of all runs; with `params_axis`, or of an earlier run, with their axes in front."""
+    axes: int
+    """The number of these axes."""
+    model: Any
+    """The state of the loss at the start of one run."""
+    state: State | None
+    """The state of the earlier run."""
+    step: int
+    examples: int
+    """Gradients of examples evaluated before."""
+
+    @property
+    def has_one_start(self) -> bool:
+        return self.axes == 0
+
+    def one(self, tree: Any) -> Any:
+        """A tree of the first run."""
+        return jax.tree.map(lambda leaf: leaf[(0,) * self.axes], tree)
+
+    @classmethod
+    def of(cls, params: Any, loss_state: Any, runs: Runs, params_axis: int | None) -> "_Begin":
+        has_state = _has_state(params, loss_state)
+        state = continued(params, runs) if isinstance(params, State) else None
+        start = jax.tree.map(jnp.asarray, params) if state is None else state.params
+        axis = params_axis if state is None else None
+        _check_start(start, runs, axis)
+        axes = len(runs.shape) if state else 0 if axis is None else 1
+        model = jax.tree.map(jnp.asarray, loss_state) if state is None else state.model
+        step, examples = (0, 0) if state is None else (int(state.step), _examples(params))
+        begin = cls(runs, start, axes, model if has_state else None, state, step, examples)
+        if state is not None:
+            begin = begin._replace(model=begin.one(model) if has_state else None)
+        known, twice = optimizers.usable(runs.optimizer, begin.one(start))
+        start = optax.LookaheadParams.init_synced(start) if twice else start
+        return begin._replace(runs=runs._replace(optimizer=known), start=start)
+
+
+def _job(
+    begin: _Begin,
+    objective: Objective,
+    sampling: Sampling,
+    observe: Any,
+    evaluate_at: Any,
+    rules: Sequence[Stop],
+    batch_losses: bool,
+    memory: float,
+    steps: int,
+) -> Job:
+    judged, params = stopping.judged(rules), begin.one(begin.start)
     for rule in judged:
         if isinstance(rule, stopping.NoImprovement) and evaluate_at is None:
-            stopping.check_metric(rule, one(start))
-    job = Job(
+            stopping.check_metric(rule, params)
+    return Job(
         objective=objective,
-        runs=runs,
+        runs=begin.runs,
         sampling=sampling,
         observe=_observer(observe),
         observes_state=observe is not None and programs.two_arguments(observe),
         evaluate_at=evaluate_at and hashable(checks.function("evaluate_at", evaluate_at, 1)),
-        params=one(start),
-        model=model,
+        params=params,
+        model=begin.model,
         batch_losses=batch_losses,
         rules=tuple(
             rule._replace(metric=hashable(rule.metric)) if isinstance(rule, stopping.NoImprovement) else rule
@@ -168,74 +245,84 @@ def descend(
         memory=memory,
         steps=steps,
     )
-    rows = place(job, data)
-    first, before = (
-        (0, 0) if earlier is None else (int(earlier.step if state is None else state.step), _examples(earlier))
-    )
-    pauses = marks(record, first, steps, judged, checkpoint.every if checkpoint else None)
-    fingerprint = _fingerprint(checkpoint, job, rows, rules)
-    halt = stopping.halting(rules)
 
+
+def _first_state(begin: _Begin, job: Job, rows: Placement, key: Key, pauses: Marks) -> tuple[State, Key]:
+    """The state of all runs before the first step, and the key, where the rows are; the same on every process."""
+    runs, start = begin.runs, begin.start
     if rows.mesh is not None:
-        settings = (steps, pauses.steps_of_all, sampling.name, sampling.batch_size, memory)
-        parallel.agree(start=state or start, key=key, settings=settings, optimizer=runs.digest_settings())
+        settings = (job.steps, pauses.steps_of_all, job.sampling.name, job.sampling.batch_size, job.memory)
+        parallel.agree(start=begin.state or start, key=key, settings=settings, optimizer=runs.digest_settings())
         start, key = rows.put((start, key))
         runs = runs._replace(key=key)
+    state = begin.state
     if state is None:
-        state = first_state(runs, start, params_axis)._replace(model=copies(model, runs.shape))
-    if batch_losses:
-        state = state._replace(batch_loss=_room(runs, steps))
+        axis = None if begin.has_one_start else 0
+        state = first_state(runs, start, axis)._replace(model=copies(begin.model, runs.shape))
+    if job.batch_losses:
+        state = state._replace(batch_loss=_room(runs, job.steps))
     if rows.mesh is not None:
         state = rows.put(state)
-    begin = state
-    if observe is not None or evaluate_at is not None:
+    if job.observe is not None or job.evaluate_at is not None:
         with checks.saying("observe (or evaluate_at) cannot be evaluated for these params"):
             rows.recorded(state, key)
+    return state, key
 
-    def at_start(which: Any) -> np.ndarray:
-        words = lambda start: _at_start(start, rows, key)
-        return of_starts(words, (begin.params, begin.model), which, one=ahead == 0)
 
-    with closing(_Open(rows)):
-        began = time.perf_counter()
-        jax.block_until_ready(rows.advance(state, key, first, halt=halt))
-        compile_seconds = time.perf_counter() - began
-        log = Log(state, runs.shape, steps, judged, _points(state, job) if _keeps(judged) else None)
-        done = -1
-        with saved.held(checkpoint), parallel.Interruption() if checkpoint else nullcontext() as asked:
-            if checkpoint is not None:
-                log.expect(*rows.recorded(state, key))
-                if (found := saved.resumed(checkpoint, log.saved(), fingerprint)) is not None:
-                    log.resume(found, rows.put)
-                    done = int(np.max(log.state.step))
-            show = _progress(progress if callable(progress) or parallel.is_main() else False)
-            clock = _Clock(stopping.limit(rules))
-            for step in pauses.steps_of_all:
-                if step <= done or log.over:
-                    continue
-                mark = pauses.at(step)
-                lost = _take(log, rows, key, step, halt, clock)
-                _date(log, lost, first, at_start, one_start=ahead == 0)
-                for number in mark.judged if not log.over else ():
-                    _judge(log, rows, key, number, job, step)
-                if mark.recorded or log.over:
-                    log.record(step, *rows.look(log.state, key))
-                show(step, steps)
-                if checkpoint is not None and (log.over or mark.saved):
-                    saved.save(checkpoint, log.saved(), fingerprint)
-                if checkpoint is not None and asked is not None and not log.over and asked() and step < steps:
-                    saved.save(checkpoint, log.saved(), fingerprint)
-                    raise parallel.Preempted(step, checkpoint.path)
-        _judge_the_end(log, rows, key, job)
-        return log.trace(
-            runs,
-            first,
-            lambda at: before + sampling.examples(at, rows.n) - sampling.examples(first, rows.n),
-            # For rows on disk, the loss at the start would need another pass.
-            lambda: None if isinstance(data, Rows) else np.asarray(rows.look(begin, key)[0]),
-            at_start,
-            compile_seconds,
-        )
+def _compiled(rows: Placement, state: State, key: Key, first: int, halt: Any) -> float:
+    """Compile the steps, and return the seconds that it takes."""
+    began = time.perf_counter()
+    jax.block_until_ready(rows.advance(state, key, first, halt=halt))
+    return time.perf_counter() - began
+
+
+class _Saves(NamedTuple):
+    """The checkpoint of a run, if it is given one, and what tells this run from others."""
+
+    checkpoint: Checkpoint | None
+    fingerprint: dict[str, str]
+    asked: Any = None
+    """`asked()`: whether any process was asked to end."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint | None, job: Job, rows: Placement, rules: Sequence[Stop]) -> "_Saves":
+        plain = None if checkpoint is None else saved.plain(checkpoint)
+        return cls(plain, _fingerprint(plain, job, rows, rules))
+
+    @property
+    def every(self) -> int | None:
+        """Steps between two checkpoints."""
+        return None if self.checkpoint is None else self.checkpoint.every
+
+    @contextmanager
+    def watching(self) -> Iterator["_Saves"]:
+        """No other run writes the file, and a signal to end waits for the next pause."""
+        if self.checkpoint is None:
+            yield self
+            return
+        with saved.held(self.checkpoint), parallel.Interruption() as asked:
+            yield self._replace(asked=asked)
+
+    def resumed(self, log: Log, rows: Placement, key: Key) -> int:
+        """Go on from what was saved, if something was; return the step that is done, −1 if none is."""
+        if self.checkpoint is None:
+            return -1
+        log.expect(*rows.recorded(log.state, key))
+        found = saved.resumed(self.checkpoint, log.saved(), self.fingerprint)
+        if found is None:
+            return -1
+        log.resume(found, rows.put)
+        return int(np.max(log.state.step))
+
+    def at(self, mark: Mark, log: Log, steps: int) -> None:
+        """Save where a save is due. Where a process was asked to end, save and raise `Preempted`."""
+        if self.checkpoint is None:
+            return
+        if log.over or mark.saved:
+            saved.save(self.checkpoint, log.saved(), self.fingerprint)
+        if not log.over and self.asked is not None and self.asked() and mark.step < steps:
+            saved.save(self.checkpoint, log.saved(), self.fingerprint)
+            raise parallel.Preempted(mark.step, self.checkpoint.path)
 
 
 # --- what happens at a pause ------------------------------------------------------------------------------------
@@ -408,8 +495,13 @@ def _fingerprint(
     )
 
 
-def _at_start(start: tuple[Params, Any], rows: Placement, key: Key) -> str:
-    params, model = start
+def _at_start(rows: Placement, key: Key, begin: State, has_one_start: bool, which: Any) -> np.ndarray:
+    """What is not finite where these runs begin, in words; empty where all is."""
+    words = lambda start: _not_finite(rows, key, *start)
+    return of_starts(words, (begin.params, begin.model), which, one=has_one_start)
+
+
+def _not_finite(rows: Placement, key: Key, params: Params, model: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if bad := [leaf_name(path) for path, leaf in leaves if not jnp.isfinite(leaf).all()]:
         return f"not finite at the start: the parameters have NaN or infinite entries in {', '.join(bad)}"

@@ -1,6 +1,6 @@
 """The steps at which a run pauses, to be recorded, judged or saved."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
@@ -45,6 +45,10 @@ class Marks(NamedTuple):
         for every in (*self.every, *([] if self.saving is None else [self.saving])):
             found.update(range(self.first, self.steps, every))
         return sorted(found)
+
+    def after(self, done: int) -> Iterator[Mark]:
+        """The pauses after a step, in order."""
+        return (self.at(step) for step in self.steps_of_all if step > done)
 
     def at(self, step: int) -> Mark:
         """What to do at a step."""

@@ -339,10 +339,18 @@ def _search(case: Case, leaves: tuple[int, ...], pairs: bool = True) -> Explanat
     return min(best, key=lambda e: e.cost) if best else None
 
 
+def _of_one_leaf(case: Case, leaf: int) -> Explanation | None:
+    """The cheapest explanation of one leaf, looked for once."""
+    key = ("search", leaf)
+    if key not in case.memory:
+        case.memory[key] = _search(case, (leaf,), pairs=False)
+    return case.memory[key]
+
+
 def _leaf_by_leaf(case: Case) -> tuple[Finding, ...]:
     findings: list[Finding] = []
     for leaf in case.wrong:
-        found = _search(case, (leaf,), pairs=False)
+        found = _of_one_leaf(case, leaf)
         if found is not None:
             findings += [f for f in found.findings if f not in findings]
         else:
@@ -358,7 +366,7 @@ def _split(case: Case) -> Explanation | None:
         return None
     found: dict[int, Explanation] = {}
     for leaf in case.wrong:
-        one = _search(case, (leaf,), pairs=False)
+        one = _of_one_leaf(case, leaf)
         if one is None:
             return None
         found[leaf] = one
@@ -1096,15 +1104,23 @@ def _repeated(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
 def _weighted(case: Case, members: Sequence[int], weight: float, leaves: Sequence[int]) -> bool:
     """Whether the person's numbers come out when all these contributions are multiplied by a weight."""
     for s in case.samples:
+        guess = _reweighted(case, s, tuple(members), weight)
+        if _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
+            return False
+    return True
+
+
+def _reweighted(case: Case, s: Sample, members: tuple[int, ...], weight: float) -> np.ndarray:
+    """The gradient with all these contributions multiplied by a weight; the same for every leaf that is asked about."""
+    key = ("weighted", id(s), members, weight)
+    if key not in case.memory:
         edges = {}
         for m in members:
             step, operand = case.terms[m]
             slot = s.program.steps[step].inputs[operand]
             edges.update({(step, i): weight for i, x in enumerate(s.program.steps[step].inputs) if x == slot})
-        guess = _along(s.directions, _varied(case, s, edges, {}, {}))
-        if _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
-            return False
-    return True
+        case.memory[key] = _along(s.directions, _varied(case, s, edges, {}, {}))
+    return case.memory[key]
 
 
 def _in_line_order(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
@@ -1126,20 +1142,28 @@ def _is_named(case: Case, m: int) -> bool:
 
 def _replayed(case: Case, chosen: Sequence[int], leaves: Sequence[int]) -> bool:
     """Whether a full reverse pass with all these faults gives the person's numbers."""
-    faults = [case.faults[m] for m in chosen]
     for s in case.samples:
+        guess = _with_faults(case, s, tuple(chosen))
+        if guess is None or _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
+            return False
+    return True
+
+
+def _with_faults(case: Case, s: Sample, chosen: tuple[int, ...]) -> np.ndarray | None:
+    """The gradient with all these faults at one point; None where one of them puts no other value in a place."""
+    key = ("replayed", id(s), chosen)
+    if key not in case.memory:
+        faults = [case.faults[m] for m in chosen]
+        of_products = [f for f in faults if f.product >= 0]
+        if any(f.label < 0 or s.todo.products[f.product].labels[f.label][0] == "adjoint" for f in of_products):
+            return None
         ratios = {f.piece: catalogue_of.local_change(s.todo, s.replay, f) for f in faults if f.piece >= 0}
         partners = {
             f.product: catalogue_of.stand_in(s.todo.products[f.product], f.label, s.at.values, s.program)
-            for f in faults
-            if f.product >= 0
+            for f in of_products
         }
-        if any(s.todo.products[f.product].labels[f.label][0] == "adjoint" for f in faults if f.product >= 0):
-            return False
-        guess = _along(s.directions, _varied(case, s, {}, ratios, partners))
-        if _misfit(case, s, guess[None, :])[0, list(leaves)].max() > 1:
-            return False
-    return True
+        case.memory[key] = _along(s.directions, _varied(case, s, {}, ratios, partners))
+    return case.memory[key]
 
 
 def _varied(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad.check import diagnosis, faults, replay, steps
+from jaxgrad.check import check_gradient, diagnosis, faults, replay, steps
 from jaxgrad.check.agreement import Evaluation
 from jaxgrad.check.factors import name_factor
 from jaxgrad.check.points import Point
@@ -160,3 +160,35 @@ def test_without_other_batch_sizes_a_factor_equal_to_n_is_n():
     assert name_factor([(24, 24.0)], {"d": 5}) == "n"
     assert name_factor([(24, 2.0)], {"d": 5}) == "2"
     assert name_factor([(24, 2.0), (24, 3.0)], {"d": 5}) is None
+
+
+def test_what_does_not_depend_on_the_leaf_is_computed_once(monkeypatch):
+    """Several leaves that nothing explains: the reverse passes of one serve all."""
+    counts = {"varied": 0, "sample": 0}
+    vary, analyse = diagnosis._varied, diagnosis.sample
+    monkeypatch.setattr(diagnosis, "_varied", lambda *a: [vary(*a), counts.update(varied=counts["varied"] + 1)][0])
+    monkeypatch.setattr(diagnosis, "sample", lambda *a: [analyse(*a), counts.update(sample=counts["sample"] + 1)][0])
+
+    def loss(p, x):
+        h = x
+        for _ in range(3):
+            h = jnp.tanh(h @ p["U"] + x @ p["W"] + x @ p["V"])
+        return jnp.mean(h**2)
+
+    def gradient(names):
+        def run(p, x):
+            g = jax.grad(loss)(p, x)
+            return {k: np.asarray(v * jnp.cos(7 * v) if k in names else v) for k, v in g.items()}
+
+        return run
+
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=(4, 4)) for k in "UVW"}
+    x = rng.normal(size=(9, 4))
+    spent = []
+    for names in ("U", "UVW"):
+        counts.update(varied=0, sample=0)
+        assert not check_gradient(loss, gradient(names), params, x).ok
+        spent.append(dict(counts))
+    assert spent[1]["sample"] == spent[0]["sample"]
+    assert spent[1]["varied"] <= spent[0]["varied"]

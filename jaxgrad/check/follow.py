@@ -468,11 +468,12 @@ class _Search:
         A single number is a multiple of any other: it must be the same multiple at two points.
         """
         found: list[float] = []
+        key = link.event.statement.key
+        # In a loop over the examples: as far from its end at another number of them.
+        left = len(self.points[0].by_statement[key]) - link.event.occurrence
         for point in self.points:
-            events = [
-                e for e in point.by_statement.get(link.event.statement.key, []) if e.occurrence == link.event.occurrence
-            ]
-            outputs = [o for e in events for o in e.outputs if o.path == link.output.path]
+            event = next(iter(point.by_statement.get(key, [])[-left:]), None)
+            outputs = [] if event is None else [o for o in event.outputs if o.path == link.output.path]
             c = _ratio(outputs[0].value, point.facts.by_label.get(("adjoint", link.slot))) if outputs else None
             if c is None:
                 return None

@@ -512,3 +512,20 @@ def test_a_single_number_is_not_taken_for_the_gradient_of_another_that_is_right(
     line = first_wrong_line(loss, gradient, params, rng.normal(size=(9, 4)))
     assert line is not None
     assert line.text == "dscale = 3 * np.cos(scale)"
+
+
+def test_a_factor_in_a_loop_over_the_examples_is_found_at_its_line():
+    def loss(w, x):
+        return jax.numpy.mean(jax.numpy.tanh(x @ w) ** 2) / 2
+
+    def gradient(w, x):
+        total = np.zeros_like(w)
+        for row in x:
+            a = np.tanh(row @ w)
+            total += 2 * a * (1 - a**2) * row
+        return total / len(x)
+
+    rng = np.random.default_rng(0)
+    line = first_wrong_line(loss, gradient, rng.normal(size=4), rng.normal(size=(9, 4)))
+    assert line is not None
+    assert line.text == "total += 2 * a * (1 - a**2) * row"

@@ -21,9 +21,9 @@ several devices. `descend` puts step sizes and keys side by side (`runs`), asks 
 in memory, on a mesh, on disk), compiles what runs between two pauses (`programs`), and keeps what has happened to
 each run (`log`), which ends as a `Trace`.
 
-How a gradient walks through a check. The loss becomes a program of steps (`check/steps.py`), loss and gradient are
-evaluated at drawn points (`points`, `agreement`), and where they differ reverse mode is replayed with one step done
-wrong (`replay`, `faults`) until the person's numbers come out. `follow` looks for the first wrong line of the
+How a gradient walks through a check. The loss becomes a program of steps (`check/program`), loss and gradient are
+evaluated at drawn points (`evaluate`), and where they differ reverse mode is replayed with one step done wrong
+(`faults`, `search`) until the person's numbers come out. `follow` looks for the first wrong line of the
 person's own code.
 """
 

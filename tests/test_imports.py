@@ -170,6 +170,26 @@ def trespasses(modules):
     ]
 
 
+ROOMS_OF_CHECK = (
+    {"report"}, {"program"}, {"evaluate"}, {"patterns"}, {"faults", "numerics", "follow"}, {"sentences"}, {"clues"},
+    {"search"}, {"gradient"}, {"backprop", "vjp"}, {"__main__", "face"},
+)  # fmt: skip
+"""Each room of the checker uses its own modules, and those of the rooms before it."""
+
+
+def against_the_order(modules):
+    """`(module, import)` where a room of the checker uses one beside it or after it."""
+    rank = {name: i for i, rooms in enumerate(ROOMS_OF_CHECK) for name in rooms}
+    of = lambda name: name.split(".")[2] if name.count(".") > 1 else "face"
+    inside = {name: source for name, source in modules.items() if f"{name}.".startswith("jaxgrad.check.")}
+    return [
+        (name, other)
+        for name, others in graph(inside).items()
+        for other in sorted(others)
+        if of(name) != of(other) and not rank[of(other)] < rank[of(name)]
+    ]
+
+
 def behind_a_face(modules):
     """`(module, import)` where somebody outside the library reaches behind one of its packages.
 
@@ -320,6 +340,21 @@ def test_a_planted_cycle_is_found(planted, loop):
     found = cycle(graph(MODULES | planted))
     assert found is not None
     assert set(loop) <= set(found)
+
+
+def test_the_rooms_of_the_checker_are_entered_in_their_order():
+    assert against_the_order(sources(LIBRARY)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("program.steps", "search"), ("faults.algebra", "sentences"), ("follow.known", "numerics.central"),
+     ("report", "program.steps"), ("search", "gradient"), ("evaluate.points", "patterns")],
+)  # fmt: skip
+def test_a_planted_step_against_the_order_is_found(name, other):
+    modules = sources(LIBRARY)
+    modules[f"jaxgrad.check.{name}"] += f"\nimport jaxgrad.check.{other}\n"
+    assert against_the_order(modules) == [(f"jaxgrad.check.{name}", f"jaxgrad.check.{other}")]
 
 
 def test_an_import_for_the_type_checker_is_no_cycle():

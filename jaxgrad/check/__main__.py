@@ -136,7 +136,7 @@ def _failed(error: Exception, path: Path) -> int:
 
 
 def _their_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    from jaxgrad.check.steps import is_library
+    from jaxgrad.check.program.steps import is_library
 
     return [
         f

@@ -8,28 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check import agreement, diagnosis, examples, points
-from jaxgrad.check.agreement import Evaluation
-from jaxgrad.check.blame import raised_by
-from jaxgrad.check.gradient import resamples, trace_given
-from jaxgrad.check.points import Point
-from jaxgrad.check.problem import (
+from jaxgrad.check import search
+from jaxgrad.check.evaluate import agreement, examples, points
+from jaxgrad.check.evaluate.agreement import Evaluation
+from jaxgrad.check.evaluate.blame import raised_by
+from jaxgrad.check.evaluate.points import Point
+from jaxgrad.check.evaluate.problem import (
     NO_BATCH,
     Kernel,
+    Malformed,
     Problem,
-    Wrong,
     assemble,
+    autodiff,
     kernel,
     match_tree,
     prepare,
     shape_key,
     traced,
-    truth,
 )
-from jaxgrad.check.replay import forward, pull, quick_jit
+from jaxgrad.check.gradient import resamples, trace_given
+from jaxgrad.check.program.replay import forward, pull, quick_jit
+from jaxgrad.check.program.source import locate
+from jaxgrad.check.program.steps import Program, Step, flatten
 from jaxgrad.check.report import Finding, colored, finding_lines, note_lines, painter
-from jaxgrad.check.source import locate
-from jaxgrad.check.steps import Program, Step, flatten
 
 
 class Adjoint(NamedTuple):
@@ -96,9 +97,9 @@ def _check(problem: Problem, store: Kernel) -> BackpropReport:
     if problem.n is None:
         notes += examples.unsized(problem, traced(store, problem.leaves, problem.data).consts)
     given = Point("the given point", problem.n, problem.leaves, problem.data)
-    drawn = points.generic(problem, store, rng, sizes[0] if free else None, truth)
+    drawn = points.generic(problem, store, rng, sizes[0] if free else None, autodiff)
     if free:
-        drawn += points.generic(problem, store, rng, sizes[1], truth, 2)
+        drawn += points.generic(problem, store, rng, sizes[1], autodiff, 2)
     tagged = tuple(np.zeros(program.avals[program.steps[tags[n]].outputs[0]].shape) for n in names)
     extended = problem._replace(paths=(*names, *problem.paths), leaves=(*tagged, *problem.leaves))
     outer = Kernel(store.function, {}, {})
@@ -124,7 +125,7 @@ def _check(problem: Problem, store: Kernel) -> BackpropReport:
     findings: list[Finding] = []
     culprits = [i for i in order if i in own and i in wrong]
     if culprits:
-        search = evaluations[1:] or evaluations
+        searched = evaluations[1:] or evaluations
         for first in culprits:
             clean = not any(j in wrong for j in order[: order.index(first)] if j < len(names))
             if not clean and first != culprits[0]:
@@ -141,9 +142,9 @@ def _check(problem: Problem, store: Kernel) -> BackpropReport:
                     )
                 )
                 continue
-            found = diagnosis.explain(extended, outer, search, wrong) if len(culprits) == 1 else ()
+            found = search.explain(extended, outer, searched, wrong) if len(culprits) == 1 else ()
             if len(found) != 1 or found[0].kind == "unknown":
-                found = diagnosis.explain(extended, outer, search, [first])
+                found = search.explain(extended, outer, searched, [first])
             findings += [f for f in found if f not in findings]
     return BackpropReport(not wrong, tuple(rows), tuple(findings), tuple(notes))
 
@@ -193,7 +194,7 @@ def _call(problem: Problem, leaves: Sequence[Any], data: Sequence[Any]) -> tuple
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise TypeError('backprop must return (gradient, {"name": adjoint, ...}).')
     gradient = match_tree(problem, params, result[0])
-    if isinstance(gradient, Wrong):
+    if isinstance(gradient, Malformed):
         raise ValueError(gradient.sentence)
     return gradient, {str(k): np.asarray(v, dtype=np.float64) for k, v in result[1].items()}
 
@@ -223,7 +224,7 @@ def _evaluate(
         outer.compiled["truth", key] = quick_jit(
             jax.value_and_grad(lambda ls, ds, p=program: forward(p, ls, ds)[p.output])
         )
-    value, true = truth(outer, leaves, point.data)
+    value, true = autodiff(outer, leaves, point.data)
     hand = [*[adjoints[n] for n in names], *gradient]
     values = forward(plain, [jnp.asarray(p) for p in point.leaves], [jnp.asarray(d) for d in point.data])
     expected = _from_own(plain, values, {plain.steps[tags[n]].outputs[0]: adjoints[n] for n in names})

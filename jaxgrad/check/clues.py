@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrad.check import agreement, points, words
-from jaxgrad.check.agreement import Evaluation
-from jaxgrad.check.factors import name_factor
-from jaxgrad.check.problem import Kernel, Problem, truth
+from jaxgrad.check import sentences
+from jaxgrad.check.evaluate import agreement, points
+from jaxgrad.check.evaluate.agreement import Evaluation
+from jaxgrad.check.evaluate.factors import name_factor
+from jaxgrad.check.evaluate.problem import Kernel, Problem, autodiff
 from jaxgrad.check.report import Finding
 
 Sampler = Callable[[Problem, Kernel, Evaluation, np.random.Generator], Any]
@@ -23,7 +24,7 @@ def unknown(case: Any, leaves: Sequence[int], sampler: Sampler) -> Finding:
     problem, store = case.problem, case.memory.get("store")
     leaf = leaves[0] if len(leaves) == 1 else None
     clues: list[str] = []
-    place = words.NOWHERE
+    place = sentences.NOWHERE
     if "alone" not in case.memory:
         alone = [] if store is None else _alone(problem, store)
         ones = [] if store is None else [sampler(problem, store, e, np.random.default_rng(12)) for e in alone[:2]]
@@ -39,7 +40,7 @@ def unknown(case: Any, leaves: Sequence[int], sampler: Sampler) -> Finding:
         at = ones if odd else case.samples[:2]
         found = _wrong_adjoint(at, case.noise)
         if found is not None and len(leaves) == len(case.wrong):
-            clue, place = words.parted(problem, at[0], found, leaves)
+            clue, place = sentences.parted(problem, at[0], found, leaves)
             clues.append(clue)
         if odd and len(odd) < len(alone):
             clues.append(
@@ -50,7 +51,7 @@ def unknown(case: Any, leaves: Sequence[int], sampler: Sampler) -> Finding:
         pattern = _pattern([s.evaluation for s in case.samples], i, case.noise)
         if pattern:
             clues.append(f"In {problem.paths[i]}, {pattern}.")
-    return words.unknown(problem, leaf, clues, place)
+    return sentences.unknown(problem, leaf, clues, place)
 
 
 def _alone(problem: Problem, store: Kernel) -> list[Evaluation]:
@@ -60,7 +61,7 @@ def _alone(problem: Problem, store: Kernel) -> list[Evaluation]:
     rng = np.random.default_rng(31)
     found = []
     try:
-        for point in points.generic(problem, store, rng, 1, truth, 2)[:1]:
+        for point in points.generic(problem, store, rng, 1, autodiff, 2)[:1]:
             for row in range(min(problem.n, 8)):
                 data = tuple(
                     a if axis is None else np.take(a, [row], axis=axis)

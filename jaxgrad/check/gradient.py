@@ -10,34 +10,24 @@ import jax
 import numpy as np
 
 from jaxgrad import checks
-from jaxgrad.check import (
-    agreement,
-    diagnosis,
-    domain,
-    examples,
-    follow,
-    numerical,
-    numerics,
-    patterns,
-    points,
-    rounding,
-    words,
-)
-from jaxgrad.check.agreement import Evaluation, Tolerance
-from jaxgrad.check.blame import raised_by
-from jaxgrad.check.points import Point
-from jaxgrad.check.problem import (
+from jaxgrad.check import patterns, search, sentences
+from jaxgrad.check.evaluate import agreement, domain, examples, points, rounding
+from jaxgrad.check.evaluate.agreement import Evaluation, Tolerance
+from jaxgrad.check.evaluate.blame import raised_by
+from jaxgrad.check.evaluate.points import Point
+from jaxgrad.check.evaluate.problem import (
     NO_BATCH,
     ImpureError,
     Kernel,
+    Malformed,
     NotScalarError,
     Problem,
-    Wrong,
     assemble,
+    autodiff,
+    by_hand,
     cached_kernel,
     closed,
     flat_params,
-    hand,
     in_given_types,
     kernel,
     match_tree,
@@ -47,11 +37,12 @@ from jaxgrad.check.problem import (
     restricted,
     returned_precisions,
     traced,
-    truth,
 )
+from jaxgrad.check.evaluate.separate import separate, separated
+from jaxgrad.check.follow import repairs
+from jaxgrad.check.numerics import central, floating_point
+from jaxgrad.check.program.steps import low_precision
 from jaxgrad.check.report import Finding, Report, Tried, WrongLine, text
-from jaxgrad.check.separate import separate, separated
-from jaxgrad.check.steps import low_precision
 
 
 class Options(NamedTuple):
@@ -177,9 +168,9 @@ def check(
                     "the loss works only in the dtypes that were given, not in float64: both were evaluated in those, "
                     "and errors below their rounding cannot be seen."
                 )
-            elif numerical.works(problem):
+            elif central.works(problem):
                 first = _first_line(error.__cause__ or error).rstrip(".:")
-                return numerical.check(problem, first, options.tolerance)
+                return central.check(problem, first, options.tolerance)
             else:
                 raise
         again = _passed_separately(problem, loss, params, arguments) if argnums is None and redraw is None else None
@@ -202,9 +193,9 @@ def check(
         try:
             return _check(problem, store, options, notes)._replace(of=of)
         except NotDifferentiable as error:
-            if not numerical.works(problem):
+            if not central.works(problem):
                 raise TypeError(f"JAX cannot differentiate this loss: {error}") from error
-            return numerical.check(problem, str(error), options.tolerance)
+            return central.check(problem, str(error), options.tolerance)
 
 
 def checked_tolerance(tolerance: Any) -> float | None:
@@ -266,7 +257,7 @@ def _passed_separately(problem: Problem, loss: Any, params: Any, arguments: tupl
             result = problem.gradient(given, *rest, **keywords)
     except Exception:
         return None
-    if not isinstance(match_tree(problem, given, result), Wrong):
+    if not isinstance(match_tree(problem, given, result), Malformed):
         return None
     return separated(loss, result, (params, *arguments))
 
@@ -322,7 +313,7 @@ def trace_given(problem: Problem, store: Kernel) -> None:
 
 def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) -> Report:
     try:
-        truth(store, problem.leaves, problem.data)
+        autodiff(store, problem.leaves, problem.data)
     except jax.errors.JaxRuntimeError as error:
         raise RuntimeError(
             f"JAX cannot compile or run the gradient of this loss on this machine: {_first_line(error)}"
@@ -333,11 +324,11 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
     reach = domain.around(store, problem.leaves, problem.data)
     given = Point("the given point", problem.n, problem.leaves, problem.data)
     first = _call(problem, store, given)
-    if isinstance(first, Wrong):
+    if isinstance(first, Malformed):
         return _structure(problem, store, first)
-    again = hand(problem, given.leaves, given.data, " when it was called again at the given point")
+    again = by_hand(problem, given.leaves, given.data, " when it was called again at the given point")
     asked = [i for i in range(len(problem.paths)) if problem.compares(i)]
-    if not isinstance(again, Wrong) and not _repeats([first.hand[i] for i in asked], [again[i] for i in asked]):
+    if not isinstance(again, Malformed) and not _repeats([first.hand[i] for i in asked], [again[i] for i in asked]):
         raise ValueError(
             "gradient is random or depends on something besides its arguments: two evaluations at one point differ."
         )
@@ -345,7 +336,7 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
     evaluations = [first]
     for point in tried.moderate:
         found = _call(problem, store, point)
-        if not isinstance(found, Wrong):
+        if not isinstance(found, Malformed):
             evaluations.append(found)
     usable = [e for e in evaluations if e.true_finite]
     if not usable:
@@ -396,7 +387,7 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
         ok = False
         findings += _cause(problem, store, tried, usable, wrong, tol, dead, [e for e, _ in firm], lines)
     elif firm:
-        kinks, fine = numerics.kink(problem, store, [e for e, _ in firm], tol)
+        kinks, fine = floating_point.kink(problem, store, [e for e, _ in firm], tol)
         if kinks:
             findings += kinks
             ok = ok and fine
@@ -408,19 +399,19 @@ def _check(problem: Problem, store: Kernel, options: Options, notes: list[str]) 
                 findings, ok = [], True
     if ok:
         # Of a formula with a mistake in it nobody knows whether it is right on paper: the mistake comes first.
-        unstable, alone = numerics.unstable(
+        unstable, alone = floating_point.unstable(
             problem, store, evaluations + saturated, noisy if not findings else [], tol.noise > 1e-11
         )
         # Where the loss fails in the same way the gradient is as right as its loss, and only told so.
         ok = not (unstable and alone)
         findings += unstable
     if options.accept_rules:
-        places = numerics.rules(program_at(store, problem.leaves, problem.data))
+        places = floating_point.rules(program_at(store, problem.leaves, problem.data))
         named = ", ".join(place.step for place in places[:3])
         if places:
             notes.append(f"checked against the loss's own derivative rules, as accept_rules says: {named}.")
     else:
-        custom = numerics.custom_rules(problem, store, usable, tol, ok)
+        custom = floating_point.custom_rules(problem, store, usable, tol, ok)
         if custom:
             ok = False
             findings, lines = custom, []
@@ -492,7 +483,7 @@ _TRAINED = "after three descent steps"
 _SPECIAL = ("the given point", "the given point, other examples", "small parameters", "large parameters")
 
 
-def _call(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wrong:
+def _call(problem: Problem, store: Kernel, point: Point) -> Evaluation | Malformed:
     return agreement.evaluate(problem, store, point)
 
 
@@ -585,7 +576,7 @@ def _quiet(problem: Problem, store: Kernel, point: Point) -> Evaluation | None:
         found = agreement.evaluate(problem, store, point)
     except Exception:
         return None
-    return None if isinstance(found, Wrong) else found
+    return None if isinstance(found, Malformed) else found
 
 
 def _repeats(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -595,9 +586,9 @@ def _repeats(a: Sequence[Any], b: Sequence[Any]) -> bool:
     )
 
 
-def _structure(problem: Problem, store: Kernel, wrong: Wrong) -> Report:
+def _structure(problem: Problem, store: Kernel, wrong: Malformed) -> Report:
     """The report on a gradient that is not of the form of the parameters."""
-    loss, true = truth(store, problem.leaves, problem.data)
+    loss, true = autodiff(store, problem.leaves, problem.data)
     findings: list[Finding] = []
     if wrong.transposed and len(wrong.values) == len(true):
         right = [
@@ -630,7 +621,7 @@ def _points(problem: Problem, store: Kernel, notes: list[str], inside: Callable[
     """
 
     def settled_truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[float, list[Any]]:
-        value, gradients = truth(store, leaves, data)
+        value, gradients = autodiff(store, leaves, data)
         return (value if inside(leaves, data) else float("nan")), gradients
 
     rng = np.random.default_rng(20210407)
@@ -657,18 +648,18 @@ def resamples(
     rng: np.random.Generator,
     size: int,
     notes: list[str],
-    call: Callable[..., Any] = hand,
+    call: Callable[..., Any] = by_hand,
 ) -> bool:
     """Whether both functions work with another number of examples."""
     data = points.resample(rng, problem.data, problem.axes, problem.n, size)
     try:
-        value, _ = truth(store, problem.leaves, data)
+        value, _ = autodiff(store, problem.leaves, data)
     except Exception:
         notes.append("the batch cannot be resampled to another size for this loss, so a factor of n cannot be tested.")
         return False
     del value
     try:
-        if isinstance(call(problem, problem.leaves, data), Wrong):
+        if isinstance(call(problem, problem.leaves, data), Malformed):
             raise ValueError
     except Exception:
         notes.append(
@@ -725,7 +716,7 @@ def _explain(
 ) -> list[Finding]:
     """The findings for a gradient that is wrong at ordinary points; the first wrong line, if there is one to show,
     is put into `lines`."""
-    search: list[Evaluation] = []
+    searched: list[Evaluation] = []
     more: list[Point] = []
     if tried.second is not None:
         more = points.generic(problem, store, np.random.default_rng(4), tried.second, tried.truth)
@@ -734,26 +725,26 @@ def _explain(
         if not (isinstance(found, Evaluation) and found.true_finite and found.hand_finite):
             continue
         if _quiet_digits(problem, store, found):
-            search.append(found)
-    if len(search) < 3:
+            searched.append(found)
+    if len(searched) < 3:
         # Features of 30 to 100 saturate a sigmoid at parameters of size 1: nearer to zero digits are left.
         for point, shrink in [(p, f) for f in (0.03, 1e-3) for p in (*tried.generic, *more)]:
             nearer = point._replace(leaves=points.scaled(point.leaves, shrink))
             found = _quiet(problem, store, nearer)
-            if isinstance(found, Evaluation) and found.true_finite and found.hand_finite and len(search) < 8:
-                search += [found] if _quiet_digits(problem, store, found) else []
-    seen = sorted({i for e in search for i in agreement.wrong_leaves(e, tol)})
-    if not search or not seen:
+            if isinstance(found, Evaluation) and found.true_finite and found.hand_finite and len(searched) < 8:
+                searched += [found] if _quiet_digits(problem, store, found) else []
+    seen = sorted({i for e in searched for i in agreement.wrong_leaves(e, tol)})
+    if not searched or not seen:
         # wrong only with the examples that were given: search there
         sizes = [e.point.n for e in failing]
         usual = max(set(sizes), key=sizes.count)
-        search = [e for e in failing if e.point.n == usual][:3]
+        searched = [e for e in failing if e.point.n == usual][:3]
         seen = list(wrong)
-    if not search:
-        return [words.unknown(problem, None)]
-    line = follow.first_wrong_line(problem, store, search, seen, tol.noise)
+    if not searched:
+        return [sentences.unknown(problem, None)]
+    line = repairs.first_wrong_line(problem, store, searched, seen, tol.noise)
     lines += [] if line is None else [line]
-    return list(diagnosis.explain(problem, store, search, seen, tol.noise, dead, None if line is None else line.origin))
+    return list(search.explain(problem, store, searched, seen, tol.noise, dead, None if line is None else line.origin))
 
 
 def _quiet_digits(problem: Problem, store: Kernel, e: Evaluation) -> bool:

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad.check.agreement import Evaluation
-from jaxgrad.check.problem import Kernel, Problem, program_at, truth
+from jaxgrad.check.evaluate.agreement import Evaluation
+from jaxgrad.check.evaluate.problem import Kernel, Problem, autodiff, program_at
+from jaxgrad.check.program.source import Where, locate
+from jaxgrad.check.program.steps import Program
 from jaxgrad.check.report import Finding
-from jaxgrad.check.source import Where, locate
-from jaxgrad.check.steps import Program
 
 # ------------------------------------------------------------------------------- the form of the numbers
 
@@ -211,7 +211,7 @@ def pairs_by_mistake(
         data = list(e.point.data)
         data[position] = np.asarray(data[position])[:, None]
         try:
-            _, meant = truth(store, e.point.leaves, tuple(data))
+            _, meant = autodiff(store, e.point.leaves, tuple(data))
         except Exception:
             return []
         if not all(agrees(h, t) for h, t in zip(e.hand, meant, strict=True)):

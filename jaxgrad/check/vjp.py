@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxgrad import checks
 from jaxgrad.check import gradient as door
+from jaxgrad.check.evaluate.separate import argument_names
 from jaxgrad.check.report import Report
-from jaxgrad.check.separate import argument_names
 
 
 def check_vjp(

@@ -15,13 +15,15 @@ import pytest
 from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
-from jaxgrad.check import agreement, check_gradient, follow, points
+from jaxgrad.check import check_gradient
+from jaxgrad.check.evaluate import agreement, points
+from jaxgrad.check.evaluate.problem import Malformed, autodiff, kernel, prepare
+from jaxgrad.check.follow import repairs
+from jaxgrad.check.follow.known import Index, alike
+from jaxgrad.check.follow.statements import peek, reads, statements_of
+from jaxgrad.check.follow.watch import Repair, TooLong, repaired, spelled_path, watch
 from jaxgrad.check.gradient import trace_given
-from jaxgrad.check.known import Index, alike
-from jaxgrad.check.problem import Wrong, kernel, prepare, truth
 from jaxgrad.check.report import WrongLine, place, text
-from jaxgrad.check.statements import peek, reads, statements_of
-from jaxgrad.check.watch import Repair, TooLong, repaired, spelled_path, watch
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +48,10 @@ def first_wrong_line(loss, gradient, params, batch, seconds=60.0) -> WrongLine |
         drawn = [
             point
             for size, count in zip(points.batch_sizes(problem.n, shapes), (3, 2), strict=True)
-            for point in points.generic(problem, store, rng, size, truth, count)
+            for point in points.generic(problem, store, rng, size, autodiff, count)
         ]
         found = [agreement.evaluate(problem, store, point) for point in drawn]
-        evaluations = [e for e in found if not isinstance(e, Wrong)]
+        evaluations = [e for e in found if not isinstance(e, Malformed)]
         wrong = sorted(
             {
                 i
@@ -57,7 +59,7 @@ def first_wrong_line(loss, gradient, params, batch, seconds=60.0) -> WrongLine |
                 for i in agreement.wrong_leaves(e, agreement.tolerance(agreement.scales(evaluations)))
             }
         )
-        return follow.first_wrong_line(problem, store, evaluations, wrong, 0.0, seconds)
+        return repairs.first_wrong_line(problem, store, evaluations, wrong, 0.0, seconds)
 
 
 @pytest.mark.parametrize("name", [case.name for case in follow_cases.CASES if not case.silent])
@@ -81,7 +83,7 @@ class _Dropped:
 
 def test_what_the_collector_runs_is_not_taken_for_a_part_of_the_gradient(monkeypatch):
     case = BY_NAME["jitted_mask_of_output_weights"]
-    watched = follow.watch
+    watched = repairs.watch
 
     def with_garbage(call, deadline):
         for _ in range(3):
@@ -89,7 +91,7 @@ def test_what_the_collector_runs_is_not_taken_for_a_part_of_the_gradient(monkeyp
         return watched(call, deadline)
 
     real = jax.numpy.where
-    monkeypatch.setattr(follow, "watch", with_garbage)
+    monkeypatch.setattr(repairs, "watch", with_garbage)
     monkeypatch.setattr(jax.numpy, "where", lambda *args: (gc.isenabled() and gc.collect(), real(*args))[1])
     thresholds = gc.get_threshold()
     gc.set_threshold(10**9)  # it collects where `where` is called, and nowhere else
@@ -103,7 +105,7 @@ def test_what_the_collector_runs_is_not_taken_for_a_part_of_the_gradient(monkeyp
 
 def test_the_search_is_bounded_by_a_count_of_runs(monkeypatch):
     case = BY_NAME["jitted_mask_of_output_weights"]
-    monkeypatch.setattr(follow, "MOST_REPAIRS", 5)
+    monkeypatch.setattr(repairs, "MOST_REPAIRS", 5)
     assert first_wrong_line(case.loss, case.gradient, case.params, case.batch) is None
 
 
@@ -181,7 +183,7 @@ def test_a_report_shows_the_line_and_the_findings_stay_as_they_are(monkeypatch):
     assert f"follow_cases.py:{BY_NAME['slope_left_out'].lines[0]}:  dz1 = da1" in said
     assert "`dz1` is dL/da1" in said
     assert "needs dL/dz1" in said
-    monkeypatch.setattr(follow, "first_wrong_line", lambda *_: None)
+    monkeypatch.setattr(repairs, "first_wrong_line", lambda *_: None)
     without = check("slope_left_out")
     assert without.first_wrong_line is None
     assert without.findings == report.findings
@@ -192,7 +194,7 @@ def test_a_right_gradient_is_not_followed(monkeypatch):
     def refuse(*_):
         raise AssertionError
 
-    monkeypatch.setattr(follow, "first_wrong_line", refuse)
+    monkeypatch.setattr(repairs, "first_wrong_line", refuse)
     case = BY_NAME["penalty_left_out"]
     assert check_gradient(case.loss, jax.grad(case.loss), case.params, case.batch).ok
 
@@ -201,7 +203,7 @@ def test_what_the_gradient_raises_while_it_is_followed_is_not_passed_on(monkeypa
     def broken(*_):
         raise RuntimeError
 
-    monkeypatch.setattr(follow, "watch", broken)
+    monkeypatch.setattr(repairs, "watch", broken)
     assert not check("penalty_left_out").ok
     assert check("penalty_left_out").first_wrong_line is None
 

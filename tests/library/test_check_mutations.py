@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad.check import agreement, check_gradient, diagnosis, faults, gradient, replay
+from jaxgrad.check import check_gradient, faults, gradient
+from jaxgrad.check.evaluate import agreement
+from jaxgrad.check.program import replay
 
 
 def loss(p, batch):

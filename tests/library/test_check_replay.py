@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad.check import check_gradient, diagnosis, faults, replay, steps
-from jaxgrad.check.agreement import Evaluation
-from jaxgrad.check.factors import name_factor
-from jaxgrad.check.points import Point
-from jaxgrad.check.problem import kernel, prepare, truth
+from jaxgrad.check import check_gradient, faults, search
+from jaxgrad.check.evaluate.agreement import Evaluation
+from jaxgrad.check.evaluate.factors import name_factor
+from jaxgrad.check.evaluate.points import Point
+from jaxgrad.check.evaluate.problem import autodiff, kernel, prepare
+from jaxgrad.check.program import replay, steps
 
 
 def deep(p, batch):
@@ -31,9 +32,9 @@ def sample(p, batch):
     problem = prepare(deep, lambda p, b: p, p, (batch,), {}, False)
     store = kernel(problem)
     at = Point("here", len(batch[1]), problem.leaves, problem.data)
-    value, true = truth(store, problem.leaves, problem.data)
+    value, true = autodiff(store, problem.leaves, problem.data)
     evaluation = Evaluation(at, value, tuple(true), tuple(true))
-    return problem, diagnosis.sample(problem, store, evaluation, np.random.default_rng(0))
+    return problem, search.sample(problem, store, evaluation, np.random.default_rng(0))
 
 
 def test_reverse_mode_step_by_step_is_jax_grad():
@@ -58,9 +59,7 @@ def test_the_tangents_are_the_jacobian():
 def test_every_single_fault_is_what_a_full_faulty_replay_gives():
     p, batch = point()
     problem, s = sample(p, batch)
-    case = diagnosis.Case(
-        problem, (s,), s.faults, faults.terms(s.program), 0.0, {}, (0, 1, 2), (False, False, False), {}
-    )
+    case = search.Case(problem, (s,), s.faults, faults.terms(s.program), 0.0, {}, (0, 1, 2), (False, False, False), {})
     rng = np.random.default_rng(1)
     usable = [
         m
@@ -72,8 +71,8 @@ def test_every_single_fault_is_what_a_full_faulty_replay_gives():
     # all kinds, a few of each: every replay is a program of its own
     chosen = [m for kind in sorted(kinds) for m in rng.permutation([u for u in usable if s.faults[u].kind == kind])[:3]]
     for m in chosen:
-        gradient = diagnosis.replayed(case, s, [int(m)])
-        got = diagnosis._along(s.directions, [np.asarray(g) for g in gradient])
+        gradient = search.replayed(case, s, [int(m)])
+        got = search._along(s.directions, [np.asarray(g) for g in gradient])
         np.testing.assert_allclose(got, s.true + s.changes[m], rtol=1e-9, atol=1e-11, err_msg=str(s.faults[m]))
 
 
@@ -90,7 +89,7 @@ def test_a_dropped_contribution_is_what_stop_gradient_gives():
 
     problem, s = sample(p, batch)
     del problem
-    expected = diagnosis._along(s.directions, jax.tree.leaves(jax.grad(without)(p, batch)))
+    expected = search._along(s.directions, jax.tree.leaves(jax.grad(without)(p, batch)))
     gaps = [np.linalg.norm(s.true - share - expected) for share in s.shares]
     best = faults.terms(s.program)[int(np.argmin(gaps))]
     assert min(gaps) < 1e-13

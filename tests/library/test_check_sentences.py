@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad.check import check_gradient, diagnosis, faults, words
-from jaxgrad.check.agreement import Evaluation
+from jaxgrad.check import check_gradient, faults, search, sentences
+from jaxgrad.check.evaluate.agreement import Evaluation
+from jaxgrad.check.evaluate.points import Point
+from jaxgrad.check.evaluate.problem import autodiff, kernel, prepare
 from jaxgrad.check.faults.mistake import Mistake
-from jaxgrad.check.points import Point
-from jaxgrad.check.problem import kernel, prepare, truth
 
 RNG = np.random.default_rng(0)
 BATCH = {"x": RNG.normal(size=(6, 4)), "y": RNG.normal(size=6), "ids": RNG.integers(0, 4, 6)}
@@ -82,10 +82,10 @@ def people_let_shapes_spread():
 def sample(loss):
     problem = prepare(loss, lambda p, b: p, P, (BATCH,), {}, False)
     store = kernel(problem)
-    value, true = truth(store, problem.leaves, problem.data)
+    value, true = autodiff(store, problem.leaves, problem.data)
     at = Point("here", 6, problem.leaves, problem.data)
     evaluation = Evaluation(at, value, tuple(true), tuple(true))
-    return problem, diagnosis.sample(problem, store, evaluation, np.random.default_rng(0))
+    return problem, search.sample(problem, store, evaluation, np.random.default_rng(0))
 
 
 def faults_of(sentence):
@@ -114,12 +114,12 @@ def test_every_finding_says_something(name):
     leaves = (0, 2)
     findings = []
     for restricted in (False, True):
-        findings += [words.fault(problem, s, f, leaves, restricted) for f in s.faults]
+        findings += [sentences.fault(problem, s, f, leaves, restricted) for f in s.faults]
         for m in faults.rarer(s.at):
             assert isinstance(m, Mistake)
-            findings.append(words.mistake(problem, s, m, "-1/2" if m.free else None, leaves, restricted))
+            findings.append(sentences.mistake(problem, s, m, "-1/2" if m.free else None, leaves, restricted))
         for factor in ("0", "-1", "2", "n"):
-            findings += [words.term(problem, s, t, factor, leaves, restricted) for t in terms]
+            findings += [sentences.term(problem, s, t, factor, leaves, restricted) for t in terms]
     for factor in (
         "-1",
         "2",
@@ -136,16 +136,16 @@ def test_every_finding_says_something(name):
         "0.3",
         "n/(n-1)",
     ):
-        findings += [words.scale(problem, s, factor, leaf, (leaf,)) for leaf in range(3)]
-        findings.append(words.scale(problem, s, factor, None, (0, 1, 2)))
-        findings.append(words.same_factor(problem, s, factor, (0, 2)))
+        findings += [sentences.scale(problem, s, factor, leaf, (leaf,)) for leaf in range(3)]
+        findings.append(sentences.scale(problem, s, factor, None, (0, 1, 2)))
+        findings.append(sentences.same_factor(problem, s, factor, (0, 2)))
     for leaf in range(3):
-        findings += [words.zero(problem, s, leaf, (leaf,)), words.unknown(problem, leaf)]
-        findings += [words.moved(problem, s, leaf, how) for how in ("transposed", "mirrored")]
+        findings += [sentences.zero(problem, s, leaf, (leaf,)), sentences.unknown(problem, leaf)]
+        findings += [sentences.moved(problem, s, leaf, how) for how in ("transposed", "mirrored")]
     for slot in sorted(s.program.moving - {*s.program.leaves, s.program.output}):
-        clue, _ = words.parted(problem, s, slot, leaves)
-        findings.append(words.unknown(problem, None, [clue]))
-    findings.append(words.unknown(problem, None))
+        clue, _ = sentences.parted(problem, s, slot, leaves)
+        findings.append(sentences.unknown(problem, None, [clue]))
+    findings.append(sentences.unknown(problem, None))
     assert len(findings) > 100
     wrong = [(faults_of(f.sentence), f.sentence) for f in findings if faults_of(f.sentence)]
     assert max(len(f.sentence) for f in findings) < 1000

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxgrad.check import check_gradient
-from jaxgrad.check.numerical import central
+from jaxgrad.check.numerics.central import central
 
 
 def test_the_bound_on_a_slope_covers_the_rounding_of_float32() -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import jaxgrad
-from jaxgrad.check import check_gradient, diagnosis
-from jaxgrad.check.steps import Program
+from jaxgrad.check import check_gradient, search
+from jaxgrad.check.program.steps import Program
 
 MEASURE = """
 import json, pathlib, resource, time
@@ -138,19 +138,19 @@ def test_tangents_take_no_more_room_however_many_values_there_are():
     for values in (1, 10, 100, 1000):
         held = frozenset(range(values))
         program = Program((), (aval,) * values, (), (), {}, 0, held, held)
-        directions, owner = diagnosis._directions(leaves, program, np.random.default_rng(0))
+        directions, owner = search._directions(leaves, program, np.random.default_rng(0))
         assert set(owner) == set(range(10))
-        assert len(owner) * values * 2000 <= max(diagnosis.MOST_TANGENTS, 10 * values * 2000)
+        assert len(owner) * values * 2000 <= max(search.MOST_TANGENTS, 10 * values * 2000)
         assert directions[0].shape == (len(owner), 30, 30)
 
 
 def test_a_larger_batch_may_leave_room_for_fewer_directions(monkeypatch):
-    monkeypatch.setattr(diagnosis, "MOST_TANGENTS", 500)
+    monkeypatch.setattr(search, "MOST_TANGENTS", 500)
     rng = np.random.default_rng(0)
     params, x = rng.normal(size=12), rng.normal(size=(9, 12))
     seen = set()
-    sample = diagnosis.sample
-    monkeypatch.setattr(diagnosis, "sample", lambda *a: [s := sample(*a), seen.add(len(s.owner))][0])
+    sample = search.sample
+    monkeypatch.setattr(search, "sample", lambda *a: [s := sample(*a), seen.add(len(s.owner))][0])
 
     def loss(w, x):
         return jax.numpy.mean(jax.numpy.tanh(x @ w) ** 2)

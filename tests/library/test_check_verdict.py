@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxgrad.check import agreement, check_gradient
+from jaxgrad.check import check_gradient
+from jaxgrad.check.evaluate import agreement
 
 RNG = np.random.default_rng
 

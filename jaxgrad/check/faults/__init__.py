@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxgrad.check.faults import algebra, chains, jacobians, partners, selections
 from jaxgrad.check.faults.mistake import Array, At, Mistake
-from jaxgrad.check.replay import Piece, Plan, Product, Replay, partner
-from jaxgrad.check.steps import NAMED, Program
+from jaxgrad.check.program.replay import Piece, Plan, Product, Replay, partner
+from jaxgrad.check.program.steps import NAMED, Program
 
 MODULES = (selections, partners, jacobians, algebra, chains)
 """Where the mistakes are that are classes of their own."""

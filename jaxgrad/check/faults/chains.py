@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, OfMembers, OfStep, Say
-from jaxgrad.check.replay import Piece, run_piece
+from jaxgrad.check.program.replay import Piece, run_piece
 
 
 @dataclass(frozen=True)

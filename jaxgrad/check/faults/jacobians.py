@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxgrad.check.faults.mistake import Array, At, Change, Mistake, OfMembers, Say
-from jaxgrad.check.replay import run_piece
+from jaxgrad.check.program.replay import run_piece
 
 Formula = Callable[[Any, Any, Any, Callable[[Any], Any], Callable[[Any], Any]], Any]
 """What is sent back, from the input x, the output a, the incoming adjoint d, and the sum and mean over the axis."""
@@ -417,7 +417,7 @@ def _sums(axes: tuple[int, ...]) -> tuple[Callable[[Any], Any], Callable[[Any], 
 
 def _back(at: At, start: int, end: int, members: tuple[int, ...], d: Any) -> Array:
     """What the right derivative of the function sends back."""
-    from jaxgrad.check.replay import Piece
+    from jaxgrad.check.program.replay import Piece
 
     if len(members) == 1:
         step = at.program.steps[members[0]]

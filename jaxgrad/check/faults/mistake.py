@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check.replay import Plan, Replay, forward
-from jaxgrad.check.steps import Program, Step
+from jaxgrad.check.program.replay import Plan, Replay, forward
+from jaxgrad.check.program.steps import Program, Step
 
 if TYPE_CHECKING:
     Array = np.ndarray

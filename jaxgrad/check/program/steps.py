@@ -22,8 +22,8 @@ try:
 except ImportError:  # the private module moved: steps then have no place, and everything else still works
     source_info_util = None
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_PACKAGE = os.path.dirname(_HERE)
+_CHECK = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_PACKAGE = os.path.dirname(_CHECK)
 
 
 class Place(NamedTuple):
@@ -419,7 +419,7 @@ def _frames(eqn: Any, outer: tuple[Place, ...]) -> tuple[Place, ...]:
         return outer
     own: list[Place] = []
     for frame in source_info_util.user_frames(eqn.source_info.traceback):
-        if os.path.dirname(os.path.abspath(frame.file_name)) == _HERE:
+        if os.path.abspath(frame.file_name).startswith(_CHECK + os.sep):
             break
         own.append(
             Place(

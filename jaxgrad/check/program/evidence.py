@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrad.check.steps import Program
+from jaxgrad.check.program.steps import Program
 
 _LINEAR = "neg transpose reshape squeeze broadcast_in_dim convert_element_type reduce_sum copy name mul div dot_general"
 _TURNING = ("sub", "neg", "inv", "solve", "cos", "rsqrt", "erfc", "acos")

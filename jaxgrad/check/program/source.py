@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxgrad.check.steps import Place, Program
+from jaxgrad.check.program.steps import Place, Program
 
 
 class Where(NamedTuple):

@@ -12,9 +12,9 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check.problem import Kernel, program_at, shape_key
-from jaxgrad.check.replay import forward, quick_jit
-from jaxgrad.check.steps import Program, Step, scan_counts
+from jaxgrad.check.evaluate.problem import Kernel, program_at, shape_key
+from jaxgrad.check.program.replay import forward, quick_jit
+from jaxgrad.check.program.steps import Program, Step, scan_counts
 
 SETTLED = 1e-6
 """An iteration whose last sweep changes its state by less than this, relatively, has found its fixed point."""

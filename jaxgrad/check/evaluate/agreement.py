@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad.check.points import Point
-from jaxgrad.check.problem import Kernel, Problem, Wrong, hand, truth
+from jaxgrad.check.evaluate.points import Point
+from jaxgrad.check.evaluate.problem import Kernel, Malformed, Problem, autodiff, by_hand
 from jaxgrad.check.report import Leaf
 
 EPS = float(np.finfo(np.float64).eps)
@@ -54,11 +54,11 @@ class Tolerance(NamedTuple):
         return self.relative[leaf] * size + self.absolute[leaf]
 
 
-def evaluate(problem: Problem, store: Kernel, point: Point) -> Evaluation | Wrong:
+def evaluate(problem: Problem, store: Kernel, point: Point) -> Evaluation | Malformed:
     """Both gradients at a point; an exception of the person's gradient is passed on."""
-    loss, true = truth(store, point.leaves, point.data)
-    mine = hand(problem, point.leaves, point.data, f" at {point.name}")
-    if isinstance(mine, Wrong):
+    loss, true = autodiff(store, point.leaves, point.data)
+    mine = by_hand(problem, point.leaves, point.data, f" at {point.name}")
+    if isinstance(mine, Malformed):
         return mine
     # What is not to be compared counts as right.
     shown = (h if problem.compares(i) else t for i, (h, t) in enumerate(zip(mine, true, strict=True)))
@@ -153,9 +153,9 @@ def noise_of(problem: Problem, store: Kernel, points: Sequence[Point]) -> tuple[
         runs_true, runs_hand = [], []
         for k in range(4):
             leaves = tuple(leaf + k * d for leaf, d in zip(point.leaves, delta, strict=True))
-            runs_true.append(truth(store, leaves, point.data)[1])
-            got = hand(problem, leaves, point.data)
-            if isinstance(got, Wrong):
+            runs_true.append(autodiff(store, leaves, point.data)[1])
+            got = by_hand(problem, leaves, point.data)
+            if isinstance(got, Malformed):
                 return 0.0, [0.0] * len(problem.leaves)
             runs_hand.append(got)
         theirs.append(_third(runs_true))
@@ -182,11 +182,11 @@ def local_noise(problem: Problem, store: Kernel, point: Point, trials: int = 2) 
         total_mine = [np.zeros_like(p) for p in point.leaves]
         for k, weight in enumerate(weights):
             leaves = tuple(leaf + k * d for leaf, d in zip(point.leaves, delta, strict=True))
-            got = hand(problem, leaves, point.data)
-            if isinstance(got, Wrong):
+            got = by_hand(problem, leaves, point.data)
+            if isinstance(got, Malformed):
                 return [0.0] * len(problem.paths), [0.0] * len(problem.paths)
             with np.errstate(all="ignore"):
-                for total, gradient in ((total_true, truth(store, leaves, point.data)[1]), (total_mine, got)):
+                for total, gradient in ((total_true, autodiff(store, leaves, point.data)[1]), (total_mine, got)):
                     for i, g in enumerate(gradient):
                         total[i] = total[i] + weight * g
         size = float(np.linalg.norm(weights))

@@ -13,9 +13,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check import steps
-from jaxgrad.check.blame import raised_by
-from jaxgrad.check.replay import lacks_reverse_mode, quick_jit
+from jaxgrad.check.evaluate.blame import raised_by
+from jaxgrad.check.program import steps
+from jaxgrad.check.program.replay import lacks_reverse_mode, quick_jit
 
 
 class Spec(NamedTuple):
@@ -70,7 +70,7 @@ class Problem(NamedTuple):
         return not self.asked or self.asked[leaf]
 
 
-class Wrong(NamedTuple):
+class Malformed(NamedTuple):
     """A gradient that is not one: why, and at which leaf."""
 
     sentence: str
@@ -389,7 +389,7 @@ class ImpureError(ValueError):
     """Two traces of the loss differ."""
 
 
-def truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[float, list[Any]]:
+def autodiff(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[float, list[Any]]:
     """Value and autodiff gradient of the loss in float64."""
     key = ("truth", shape_key(leaves, data))
     if key in store.compiled:
@@ -399,13 +399,13 @@ def truth(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> tuple[fl
     number = lambda ls, ds: function(*ls, *ds)[0]
     store.compiled[key] = quick_jit(jax.value_and_grad(number))
     try:
-        return truth(store, leaves, data)
+        return autodiff(store, leaves, data)
     except ValueError as error:
         del store.compiled[key]
         if not lacks_reverse_mode(error):
             raise
     store.compiled[key] = quick_jit(lambda ls, ds: (number(ls, ds), _by_forward_mode(number, ls, ds)))
-    return truth(store, leaves, data)
+    return autodiff(store, leaves, data)
 
 
 def _by_forward_mode(function: Callable[..., Any], leaves: Sequence[Any], data: Sequence[Any]) -> list[Any]:
@@ -427,7 +427,9 @@ def program_at(store: Kernel, leaves: Sequence[Any], data: Sequence[Any]) -> ste
     return store.compiled[key]
 
 
-def hand(problem: Problem, leaves: Sequence[Any], data: Sequence[Any], where: str = "") -> list[np.ndarray] | Wrong:
+def by_hand(
+    problem: Problem, leaves: Sequence[Any], data: Sequence[Any], where: str = ""
+) -> list[np.ndarray] | Malformed:
     """The person's gradient as float64 arrays in the order of the leaves, or what is wrong with its form.
 
     What it raises is passed on, with a note that it was the gradient, and `where` it was called."""
@@ -449,26 +451,26 @@ def returned_precisions(problem: Problem) -> list[float]:
     return [float(jnp.finfo(x.dtype).eps) for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
-def match_tree(problem: Problem, params: Any, result: Any) -> list[np.ndarray] | Wrong:
+def match_tree(problem: Problem, params: Any, result: Any) -> list[np.ndarray] | Malformed:
     """The leaves of a returned gradient in the order of the parameters' leaves."""
     if inspect.iscoroutine(result) or inspect.isgenerator(result):
-        return Wrong(f"`gradient` returned {_describe(result)} instead of arrays: use return, not yield.", None)
+        return Malformed(f"`gradient` returned {_describe(result)} instead of arrays: use return, not yield.", None)
     if result is None:
-        return Wrong("`gradient` returned None: is the `return` missing?", None)
+        return Malformed("`gradient` returned None: is the `return` missing?", None)
     found = _leaves_by_path(problem, result)
-    if isinstance(found, Wrong) and isinstance(result, tuple) and len(result) == 2:
+    if isinstance(found, Malformed) and isinstance(result, tuple) and len(result) == 2:
         # (gradient, aux) and (value, gradient), as jax.grad and jax.value_and_grad return them
         for part, other in ((result[0], result[1]), (result[1], result[0])):
             inner = _leaves_by_path(problem, part)
             as_pair = part is result[0] and problem.spec.has_aux
             as_value = part is result[1] and _is_value(other)
-            if not isinstance(inner, Wrong) and (as_pair or as_value):
+            if not isinstance(inner, Malformed) and (as_pair or as_value):
                 found = inner
                 break
-    if isinstance(found, Wrong):
+    if isinstance(found, Malformed):
         return found
     arrays: list[np.ndarray] = []
-    problems: list[Wrong] = []
+    problems: list[Malformed] = []
     for i, (path, leaf, given) in enumerate(zip(problem.paths, found, problem.leaves, strict=True)):
         pair = bool(problem.complex) and problem.complex[i]
         shape = given.shape[:-1] if pair else given.shape
@@ -476,19 +478,19 @@ def match_tree(problem: Problem, params: Any, result: Any) -> list[np.ndarray] |
             arrays.append(np.zeros(given.shape))
             continue
         if leaf is None:
-            return Wrong(f"`gradient` returned None for leaf {path}: return zeros if it does not matter.", path)
+            return Malformed(f"`gradient` returned None for leaf {path}: return zeros if it does not matter.", path)
         try:
             array = np.asarray(leaf)
             array = array.astype(np.float64) if array.dtype.kind in "biuf" or str(array.dtype) == "bfloat16" else array
         except Exception as error:  # whatever an array-like of theirs raises
-            return Wrong(f"leaf {path} of the gradient cannot be read as an array ({error}).", path)
+            return Malformed(f"leaf {path} of the gradient cannot be read as an array ({error}).", path)
         if pair and array.shape == shape and array.dtype.kind in "cf":
             arrays.append(as_real(np.conj(array)))
             continue
         if array.dtype.kind == "c" and not pair:
-            return Wrong(f"leaf {path} of the gradient is complex ({array.dtype}).", path)
+            return Malformed(f"leaf {path} of the gradient is complex ({array.dtype}).", path)
         if array.dtype != np.float64 and not pair:
-            return Wrong(f"leaf {path} of the gradient is {_describe(leaf)}, not an array of numbers.", path)
+            return Malformed(f"leaf {path} of the gradient is {_describe(leaf)}, not an array of numbers.", path)
         if array.shape != shape:
             flipped = array.ndim == 2 and array.shape == shape[::-1]
             hint = ""
@@ -499,7 +501,7 @@ def match_tree(problem: Problem, params: Any, result: Any) -> list[np.ndarray] |
             elif array.size == 1:
                 hint = " Everything was summed into one number."
             sentence = f"leaf {path}: the gradient has shape {array.shape}, the parameter {shape}.{hint}"
-            problems.append(Wrong(sentence, path, transposed=flipped))
+            problems.append(Malformed(sentence, path, transposed=flipped))
         arrays.append(array)
     if problems:
         first = problems[0]
@@ -511,7 +513,7 @@ def _is_value(x: Any) -> bool:
     return np.ndim(x) == 0 and isinstance(x, (float, int, np.generic, np.ndarray, jax.Array))
 
 
-def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
+def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Malformed:
     is_none = lambda x: x is None
     keep = [isinstance(f, Moves) for f in problem.spec.fixed_params]
     if jax.tree_util.tree_structure(result) == problem.spec.params:
@@ -528,7 +530,7 @@ def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
     try:
         with_paths, _ = jax.tree_util.tree_flatten_with_path(result, is_leaf=is_none)
     except Exception as error:  # a tree that JAX cannot flatten, e.g. a dict with mixed keys
-        return Wrong(f"the gradient is not a tree like params ({error}).", None)
+        return Malformed(f"the gradient is not a tree like params ({error}).", None)
     dummy = _skeleton(problem)
     names, fixed, empty = _names_in_params(problem)
     with_paths = [(path, leaf) for path, leaf in with_paths if leaf is not None or leaf_name(path) not in empty]
@@ -543,7 +545,7 @@ def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
         flat = [leaf for _, leaf in with_paths]
         if len(flat) == len(names):
             order = " The number of leaves agrees: return it in the form of params."
-        return Wrong(f"`gradient` returned {_describe(result)}; {ours}.{order}", None)
+        return Malformed(f"`gradient` returned {_describe(result)}; {ours}.{order}", None)
     missing = [name for name in names if name not in got]
     extra = [name for name in got if name not in names and name not in fixed]
     parts = []
@@ -552,7 +554,7 @@ def _leaves_by_path(problem: Problem, result: Any) -> list[Any] | Wrong:
     if extra:
         parts.append(f"has {', '.join(f'{e} (None in params)' if e in empty else e for e in extra)} besides")
     what = " and ".join(parts) or "has another structure than params"
-    return Wrong(f"the gradient {what}; params has {', '.join(names)}.", missing[0] if missing else None)
+    return Malformed(f"the gradient {what}; params has {', '.join(names)}.", missing[0] if missing else None)
 
 
 def _skeleton(problem: Problem) -> Any:

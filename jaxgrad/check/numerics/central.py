@@ -5,14 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad.check import agreement, examples, patterns, points
-from jaxgrad.check.agreement import Evaluation
-from jaxgrad.check.blame import raised_by, read_by
-from jaxgrad.check.factors import name_factor
-from jaxgrad.check.points import Point
-from jaxgrad.check.problem import Problem, Wrong, assemble, hand
+from jaxgrad.check import patterns
+from jaxgrad.check.evaluate import agreement, examples, points
+from jaxgrad.check.evaluate.agreement import Evaluation
+from jaxgrad.check.evaluate.blame import raised_by, read_by
+from jaxgrad.check.evaluate.factors import name_factor
+from jaxgrad.check.evaluate.held import arrays_in
+from jaxgrad.check.evaluate.points import Point
+from jaxgrad.check.evaluate.problem import Malformed, Problem, assemble, by_hand
 from jaxgrad.check.report import Finding, Report, Tried
-from jaxgrad.check.watch import arrays_in
 
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 MOST_EVALUATIONS = 60_000
@@ -58,8 +59,8 @@ def works(problem: Problem) -> bool:
 def check(problem: Problem, reason: str, tolerance: float | None) -> Report:
     """The report on a gradient, the truth being differences of the loss's values."""
     value = value_of(problem)
-    mine = hand(problem, problem.leaves, problem.data, " at the given point")
-    if isinstance(mine, Wrong):
+    mine = by_hand(problem, problem.leaves, problem.data, " at the given point")
+    if isinstance(mine, Malformed):
         sentence = mine.sentence[0].upper() + mine.sentence[1:]
         return Report(False, (), (Finding("structure", mine.leaf, None, "", "", sentence),), float("nan"), ())
     plan = _points(problem, value)
@@ -71,8 +72,8 @@ def check(problem: Problem, reason: str, tolerance: float | None) -> Report:
     for point in plan:
         with raised_by("loss", problem.loss, f" at {point.name}"):
             loss = value(point.leaves, point.data)
-        got = hand(problem, point.leaves, point.data, f" at {point.name}")
-        if isinstance(got, Wrong) or not np.isfinite(loss):
+        got = by_hand(problem, point.leaves, point.data, f" at {point.name}")
+        if isinstance(got, Malformed) or not np.isfinite(loss):
             continue
         slopes = derivative(value, point, tried, rng)
         by_complex = by_complex and slopes.complex_step
@@ -192,7 +193,9 @@ def _points(problem: Problem, value: Value) -> list[Point]:
     size, _ = points.batch_sizes(problem.n, shapes)
     data, n = points.resample(rng, problem.data, problem.axes, problem.n, size), size
     try:
-        if isinstance(hand(problem, problem.leaves, data), Wrong) or not np.isfinite(value(problem.leaves, data)):
+        if isinstance(by_hand(problem, problem.leaves, data), Malformed) or not np.isfinite(
+            value(problem.leaves, data)
+        ):
             raise ValueError
     except Exception:
         data, n = problem.data, problem.n

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad.check import clues, words
+from jaxgrad.check import clues, sentences
 from jaxgrad.check import faults as catalogue_of
-from jaxgrad.check.agreement import Evaluation
-from jaxgrad.check.factors import name_factor
+from jaxgrad.check.evaluate.agreement import Evaluation
+from jaxgrad.check.evaluate.factors import name_factor
+from jaxgrad.check.evaluate.problem import Kernel, Problem, program_at, shape_key
+from jaxgrad.check.evaluate.resized import is_mean, ratio_at
 from jaxgrad.check.faults import Fault, Term
 from jaxgrad.check.faults.mistake import At, Mistake
-from jaxgrad.check.problem import Kernel, Problem, program_at, shape_key
-from jaxgrad.check.replay import (
+from jaxgrad.check.program.replay import (
     Plan,
     Replay,
     analysis,
@@ -32,10 +33,9 @@ from jaxgrad.check.replay import (
     quick_jit,
     varied,
 )
+from jaxgrad.check.program.source import locate
+from jaxgrad.check.program.steps import Program
 from jaxgrad.check.report import Finding
-from jaxgrad.check.resized import is_mean, ratio_at
-from jaxgrad.check.source import locate
-from jaxgrad.check.steps import Program
 
 
 class Sample(NamedTuple):
@@ -410,7 +410,7 @@ def _kept_part(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         first, last = uses[0] in kept, uses[-1] in kept
         m = uses[-1] if last else kept[0]
         which = "last" if last else "first" if first else f"number {uses.index(m) + 1}"
-        findings.append(words.kept(case.problem, case.samples[0], case.terms[m], leaf, which, len(uses)))
+        findings.append(sentences.kept(case.problem, case.samples[0], case.terms[m], leaf, which, len(uses)))
     # Where all contributions are the same this is also a factor, and says less as one.
     return [Explanation(-0.5, leaves, tuple(findings))]
 
@@ -438,11 +438,11 @@ def _scaled_all(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         if not whole and len(leaves) > 1:
             return []
         leaf = leaves[0] if len(leaves) == 1 else None
-        return [Explanation(12.0, leaves, (words.zero(case.problem, s, leaf, leaves),))]
+        return [Explanation(12.0, leaves, (sentences.zero(case.problem, s, leaf, leaves),))]
     if whole:
-        return [Explanation(0.0, leaves, (words.scale(case.problem, s, factor, None, leaves),))]
+        return [Explanation(0.0, leaves, (sentences.scale(case.problem, s, factor, None, leaves),))]
     if len(leaves) == 1:
-        return [Explanation(1.0, leaves, (words.scale(case.problem, s, factor, leaves[0], leaves),))]
+        return [Explanation(1.0, leaves, (sentences.scale(case.problem, s, factor, leaves[0], leaves),))]
     return []
 
 
@@ -459,9 +459,9 @@ def _each_leaf(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             return []
         s = case.samples[0]
         if factor == "0":
-            found.append(words.zero(case.problem, s, leaf, (leaf,)))
+            found.append(sentences.zero(case.problem, s, leaf, (leaf,)))
         else:
-            found.append(words.scale(case.problem, s, factor, leaf, (leaf,)))
+            found.append(sentences.scale(case.problem, s, factor, leaf, (leaf,)))
         # A number written where n belongs is one mistake.
         cost += 2.0 + (0.0 if _for_n(factor) else _complexity(factor))
     return [Explanation(26.0 + cost, leaves, tuple(found))]
@@ -506,7 +506,7 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             if evaluations[0].true[leaf].ndim < (1 if name == "upside down" else 2):
                 continue
             if all(equal(e.hand[leaf], move(e.true[leaf]), e) for e in evaluations):
-                per_leaf.append(words.moved(case.problem, case.samples[0], leaf, name))
+                per_leaf.append(sentences.moved(case.problem, case.samples[0], leaf, name))
                 break
     if len(per_leaf) == len(leaves):
         out.append(Explanation(2.0, leaves, tuple(per_leaf)))
@@ -517,12 +517,14 @@ def _moved_leaves(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             if all(
                 all(equal(e.hand[a], e.true[b], e) for a, b in zip(leaves, order, strict=True)) for e in evaluations
             ):
-                out.append(Explanation(2.5, leaves, (words.swapped(case.problem, case.samples[0], leaves, order),)))
+                out.append(Explanation(2.5, leaves, (sentences.swapped(case.problem, case.samples[0], leaves, order),)))
                 break
     if len(leaves) == 1:
         for other in range(len(case.problem.leaves)):
             if other != leaves[0] and all(equal(e.hand[leaves[0]], e.true[other], e) for e in evaluations):
-                out.append(Explanation(3.0, leaves, (words.swapped(case.problem, case.samples[0], leaves, (other,)),)))
+                out.append(
+                    Explanation(3.0, leaves, (sentences.swapped(case.problem, case.samples[0], leaves, (other,)),))
+                )
     return out
 
 
@@ -534,7 +536,7 @@ def _same_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     factor = _number_or_dimension(case, leaves, c[0], _named(case, c[0])) if misfit[0] <= 1 else None
     if factor is None or factor == "0" or not _exact(factor):
         return []
-    return [Explanation(13.2, leaves, (words.same_factor(case.problem, case.samples[0], factor, leaves),))]
+    return [Explanation(13.2, leaves, (sentences.same_factor(case.problem, case.samples[0], factor, leaves),))]
 
 
 _OF_LEAF: dict[str, tuple[Callable[[Any], Any], str, str]] = {
@@ -573,7 +575,7 @@ def _of_leaf(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
                 _equal(case, e.hand[i], e.true[i] * function(e.point.leaves[i]), e) for e in evaluations for i in leaves
             )
         if fits:
-            found = [words.of_leaf(case.problem, case.samples[0], i, kind, how) for i in leaves]
+            found = [sentences.of_leaf(case.problem, case.samples[0], i, kind, how) for i in leaves]
             return [Explanation(13.0, leaves, tuple(found))]
     return []
 
@@ -619,8 +621,8 @@ def _in_some_entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     where = np.argwhere(wrong.reshape(case.problem.leaves[leaf].shape))
     if hits:
         cost, m, factor = min(hits)
-        found = words.term(case.problem, s, case.terms[m], factor, leaves, restricted=True)
-        spots = words.spots(case.problem, leaf, where)
+        found = sentences.term(case.problem, s, case.terms[m], factor, leaves, restricted=True)
+        spots = sentences.spots(case.problem, leaf, where)
         sentence = found.sentence.rstrip(".") + f", and that in {spots} only: everything else is right."
         return [Explanation(13.4 + 0.1 * cost, leaves, (found._replace(sentence=sentence),))]
     return _added_in_entries(case, leaf, wrong.reshape(case.problem.leaves[leaf].shape), where)
@@ -642,8 +644,8 @@ def _added_in_entries(case: Case, leaf: int, wrong: np.ndarray, where: np.ndarra
     factor = _named(case._replace(dims={}), np.array(cs), 1e-5)
     if factor is None or factor == "0":
         return []
-    found = words.added(case.problem, case.samples[0], {leaf: factor}, "params")[0]
-    spots = words.spots(case.problem, leaf, where)
+    found = sentences.added(case.problem, case.samples[0], {leaf: factor}, "params")[0]
+    spots = sentences.spots(case.problem, leaf, where)
     sentence = (
         f"Your gradient of {case.problem.paths[leaf]} has {factor} times {case.problem.paths[leaf]} added in {spots}"
     )
@@ -688,17 +690,17 @@ def _ranked(case: Case, hits: Sequence[int]) -> tuple[float, int, list[int]]:
 def _others(case: Case, best: Fault, rest: Sequence[int]) -> tuple[str, ...]:
     """Equivalent faults in words, one for each kind and line."""
     s = case.samples[0]
-    mine = words.place_of(s, best).where
+    mine = sentences.place_of(s, best).where
     seen = {mine}
     out: list[str] = []
     for m in rest:
         fault = case.faults[m]
         if fault.cost > best.cost + 3:
             continue
-        key = words.place_of(s, fault).where
+        key = sentences.place_of(s, fault).where
         if key not in seen:
             seen.add(key)
-            out.append(words.short(s, fault))
+            out.append(sentences.short(s, fault))
     return tuple(out[:3])
 
 
@@ -709,13 +711,13 @@ def _one_fault(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     on_all = np.nonzero((misfit[:, _untouched(case, leaves)].max(axis=1) <= 1) & (moves > 0))[0]
     if len(on_all):
         cost, best, rest = _ranked(case, [int(m) for m in on_all])
-        found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=False)
+        found = sentences.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=False)
         found = found._replace(equivalents=_others(case, case.faults[best], rest))
         return [Explanation(10 + cost, leaves, (found,))]
     on_wrong = np.nonzero((misfit[:, list(leaves)].max(axis=1) <= 1) & (moves > 0))[0]
     if len(on_wrong):
         cost, best, rest = _ranked(case, [int(m) for m in on_wrong])
-        found = words.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=True)
+        found = sentences.fault(case.problem, case.samples[0], case.faults[best], leaves, restricted=True)
         found = found._replace(equivalents=_others(case, case.faults[best], rest))
         return [Explanation(20 + 0.1 * cost, leaves, (found,))]
     return []
@@ -746,12 +748,12 @@ def _rarer(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
                 continue
             inner, outer, clean = found
             restricted = not clean
-            findings = [words.mistake(case.problem, s, m, inner, leaves, restricted)]
+            findings = [sentences.mistake(case.problem, s, m, inner, leaves, restricted)]
             cost = 11 + m.cost + (8 if restricted else 0)
             if outer is not None:
                 whole = everything and len(leaves) == len(case.problem.leaves)
                 leaf = None if whole or len(leaves) > 1 else next(iter(leaves))
-                findings.append(words.scale(case.problem, s, outer, leaf, leaves))
+                findings.append(sentences.scale(case.problem, s, outer, leaf, leaves))
                 cost += 12 + _complexity(outer)
             out.append(Explanation(cost, leaves, tuple(findings)))
             break
@@ -883,12 +885,12 @@ def _one_term(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
             continue
         clean = bool(misfit[_untouched(case, leaves)].max() <= 1)
         # Of a chain, the step whose own constant is the factor.
-        bonus = 0.3 if words.is_constant_step(case.samples[0], case.terms[m].step, factor) else 0.0
+        bonus = 0.3 if sentences.is_constant_step(case.samples[0], case.terms[m].step, factor) else 0.0
         hits.append((_term_cost(case, m, factor, clean) - bonus, m, factor, clean))
     if not hits:
         return []
     cost, m, factor, clean = min(hits)
-    found = words.term(case.problem, case.samples[0], case.terms[m], factor, leaves, restricted=not clean)
+    found = sentences.term(case.problem, case.samples[0], case.terms[m], factor, leaves, restricted=not clean)
     # A clean omission says more than a derivative of 1 that happens to contribute nothing.
     base = 9.5 if factor == "0" and clean else 12.3
     return [Explanation(base + cost, leaves, (found,))]
@@ -951,7 +953,7 @@ def _added(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
                 break
             factors[leaf] = factor
         if len(factors) == len(leaves):
-            found = words.added(case.problem, case.samples[0], factors, name)
+            found = sentences.added(case.problem, case.samples[0], factors, name)
             cost = 13.5 if name == "params" else 15.0
             out.append(Explanation(cost, leaves, found))
             break
@@ -987,13 +989,13 @@ def _entries(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         if np.all(np.isfinite(ratio)) and np.ptp(ratio) <= 1e-6 * np.max(np.abs(ratio)) + 1e-12:
             factor = name_factor([(None, float(np.mean(ratio)))], {}, 1e-6)
         masks.append((leaf, bad, factor))
-        findings.append(words.entries(case.problem, case.samples[0], leaf, np.argwhere(bad), factor))
+        findings.append(sentences.entries(case.problem, case.samples[0], leaf, np.argwhere(bad), factor))
     slices = {_slice_of(bad) for _, bad, _ in masks if bad.ndim > 1}
     factors = {factor or "" for _, _, factor in masks}
     if len(slices) == 1 and None not in slices and factors <= {"0", "-1"} and len(factors) == 1:
         axis, index = next(iter(slices))  # type: ignore[misc]
         if all(bad.ndim > 1 or (axis == 1 and bad[index]) for _, bad, _ in masks):
-            found = words.class_slice(case.problem, case.samples[0], leaves, axis, index, next(iter(factors)))
+            found = sentences.class_slice(case.problem, case.samples[0], leaves, axis, index, next(iter(factors)))
             return [Explanation(14.8, leaves, (found,))]
     return [Explanation(15.0, leaves, tuple(findings))]
 
@@ -1022,7 +1024,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         ):
             continue
         names = tuple(s.program.steps[k].name for k in fault.members)
-        by_place = words.place_of(s, fault)
+        by_place = sentences.place_of(s, fault)
         detail = fault.detail[:1] + fault.detail[2:] if fault.product >= 0 else fault.detail
         for key in ((names, fault.kind, detail), (names, fault.kind, detail, by_place.where, by_place.expression)):
             groups.setdefault(key, []).append(m)
@@ -1068,7 +1070,7 @@ def _similar_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     if not hits:
         return []
     _, chosen = min(hits)
-    findings = tuple(words.fault(case.problem, s, case.faults[m], leaves, restricted=False) for m in chosen)
+    findings = tuple(sentences.fault(case.problem, s, case.faults[m], leaves, restricted=False) for m in chosen)
     return [Explanation(21.0, leaves, _in_line_order(findings))]
 
 
@@ -1097,7 +1099,7 @@ def _repeated(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     if not hits:
         return []
     cost, members, factor, but = min(hits)
-    found = words.repeated(case.problem, s, [case.terms[m] for m in members], factor, leaves, but)
+    found = sentences.repeated(case.problem, s, [case.terms[m] for m in members], factor, leaves, but)
     return [Explanation(14.0 + cost, leaves, (found,))]
 
 
@@ -1252,9 +1254,9 @@ def _fault_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         return []
     cost, m, factor = min(hits)
     s = case.samples[0]
-    first = words.fault(case.problem, s, case.faults[m], leaves, restricted=not everything)
+    first = sentences.fault(case.problem, s, case.faults[m], leaves, restricted=not everything)
     leaf = None if everything and len(leaves) == len(case.problem.leaves) else leaves[0] if len(leaves) == 1 else None
-    second = words.scale(case.problem, s, factor, leaf, leaves)
+    second = sentences.scale(case.problem, s, factor, leaf, leaves)
     return [Explanation(25 + 0.5 * cost + _complexity(factor), leaves, (first, second))]
 
 
@@ -1297,9 +1299,9 @@ def _term_and_factor(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
         return []
     cost, m, factor, inner = min(hits)
     s = case.samples[0]
-    first = words.term(case.problem, s, case.terms[m], inner, leaves, restricted=False)
+    first = sentences.term(case.problem, s, case.terms[m], inner, leaves, restricted=False)
     leaf = leaves[0] if len(leaves) == 1 and len(case.problem.leaves) > 1 else None
-    return [Explanation(29.0 + cost, leaves, (first, words.scale(case.problem, s, factor, leaf, leaves)))]
+    return [Explanation(29.0 + cost, leaves, (first, sentences.scale(case.problem, s, factor, leaf, leaves)))]
 
 
 def _slices(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
@@ -1333,9 +1335,9 @@ def _slices(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     ]
     by_rows = len(set(n_axis)) > 1 or n_axis[0] == s.evaluation.point.n
     partial = not strange and len(leaves) < len(case.problem.leaves)
-    findings = [words.sliced(case.problem, s, case.terms[m], weights, by_rows, leaves, partial)]
+    findings = [sentences.sliced(case.problem, s, case.terms[m], weights, by_rows, leaves, partial)]
     if overall not in (None, "1"):
-        findings.append(words.scale(case.problem, s, overall, None, leaves))
+        findings.append(sentences.scale(case.problem, s, overall, None, leaves))
     cost = 28.0 if not strange else 32.0 if by_rows else 200.0
     return [Explanation(cost, leaves, tuple(findings))]
 
@@ -1449,8 +1451,8 @@ def _two_faults(case: Case, leaves: tuple[int, ...]) -> list[Explanation]:
     findings = []
     for label in (labels[i], labels[j]):
         if label[0] == "fault":
-            findings.append(words.fault(case.problem, s, case.faults[label[1]], leaves, restricted=False))
+            findings.append(sentences.fault(case.problem, s, case.faults[label[1]], leaves, restricted=False))
         else:
             factor = {-1.0: "0", -2.0: "-1", 1.0: "2", -0.5: "1/2"}[label[2]]
-            findings.append(words.term(case.problem, s, case.terms[label[1]], factor, leaves, restricted=False))
+            findings.append(sentences.term(case.problem, s, case.terms[label[1]], factor, leaves, restricted=False))
     return [Explanation(40 + cost, leaves, tuple(findings))]

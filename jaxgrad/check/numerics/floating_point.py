@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check import agreement
-from jaxgrad.check.agreement import Evaluation, Tolerance
-from jaxgrad.check.points import Point
-from jaxgrad.check.problem import Kernel, Problem, Wrong, assemble, hand, program_at, truth
-from jaxgrad.check.replay import forward, quick_jit
+from jaxgrad.check.evaluate import agreement
+from jaxgrad.check.evaluate.agreement import Evaluation, Tolerance
+from jaxgrad.check.evaluate.points import Point
+from jaxgrad.check.evaluate.problem import Kernel, Malformed, Problem, assemble, autodiff, by_hand, program_at
+from jaxgrad.check.program.replay import forward, quick_jit
+from jaxgrad.check.program.source import Where, describe, locate
+from jaxgrad.check.program.steps import Place, Program, is_library, trace
 from jaxgrad.check.report import Finding
-from jaxgrad.check.source import Where, describe, locate
-from jaxgrad.check.steps import Place, Program, is_library, trace
 
 # ------------------------------------------------------------------------------------------ kinks
 
@@ -89,8 +89,8 @@ def _between(problem: Problem, store: Kernel, e: Evaluation) -> bool:
         u = [rng.standard_normal(p.shape) for p in e.point.leaves]
         size = float(np.sqrt(sum(float(np.sum(p**2)) for p in e.point.leaves))) or 1.0
         h = 1e-6 * size / float(np.sqrt(sum(float(np.sum(x**2)) for x in u)))
-        up, _ = truth(store, tuple(p + h * x for p, x in zip(e.point.leaves, u, strict=True)), e.point.data)
-        down, _ = truth(store, tuple(p - h * x for p, x in zip(e.point.leaves, u, strict=True)), e.point.data)
+        up, _ = autodiff(store, tuple(p + h * x for p, x in zip(e.point.leaves, u, strict=True)), e.point.data)
+        down, _ = autodiff(store, tuple(p - h * x for p, x in zip(e.point.leaves, u, strict=True)), e.point.data)
         sides = [(up - e.loss) / h, (e.loss - down) / h]
         auto = float(sum(np.sum(g * x) for g, x in zip(e.true, u, strict=True)))
         mine = float(sum(np.sum(g * x) for g, x in zip(e.hand, u, strict=True)))
@@ -145,10 +145,10 @@ def _spurious(problem: Problem, store: Kernel, e: Evaluation) -> bool:
     """Whether loss and gradient both fail although the loss, just before, is an ordinary number."""
     good, loss = 0.0, None
     low, high = 1e-3, 1.0
-    typical, _ = truth(store, tuple(0.03 * p for p in e.point.leaves), e.point.data)
+    typical, _ = autodiff(store, tuple(0.03 * p for p in e.point.leaves), e.point.data)
     for _ in range(30):
         middle = float(np.sqrt(low * high))
-        value, gradient = truth(store, tuple(middle * p for p in e.point.leaves), e.point.data)
+        value, gradient = autodiff(store, tuple(middle * p for p in e.point.leaves), e.point.data)
         if np.isfinite(value) and all(np.all(np.isfinite(g)) for g in gradient):
             low, good, loss = middle, middle, value
         else:
@@ -185,8 +185,8 @@ def _threshold(problem: Problem, e: Evaluation) -> float:
     low, high = 1e-4, 1.0
     for _ in range(40):
         middle = float(np.sqrt(low * high))
-        got = hand(problem, tuple(middle * p for p in e.point.leaves), e.point.data)
-        if not isinstance(got, Wrong) and all(np.all(np.isfinite(g)) for g in got):
+        got = by_hand(problem, tuple(middle * p for p in e.point.leaves), e.point.data)
+        if not isinstance(got, Malformed) and all(np.all(np.isfinite(g)) for g in got):
             low = middle
         else:
             high = middle
@@ -210,8 +210,8 @@ def _largest_logit(
         if len(one) != len(data):
             break
         try:
-            got = hand(problem, leaves, one)
-            if isinstance(got, Wrong) or all(np.all(np.isfinite(g)) for g in got):
+            got = by_hand(problem, leaves, one)
+            if isinstance(got, Malformed) or all(np.all(np.isfinite(g)) for g in got):
                 continue
             found = _first_exponent(store, leaves, one)
         except Exception:  # a gradient that cannot take one example alone
@@ -417,7 +417,7 @@ def central_difference(
 
 def _directional(store: Kernel, e: Evaluation, u: Sequence[Any]) -> tuple[float, float]:
     return central_difference(
-        lambda h: truth(store, tuple(p + h * x for p, x in zip(e.point.leaves, u, strict=True)), e.point.data)[0]
+        lambda h: autodiff(store, tuple(p + h * x for p, x in zip(e.point.leaves, u, strict=True)), e.point.data)[0]
     )
 
 

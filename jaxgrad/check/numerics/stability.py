@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad import checks
-from jaxgrad.check.agreement import norm
-from jaxgrad.check.problem import NO_BATCH
+from jaxgrad.check.evaluate.agreement import norm
+from jaxgrad.check.evaluate.problem import NO_BATCH
+from jaxgrad.check.program.steps import Program, Step, flatten, jaxpr_of
 from jaxgrad.check.report import colored, painter
-from jaxgrad.check.steps import Program, Step, flatten, jaxpr_of
 from jaxgrad.checks import checked
 
 DIGITS = 1200
@@ -247,7 +247,7 @@ def _threshold(run: Callable[[float], np.ndarray], scales: Sequence[float]) -> f
 def _line(
     gradient: Callable[..., Any], scale: float, leaves: Sequence[Any], tree: Any, data: Sequence[Any], data_tree: Any
 ) -> str:
-    from jaxgrad.check.source import locate
+    from jaxgrad.check.program.source import locate
 
     try:
         program, _ = _program(gradient, leaves, tree, data, data_tree)

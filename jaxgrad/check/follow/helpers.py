@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jaxgrad.check.known import Facts, Label
+from jaxgrad.check.follow.known import Facts, Label
 
 _FUNCTIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "exp": np.exp,

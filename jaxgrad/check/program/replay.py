@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check.steps import Program, Step
+from jaxgrad.check.program.steps import Program, Step
 
 _UNARY = """
 abs acos acosh asin asinh atan atanh cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor

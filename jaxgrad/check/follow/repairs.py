@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check.agreement import Evaluation
-from jaxgrad.check.factors import name_factor
-from jaxgrad.check.helpers import helpers
-from jaxgrad.check.known import (
+from jaxgrad.check.evaluate.agreement import Evaluation
+from jaxgrad.check.evaluate.factors import name_factor
+from jaxgrad.check.evaluate.problem import Kernel, Malformed, Problem, assemble, match_tree
+from jaxgrad.check.evaluate.rounding import written_in_single
+from jaxgrad.check.follow.helpers import helpers
+from jaxgrad.check.follow.known import (
     CURVED,
     Facts,
     Found,
@@ -36,12 +38,8 @@ from jaxgrad.check.known import (
     is_variable,
     name_of,
 )
-from jaxgrad.check.problem import Kernel, Problem, Wrong, assemble, match_tree
-from jaxgrad.check.report import WrongLine
-from jaxgrad.check.rounding import written_in_single
-from jaxgrad.check.statements import Statement
-from jaxgrad.check.steps import Program
-from jaxgrad.check.watch import (
+from jaxgrad.check.follow.statements import Statement
+from jaxgrad.check.follow.watch import (
     RETURN,
     Event,
     Output,
@@ -55,6 +53,8 @@ from jaxgrad.check.watch import (
     spelled_path,
     watch,
 )
+from jaxgrad.check.program.steps import Program
+from jaxgrad.check.report import WrongLine
 
 MOST_REPAIRS = 1000
 """How often the gradient may be run again with a repair. A count, so that every machine finds the same line."""
@@ -179,7 +179,7 @@ class _Point:
 
     def leaves(self, result: Any) -> list[np.ndarray] | None:
         found = match_tree(self.search.problem, *result)
-        return None if isinstance(found, Wrong) else found
+        return None if isinstance(found, Malformed) else found
 
     def with_repair(self, repair: Repair) -> list[np.ndarray] | None:
         """The gradient with a repair, or None if it cannot be made."""

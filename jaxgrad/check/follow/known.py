@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check import steps
-from jaxgrad.check.problem import Kernel, Problem, program_at, shape_key
-from jaxgrad.check.replay import is_elementwise, pull, quick_jit
-from jaxgrad.check.source import locate
-from jaxgrad.check.steps import Program
+from jaxgrad.check.evaluate.problem import Kernel, Problem, program_at, shape_key
+from jaxgrad.check.program import steps
+from jaxgrad.check.program.replay import is_elementwise, pull, quick_jit
+from jaxgrad.check.program.source import locate
+from jaxgrad.check.program.steps import Program
 
 Label = tuple[Any, ...]
 """`(kind, number, ...)`: value of a slot, adjoint of a slot, part (what one step sends to one operand), slope (the

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from jaxgrad.check import faults as catalogue_of
-from jaxgrad.check.evidence import constant_in_words, is_square, multiplier, turns_sign
+from jaxgrad.check.evaluate.problem import Problem
 from jaxgrad.check.faults import Fault, Term
 from jaxgrad.check.faults.mistake import Mistake
-from jaxgrad.check.problem import Problem
+from jaxgrad.check.program.evidence import constant_in_words, is_square, multiplier, turns_sign
+from jaxgrad.check.program.source import Where, locate
+from jaxgrad.check.program.steps import Program
 from jaxgrad.check.report import Finding
-from jaxgrad.check.source import Where, locate
-from jaxgrad.check.steps import Program
 
 NOWHERE = Where("", "", "", 0)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrad.check.points import batch_sizes
-from jaxgrad.check.problem import Kernel, Problem, closed, traced
+from jaxgrad.check.evaluate.points import batch_sizes
+from jaxgrad.check.evaluate.problem import Kernel, Problem, closed, traced
 
 _MOST_TRIES = 40
 

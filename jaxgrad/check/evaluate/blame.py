@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.core import Tracer
 
-from jaxgrad.check.watch import arrays_in
+from jaxgrad.check.evaluate.held import arrays_in
 
 
 @contextlib.contextmanager

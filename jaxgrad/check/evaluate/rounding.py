@@ -16,10 +16,10 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.check.points import Point
-from jaxgrad.check.problem import Kernel, shape_key, traced
-from jaxgrad.check.replay import quick_jit
-from jaxgrad.check.steps import OPENED, call_of
+from jaxgrad.check.evaluate.points import Point
+from jaxgrad.check.evaluate.problem import Kernel, shape_key, traced
+from jaxgrad.check.program.replay import quick_jit
+from jaxgrad.check.program.steps import OPENED, call_of
 
 DOUBLE, SINGLE, HALF, BRAIN = 2.0**-53, 2.0**-24, 2.0**-11, 2.0**-8
 """Unit roundoff of float64, float32, float16 and bfloat16."""

@@ -13,7 +13,6 @@ import os
 import sys
 import sysconfig
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
@@ -24,10 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxgrad.check.statements import Statement, assigned, reads, statements_of
-
-Path = tuple[Any, ...]
-"""How a value is reached in a frame: a name, then `("item", key)` or `("attr", name)`; `("return",)` is special."""
+from jaxgrad.check.evaluate.held import Path, arrays_in
+from jaxgrad.check.follow.statements import Statement, assigned, reads, statements_of
 
 RETURN: Path = ("return",)
 LARGEST = 1_000_000
@@ -169,7 +166,7 @@ def _run(call: Callable[[], Any], tracer: Callable[..., Any]) -> Any:
                 gc.enable()
 
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _LIBRARIES = tuple(
     {os.path.abspath(p) + os.sep for k, p in sysconfig.get_paths().items() if k in ("stdlib", "platstdlib", "purelib")}
 )
@@ -403,42 +400,6 @@ def _put(env: Any, path: Path, value: np.ndarray, names: frozenset[str]) -> None
             setattr(owner, key, new)
         else:
             owner[key] = new
-
-
-_EMPTY = (
-    str,
-    bytes,
-    type,
-    range,
-    slice,
-    types.ModuleType,
-    types.FunctionType,
-    types.MethodType,
-    types.BuiltinMethodType,
-)
-
-
-def arrays_in(path: Path, value: Any, depth: int = 3, most: int = 200) -> list[tuple[Path, Any]]:
-    """Arrays and numbers in a value, with how they are reached."""
-    if isinstance(value, (np.ndarray, jax.Array, np.generic, float, int)):
-        return [(path, value)]
-    if depth == 0 or value is None or isinstance(value, _EMPTY):
-        return []
-    items: list[tuple[Path, Any]] = []
-    if isinstance(value, dict):
-        items = [((*path, ("item", k)), v) for k, v in value.items() if isinstance(k, (str, int, tuple))]
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = [((*path, ("attr", k)), getattr(value, k)) for k in value._fields]  # type: ignore[attr-defined]
-    elif isinstance(value, (list, tuple)):
-        items = [((*path, ("item", k)), v) for k, v in enumerate(value)]
-    elif hasattr(value, "__dict__") and not type(value).__module__.startswith(("jax", "numpy")):
-        items = [((*path, ("attr", k)), v) for k, v in vars(value).items()]
-    found: list[tuple[Path, Any]] = []
-    for inner, held in items[:most]:
-        found += arrays_in(inner, held, depth - 1, most)
-        if len(found) > most:
-            break
-    return found[:most]
 
 
 def as_array(value: Any) -> np.ndarray | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxgrad.check.problem import Kernel, Problem, Wrong, hand, truth
+from jaxgrad.check.evaluate.problem import Kernel, Malformed, Problem, autodiff, by_hand
 
 
 def ratio_at(problem: Problem, store: Kernel, leaves: Sequence[int], length: int) -> tuple[float, int] | None:
@@ -26,11 +26,11 @@ def ratio_at(problem: Problem, store: Kernel, leaves: Sequence[int], length: int
     params = tuple(np.asarray(p * np.exp(0.3 * rng.standard_normal(p.shape))) for p in params)
     data = tuple(resized(a, axis) for a, axis in zip(problem.data, problem.axes, strict=True))
     try:
-        _, true = truth(store, params, data)
-        mine = hand(problem._replace(leaves=params, data=data), params, data)
+        _, true = autodiff(store, params, data)
+        mine = by_hand(problem._replace(leaves=params, data=data), params, data)
     except Exception:  # whatever the person's functions raise for shapes they were not written for
         return None
-    if isinstance(mine, Wrong):
+    if isinstance(mine, Malformed):
         return None
     h = np.concatenate([np.ravel(mine[i]) for i in leaves])
     t = np.concatenate([np.ravel(true[i]) for i in leaves])
@@ -51,8 +51,8 @@ def is_mean(problem: Problem, store: Kernel) -> bool | None:
         for a, axis in zip(problem.data, problem.axes, strict=True)
     )
     try:
-        _, once = truth(store, problem.leaves, problem.data)
-        _, double = truth(store, problem.leaves, twice)
+        _, once = autodiff(store, problem.leaves, problem.data)
+        _, double = autodiff(store, problem.leaves, twice)
     except Exception:
         return None
     flat = [np.concatenate([np.ravel(g) for g in gradient]) for gradient in (once, double)]

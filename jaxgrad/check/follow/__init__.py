@@ -1,0 +1,1 @@
+"""A person's own code, followed line by line: where its numbers first part from the truth."""

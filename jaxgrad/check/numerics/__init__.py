@@ -1,0 +1,1 @@
+"""Floating point: where a right formula fails, and verdicts from differences of values alone."""

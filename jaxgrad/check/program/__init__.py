@@ -1,0 +1,1 @@
+"""The loss as a program: its steps, their replay with one step done wrong, and where its source says them."""

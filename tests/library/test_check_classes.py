@@ -115,7 +115,7 @@ def test_a_class_is_needed_for_a_derivation(name, monkeypatch):
 
 
 def test_one_kept_contribution_is_needed(monkeypatch):
-    monkeypatch.setattr(diagnosis, "_kept_part", lambda case, leaves: [])
+    monkeypatch.setattr(search, "_kept_part", lambda case, leaves: [])
     assert fails(derivations.test_the_mistake_is_named_where_it_is, "rate_of_one_step_only")
 
 
@@ -137,7 +137,7 @@ def test_every_class_of_mistakes_is_asked_for():
 
 @pytest.mark.parametrize("name", WHOLES)
 def test_an_attempt_of_the_search_is_needed(name, monkeypatch):
-    monkeypatch.setattr(diagnosis, name, lambda case, leaves: [])
+    monkeypatch.setattr(search, name, lambda case, leaves: [])
     assert fails(wholes.test_the_cause_is_named_with_its_leaf_and_factor, WHOLES[name])
 
 

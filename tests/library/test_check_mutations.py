@@ -132,8 +132,8 @@ MUTATIONS = {
     "faults change nothing": (faults, "changes", no_changes),
     "faults change the wrong way": (faults, "changes", reverse_sign),
     "contributions have the wrong sign": (faults, "shares", reverse_sign),
-    "the least plausible fault is reported": (diagnosis, "_ranked", first_fault_only),
-    "every factor is called 2": (diagnosis, "name_factor", no_exact_factor),
+    "the least plausible fault is reported": (search, "_ranked", first_fault_only),
+    "every factor is called 2": (search, "name_factor", no_exact_factor),
     "no piece of the loss is a function": (replay, "_pieces", lambda original: lambda *args: ()),
     "no step is a product": (replay, "_products", lambda original: lambda *args: ()),
 }

@@ -164,9 +164,9 @@ def test_without_other_batch_sizes_a_factor_equal_to_n_is_n():
 def test_what_does_not_depend_on_the_leaf_is_computed_once(monkeypatch):
     """Several leaves that nothing explains: the reverse passes of one serve all."""
     counts = {"varied": 0, "sample": 0}
-    vary, analyse = diagnosis._varied, diagnosis.sample
-    monkeypatch.setattr(diagnosis, "_varied", lambda *a: [vary(*a), counts.update(varied=counts["varied"] + 1)][0])
-    monkeypatch.setattr(diagnosis, "sample", lambda *a: [analyse(*a), counts.update(sample=counts["sample"] + 1)][0])
+    vary, analyse = search._varied, search.sample
+    monkeypatch.setattr(search, "_varied", lambda *a: [vary(*a), counts.update(varied=counts["varied"] + 1)][0])
+    monkeypatch.setattr(search, "sample", lambda *a: [analyse(*a), counts.update(sample=counts["sample"] + 1)][0])
 
     def loss(p, x):
         h = x

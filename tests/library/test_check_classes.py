@@ -8,7 +8,7 @@ import test_check_reported_derivations as derivations
 import test_check_reported_steps as steps
 import test_check_reported_wholes as wholes
 
-from jaxgrad.check import faults, gradient
+from jaxgrad.check import faults, gradient, search
 
 STEPS = {
     "Overwritten": "embedding_rows_assigned",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad.check import check_gradient, faults, gradient
+from jaxgrad.check import check_gradient, faults, gradient, search
 from jaxgrad.check.evaluate import agreement
 from jaxgrad.check.program import replay
 

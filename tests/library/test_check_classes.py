@@ -82,7 +82,7 @@ not asked for: without `twice` or `slope`, for one, another name gives the same 
 def test_every_attempt_of_the_search_is_left_out_once_or_listed():
     attempts = {
         name
-        for name, function in vars(diagnosis).items()
+        for name, function in vars(search).items()
         if inspect.isfunction(function) and str(inspect.signature(function).return_annotation).endswith("Explanation]")
     } - {"_added_in_entries"}  # a part of `_in_some_entries`
     assert attempts == {*ATTEMPTS, *WHOLES, *NOT_ASKED, "_kept_part"}
@@ -151,10 +151,10 @@ def test_a_fault_of_the_catalogue_is_needed(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_an_attempt_is_needed_for_the_zoo(name, monkeypatch):
-    monkeypatch.setattr(diagnosis, name, lambda case, leaves: [])
+    monkeypatch.setattr(search, name, lambda case, leaves: [])
     assert fails(zoo.test_every_mistake_of_the_zoo_is_named_and_placed, *ATTEMPTS[name])
 
 
 def test_different_mistakes_in_different_leaves_are_needed(monkeypatch):
-    monkeypatch.setattr(diagnosis, "_split", lambda case: None)
+    monkeypatch.setattr(search, "_split", lambda case: None)
     assert fails(wholes.test_the_cause_is_named_with_its_leaf_and_factor, "slope_missing_and_bias_negated")

@@ -6,8 +6,10 @@ step          the algorithm: `init`, `advance`, `trajectory`, pure functions of 
 objective     the forms that a loss may have: plain, with a key, with a state, with other numbers beside its value
 optimizers    what an optimizer asks for, which optimizers are equal, the random keys in their states
 stopping      when to end a run, and which parameters to keep
+beginning     where runs begin: new parameters, or the state of earlier runs
 schedule      at which steps a run pauses
 runs          settings x keys side by side
+job           what to do with the rows, wherever they are
 programs      what is compiled
 placement     where the rows are, as a value; made by in_memory, on_mesh, on_disk
 row_blocks    a full gradient in blocks of rows that fit the cache
@@ -17,7 +19,9 @@ full_pass     the full loss of rows on disk, and its gradient
 at_start      what is not finite at the start
 checkpoint    stop and resume
 identity      the fingerprint of a run, for its checkpoint
+keeper        resume, save as it goes, stop where the system asks
 log           what has happened to each run
+course        what happens on the way to a pause, and at the pause
 trace         what a run did: table, picture, text
 run           `descend`
 """

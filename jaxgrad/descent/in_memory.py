@@ -11,8 +11,9 @@ from jaxgrad import losses, parallel
 from jaxgrad.descent import checkpoint as saved
 from jaxgrad.descent import optimizers, programs, row_blocks, run_tiles
 from jaxgrad.descent.at_start import first_bad_example, not_finite_at_start
+from jaxgrad.descent.job import Job
 from jaxgrad.descent.objective import Objective, loss_key
-from jaxgrad.descent.placement import Job, Placement, as_arrays, check, measured, sees_all, with_fallback
+from jaxgrad.descent.placement import Placement, as_arrays, check, measured, sees_all, with_fallback
 from jaxgrad.descent.step import check_rows, leading_axis
 from jaxgrad.sampling import check_sizes
 from jaxgrad.types import Key, Loss, Params, Sampling

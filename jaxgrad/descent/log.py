@@ -1,6 +1,6 @@
 """The log of all runs so far: losses at the record points, and how and when each run ended."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ GREW, LEAST = 1000, 1e-6
 class Log:
     """The state of all runs after the last pause, and the record of all before."""
 
-    def __init__(self, state: State, shape: tuple[int, ...], steps: int, rules: list[Judged], point: Params):
+    def __init__(self, state: State, shape: tuple[int, ...], steps: int, rules: Sequence[Judged], point: Params):
         self.state = state
         self.active = np.ones(shape, bool)
         self.reason = np.full(shape, "finished", dtype=object)
@@ -29,6 +29,8 @@ class Log:
         best = any(isinstance(rule, NoImprovement) for rule in rules)
         self.best = Best(point, np.full(shape, np.inf), np.zeros(shape, np.int64)) if best else None
         self.seconds = 0.0
+        self.done = -1
+        """The step of the checkpoint that the runs go on from; -1 if there is none."""
         self.seen: list[tuple[Any, ...]] = []
         self._nothing: tuple[Any, ...] = ()
 
@@ -93,6 +95,7 @@ class Log:
         # The budget of steps may be another one now.
         self.active, self.reason, self.ended = active, reason.astype(object), np.where(active, self.ended, ended)
         self.memory, self.seconds = memory, float(seconds)
+        self.done = int(np.max(self.state.step))
 
     # --- the end ---
 

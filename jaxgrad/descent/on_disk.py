@@ -19,8 +19,9 @@ from jaxgrad import losses
 from jaxgrad.descent import optimizers, programs
 from jaxgrad.descent.at_start import not_finite_at_start
 from jaxgrad.descent.full_pass import OfRows, check_mean, full_gradient, full_loss
+from jaxgrad.descent.job import Job
 from jaxgrad.descent.objective import Objective
-from jaxgrad.descent.placement import Job, Placement, as_arrays, check, measured, sees_all, with_fallback
+from jaxgrad.descent.placement import Placement, as_arrays, check, measured, sees_all, with_fallback
 from jaxgrad.descent.step import State
 from jaxgrad.rows import Layout, Rows, aligned, beginning, example, fingerprint, pick
 from jaxgrad.sampling import check_sizes
@@ -125,7 +126,7 @@ def on_disk(job: Job, rows: Rows) -> Placement:
         w = optimizers.trained(params)
         return not_finite_at_start(full_loss(objective.loss, w, rows), full_gradient(objective.loss, w, rows))
 
-    def close() -> None:
+    def release() -> None:
         for each in reader:
             each.close()
 
@@ -151,7 +152,8 @@ def on_disk(job: Job, rows: Rows) -> Placement:
         finite=programs.finite,
         at_start=at_start,
         identity=(raw, first, partial(fingerprint, rows)),
-        close=close,
+        release=release,
+        in_files=True,
     )
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from jaxgrad import losses, means, parallel
 from jaxgrad.descent import checkpoint as saved
 from jaxgrad.descent.in_memory import of_arrays
+from jaxgrad.descent.job import Job
 from jaxgrad.descent.objective import Objective
-from jaxgrad.descent.placement import Job, Placement, check
+from jaxgrad.descent.placement import Placement, check
 from jaxgrad.sampling import check_sizes
 from jaxgrad.types import Params, Sampling
 

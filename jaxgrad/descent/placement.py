@@ -15,31 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrad.descent import optimizers
+from jaxgrad.descent.job import Job
 from jaxgrad.descent.objective import Objective
-from jaxgrad.descent.runs import Runs
 from jaxgrad.descent.step import State
 from jaxgrad.descent.stopping import Judged
-from jaxgrad.types import Key, Params, Sampling
-
-
-class Job(NamedTuple):
-    """What to do with the rows, wherever they are."""
-
-    objective: Objective
-    runs: Runs
-    sampling: Sampling
-    observe: Any
-    """`observe(params, state)`, or None."""
-    observes_state: bool
-    evaluate_at: Any
-    params: Params
-    """The start of one run."""
-    model: Any
-    """The state of the loss at the start of one run."""
-    batch_losses: bool
-    rules: tuple[Any, ...]
-    memory: float
-    steps: int
+from jaxgrad.types import Key, Params
 
 
 class Placement(NamedTuple):
@@ -63,7 +43,13 @@ class Placement(NamedTuple):
     """A sentence on what is not finite at these parameters, loss or gradient; empty if all is finite."""
     identity: tuple[Any, Any, Callable[[], str]]
     """For the fingerprint of a checkpoint: the loss, rows with the shapes that it takes, and a hash of all rows."""
-    close: Callable[[], None] = lambda: None
+    release: Callable[[], None] = lambda: None
+    in_files: bool = False
+    """Whether each look takes a pass over files."""
+
+    def close(self) -> None:
+        """Release threads, files and memory."""
+        self.release()
 
 
 def check(job: Job, objective: Objective, data: Any) -> None:

@@ -25,6 +25,7 @@ class Mark(NamedTuple):
     judged: tuple[int, ...]
     """The numbers of the rules that are judged there."""
     saved: bool
+    last: bool
 
 
 class Marks(NamedTuple):
@@ -54,7 +55,7 @@ class Marks(NamedTuple):
         """What to do at a step."""
         due = tuple(i for i, every in enumerate(self.every) if step < self.steps and (step - self.first) % every == 0)
         saved = self.saving is not None and (step == self.steps or step % self.saving == 0)
-        return Mark(step, step in self.recorded, due, saved)
+        return Mark(step, step in self.recorded, due, saved, step == self.steps)
 
 
 def marks(

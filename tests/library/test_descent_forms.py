@@ -204,6 +204,16 @@ def test_a_metric_that_cannot_be_evaluated_is_refused_before_the_first_step(tmp_
         keep_best("loss")
 
 
+@pytest.mark.parametrize("key", [KEY, KEYS], ids=["one", "many"])
+def test_a_metric_is_tried_at_the_parameters_that_it_will_get(key):
+    """With lookahead these are the slow ones of a pair; with `evaluate_at`, what that returns."""
+    metric = keep_best(lambda params: jnp.sum(params.w))
+    for how in ({"optimizer": optax.lookahead(optax.sgd(0.1), 5, 0.5)}, {"evaluate_at": lambda state: state.params}):
+        run(key=key, stop=metric, **how)
+    with pytest.raises(TypeError, match=r"metric\(params\) cannot be evaluated"):
+        run(key=key, stop=metric, evaluate_at=lambda state: state.params.w, evaluate=lambda w, batch: jnp.sum(w))
+
+
 def test_an_optimizer_with_one_other_number_is_another():
     a, b = (run(optimizer=optax.adam(rate)) for rate in (0.01, 0.010001))
     assert (np.asarray(a.params.w) != np.asarray(b.params.w)).all()

@@ -210,8 +210,9 @@ def test_a_metric_is_tried_at_the_parameters_that_it_will_get(key):
     metric = keep_best(lambda params: jnp.sum(params.w))
     for how in ({"optimizer": optax.lookahead(optax.sgd(0.1), 5, 0.5)}, {"evaluate_at": lambda state: state.params}):
         run(key=key, stop=metric, **how)
+    first = lambda tree, batch: jnp.sum(jax.tree.leaves(tree)[0])
     with pytest.raises(TypeError, match=r"metric\(params\) cannot be evaluated"):
-        run(key=key, stop=metric, evaluate_at=lambda state: state.params.w, evaluate=lambda w, batch: jnp.sum(w))
+        run(key=key, stop=metric, evaluate_at=lambda state: state.params.w, evaluate=first)
 
 
 def test_an_optimizer_with_one_other_number_is_another():

@@ -323,6 +323,11 @@ def function(name: str, value: Any, takes: int | None = None) -> Any:
     return value
 
 
+def leaf_name(path: Any) -> str:
+    """The name of a leaf of the parameters, from its key path."""
+    return jax.tree_util.keystr(path).lstrip(".") or "the array"
+
+
 @contextmanager
 def saying(sentence: str) -> Iterator[None]:
     """An error of a person's function comes out as this sentence, with what it said; its own traceback goes before.

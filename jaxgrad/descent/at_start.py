@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad import means
+from jaxgrad import checks, means
 from jaxgrad.descent.step import leading_axis
 from jaxgrad.types import Loss, Params
 
@@ -23,12 +23,7 @@ def not_finite_at_start(value: Any, gradient: Params) -> str:
 def not_finite_in(tree: Any) -> str:
     """The names of the leaves with an entry that is not finite."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return ", ".join(leaf_name(path) for path, leaf in leaves if not jnp.isfinite(leaf).all())
-
-
-def leaf_name(path: Any) -> str:
-    """The name of a leaf of the parameters."""
-    return jax.tree_util.keystr(path).lstrip(".") or "the array"
+    return ", ".join(checks.leaf_name(path) for path, leaf in leaves if not jnp.isfinite(leaf).all())
 
 
 def first_bad_example(loss: Loss, params: Params, data: Any) -> str:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxgrad import checks
 from jaxgrad.descent import optimizers
-from jaxgrad.descent.at_start import leaf_name
 from jaxgrad.descent.runs import Runs, continued, copies, first_state
 from jaxgrad.descent.step import State
 from jaxgrad.types import Params
@@ -94,11 +94,11 @@ def _check_params(params: Params, runs: Runs, axis: int | None) -> None:
     for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
-                f"params must be floating point: {leaf_name(path)} is {leaf.dtype}; convert it, "
+                f"params must be floating point: {checks.leaf_name(path)} is {leaf.dtype}; convert it, "
                 "e.g. jnp.asarray(w, jnp.float32)"
             )
         if axis is not None and (axis != 0 or seeds is None or leaf.shape[:1] != (seeds,)):
             raise ValueError(
-                f"params_axis={axis} needs an array of keys and a leading axis of as many starts: {leaf_name(path)} "
-                f"has shape {leaf.shape}, keys: {seeds}"
+                f"params_axis={axis} needs an array of keys and a leading axis of as many starts: "
+                f"{checks.leaf_name(path)} has shape {leaf.shape}, keys: {seeds}"
             )

@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxgrad import checks, parallel
 from jaxgrad.descent import optimizers, programs, stopping
-from jaxgrad.descent.at_start import leaf_name
 from jaxgrad.descent.beginning import Beginning
 from jaxgrad.descent.job import Job
 from jaxgrad.descent.log import Log, of_starts
@@ -174,7 +173,7 @@ def _agreed(job: Job, begin: Beginning, rows: Placement, pauses: Marks) -> Begin
 def _not_finite(start: tuple[Params, Any], rows: Placement, key: Key) -> str:
     params, model = start
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    if bad := [leaf_name(path) for path, leaf in leaves if not jnp.isfinite(leaf).all()]:
+    if bad := [checks.leaf_name(path) for path, leaf in leaves if not jnp.isfinite(leaf).all()]:
         return f"not finite at the start: the parameters have NaN or infinite entries in {', '.join(bad)}"
     return rows.at_start(params, model, key if key.ndim == 0 else key[0])
 

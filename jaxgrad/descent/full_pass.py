@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxgrad import means
 from jaxgrad.descent import row_blocks
@@ -74,6 +75,12 @@ def _itself(loss: Loss) -> Loss:
 
 
 def _sum(evaluate: Callable[..., Any], params: Params, rows: Rows) -> Any:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
+        raise TypeError(
+            "a pass over rows on disk cannot stand inside a function that JAX traces (jax.jit, jax.grad, a metric, "
+            "observe): call full_loss and full_gradient outside, or evaluate rows that are in memory there"
+        )
+
     def of_part(bounds: tuple[int, int]) -> Any:
         pieces = pieces_of(rows, *bounds)
         whole = len(pieces) == 1

@@ -21,7 +21,7 @@ class Log:
     """The state of all runs after the last pause, and the record of all before."""
 
     def __init__(self, state: State, shape: tuple[int, ...], steps: int, rules: Sequence[Judged], point: Params):
-        self.state = state
+        self.state, self.steps = state, steps
         self.active = np.ones(shape, bool)
         self.reason = np.full(shape, "finished", dtype=object)
         self.ended = np.full(shape, steps, dtype=np.int64)
@@ -85,6 +85,11 @@ class Log:
     def resume(self, found: Any, put: Callable[[Any], Any]) -> None:
         """Go on from what `saved` returned."""
         state, columns, active, reason, ended, memory, best, seconds = found
+        if (done := int(np.max(state.step))) > self.steps:
+            raise ValueError(
+                f"the run of this checkpoint has already taken {done} steps: steps counts from the first one, got "
+                f"{self.steps}"
+            )
         if state.batch_loss is not None:
             room = np.array(self.state.batch_loss)
             most = min(room.shape[-1], state.batch_loss.shape[-1])
@@ -95,7 +100,7 @@ class Log:
         # The budget of steps may be another one now.
         self.active, self.reason, self.ended = active, reason.astype(object), np.where(active, self.ended, ended)
         self.memory, self.seconds = memory, float(seconds)
-        self.done = int(np.max(self.state.step))
+        self.done = done
 
     # --- the end ---
 

@@ -250,10 +250,25 @@ def _looked_through(optimizer: Optimizer, params: Params, shapes: Any) -> tuple[
         "value, grad and value_fn, or grad_fn and obj_fn"
         f"{_SIDE_BY_SIDE if _holds_several(getattr(optimizer, 'update', None)) else ''})"
     ):
+        _check_shapes(optimizer, _shape(pair))
         text = _as_text(optimizer, _shape(pair))
     if text is None or shapes is None:
         return optimizer, twice
     return _known.setdefault((text, shapes), (optimizer, twice))
+
+
+def _check_shapes(optimizer: Optimizer, params: Params) -> None:
+    """Raise TypeError if a step would change the shape of a parameter."""
+    state = jax.eval_shape(optimizer.init, params)
+    made = jax.eval_shape(with_placeholders(optimizer), trained(params), state, params)[0]
+    after = jax.eval_shape(optax.apply_updates, params, made)
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(after), strict=True):
+        if old.shape != new.shape:
+            several = _holds_several(getattr(optimizer, "update", None))
+            raise TypeError(
+                f"optimizer would change the shape of the parameter {checks.leaf_name(path)}: from {list(old.shape)} "
+                f"to {list(new.shape)} in one step{_SIDE_BY_SIDE if several else ''}"
+            )
 
 
 _SIDE_BY_SIDE = (

@@ -103,6 +103,8 @@ def descend(
       progress: True shows a line on stderr; or a function of `(step, steps)`.
       checkpoint: save the run as it goes, and go on from what was saved. SIGTERM and Ctrl-C then end it at the next
         record point or checkpoint, the same on every process, with `parallel.Preempted` (exit status 75).
+        A resumed run may ask for more `steps` and for another `record`: these count from the checkpoint on, and the
+        record points before it stay.
       memory: GiB that the program may take beside the data and what it returns. Runs that need more together go in
         equal tiles, one after the other, through the same program (`jaxgrad.descent.run_tiles`).
       sweep: m numbers of each of some settings of the optimizer, `{"learning_rate": [m], "b1": [m]}`: then run i has

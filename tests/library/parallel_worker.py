@@ -83,9 +83,8 @@ def resumable(folder, *, mesh=None, resume=True, until=120, progress=False, file
         observe=weights,
     )
     return descend(
-        **{"loss": LOSS} | arguments | changes,
+        **{"loss": LOSS, "record": range(0, until + 1, 10)} | arguments | changes,
         steps=until,
-        record=range(0, until + 1, 10),
         progress=progress,
         checkpoint=Checkpoint(folder / file, every=20, resume=resume),
     )

@@ -62,6 +62,24 @@ def test_a_run_that_is_over_is_not_run_again(tmp_path, whole):
     assert (tmp_path / "run.npz").stat().st_mtime_ns == stamp
 
 
+def test_a_resumed_run_may_record_elsewhere_from_the_checkpoint_on(tmp_path, whole):
+    """What was recorded before stays, because nobody can look back."""
+    first = resumable(tmp_path, until=60, record=[0, 25, 60])
+    on = resumable(tmp_path, record=[0, 10, 40, 90, 120])
+    assert on.steps.tolist() == [0, 25, 60, 90, 120]
+    assert on.loss[:3].tolist() == first.loss.tolist()
+    assert np.array_equal(saved(on)["w"], whole["w"])
+
+
+def test_a_checkpoint_beyond_the_budget_is_refused(tmp_path):
+    """It came back as a run that had finished at a step that it had long passed."""
+    resumable(tmp_path, until=60)
+    before = (tmp_path / "run.npz").read_bytes()
+    with pytest.raises(ValueError, match="has already taken 60 steps: steps counts from the first one, got 40"):
+        resumable(tmp_path, until=40)
+    assert (tmp_path / "run.npz").read_bytes() == before
+
+
 def test_many_runs_with_a_stopping_rule_go_on_too(tmp_path):
     keys = jax.random.split(jax.random.key(5), 3)
     rule = no_improvement(lambda params: LOSS(params, problem(203, np.float64)), patience=2, every=10)

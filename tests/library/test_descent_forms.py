@@ -188,6 +188,13 @@ def test_an_optimizer_of_several_numbers_is_told_how_to_run_them_side_by_side(ra
         run(optimizer=optax.adam(rates))
 
 
+def test_an_optimizer_that_changes_the_shape_of_a_parameter_is_refused():
+    """Three step sizes for three weights and a bias fit the weights; the steps then failed on the bias."""
+    words = r"would change the shape of the parameter b: from \[\] to \[3\] in one step; .* sweep=\{'learning_rate'"
+    with pytest.raises(TypeError, match=words):
+        run(optimizer=optax.adam(jnp.array([1e-3, 1e-2, 1e-1])))
+
+
 def test_settings_that_there_are_not_are_answered_with_those_that_there_are():
     with pytest.raises(TypeError, match="it has learning_rate, b1"):
         run(optimizer=optax.adam, sweep={"foo": [0.1, 0.2]})

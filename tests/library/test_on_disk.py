@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import jaxgrad.rows as files_of_rows
 from jaxgrad import open_rows
-from jaxgrad.descent import descend, full_gradient, full_loss, full_pass, on_disk, small_gradient, small_step
+from jaxgrad.descent import descend, full_gradient, full_loss, full_pass, keep_best, on_disk, small_gradient, small_step
 from jaxgrad.losses import mean_loss, softmax_cross_entropy, squared
 from jaxgrad.models import linear
 from jaxgrad.rows import moments, pick, read
@@ -111,6 +111,22 @@ def test_the_full_gradient_whatever_the_model_does_with_x(folder, table, monkeyp
     np.testing.assert_allclose(value, expected[0], rtol=1e-12)
     np.testing.assert_allclose(gradient.w, expected[1].w, rtol=1e-11)
     np.testing.assert_allclose(gradient.b, expected[1].b, rtol=1e-11)
+
+
+@pytest.mark.parametrize("evaluate", [full_loss, full_gradient])
+def test_a_pass_over_the_rows_inside_a_traced_function_is_refused(folder, evaluate):
+    """JAX spoke of an unexpected tracer: the passes run in threads, which see nothing of its tracing."""
+    rows = open_rows(folder, target=-1)
+    at = lambda params: jax.tree.leaves(evaluate(LOSS, params, rows))[0].sum()
+    how = dict(optimizer=0.01, sampling=distinct(8), steps=4, key=jax.random.key(1), record=2)
+    calls = (
+        lambda: jax.jit(at)(START),
+        lambda: descend(LOSS, START, rows, observe=at, **how),
+        lambda: descend(LOSS, START, rows, stop=keep_best(at), **how),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match="a pass over rows on disk cannot stand inside a function that JAX traces"):
+            call()
 
 
 def test_a_diverging_run_is_marked_as_in_memory(folder, table):

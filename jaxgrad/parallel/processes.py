@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import socket
 import sys
 import time
@@ -49,8 +50,8 @@ def start(
 
     Later, if a process gives no sign of life for 20 s (`JAXGRAD_HEARTBEAT`), all end.
 
-    Raises ValueError for impossible numbers, ConnectionError if the coordinator cannot be reached or its port is in
-    use, RuntimeError if JAX already runs.
+    Raises ValueError for impossible numbers, and for two different numbers of devices (`XLA_FLAGS` may ask for some),
+    ConnectionError if the coordinator cannot be reached or its port is in use, RuntimeError if JAX already runs.
 
     The coordinator listens on the address that it was given, which should be loopback or a private network: the
     traffic is neither encrypted nor authenticated.
@@ -144,7 +145,20 @@ def _number(name: str, variable: str, value: Any, at_least: int) -> int | None:
     return number
 
 
+def _other_number(devices: int) -> str:
+    """Who else asks for another number of virtual devices; empty if nobody does."""
+    flags = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    of_jax: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    asked = {"XLA_FLAGS": int(flags[-1]) if flags else -1, "jax_num_cpu_devices": of_jax}
+    return " and ".join(f"{name} for {number}" for name, number in asked.items() if number not in (devices, -1))
+
+
 def _virtual(devices: int) -> None:
+    if other := _other_number(devices):
+        raise ValueError(
+            f"start(devices=...), or {DEVICES} in the environment, asks for {devices} virtual devices, {other}: leave "
+            "one out"
+        )
     # XLA's pool has a thread per core, and collectives of more devices than threads may wait for each other forever
     # (jax 0.10 and 0.11 abort after 40 s). It reads this when it starts.
     os.environ["NPROC"] = str(max(16, 4 * devices, int(os.environ.get("NPROC", "0"))))

@@ -77,6 +77,25 @@ def test_four_virtual_devices_give_the_numbers_of_one(tmp_path, alone):
     assert same(found, alone) == {}
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "asks for 4 virtual devices, XLA_FLAGS for 2"),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, "asks for 4 virtual devices, jax_num_cpu_devices for 3: leave one out"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_NUM_CPU_DEVICES": "4"}, ""),
+    ],
+)
+def test_two_different_numbers_of_virtual_devices_are_refused(environment, words):
+    """One of them was taken, and nothing said."""
+    code = "from jaxgrad import parallel; parallel.start(); import jax; print(jax.device_count())"
+    root = {"PYTHONPATH": str(WORKER.parents[2]), "JAXGRAD_DEVICES": "4"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | root | environment
+    )
+    assert (words in done.stderr) if words else (done.stdout == "4\n")
+    assert (done.returncode == 0) == (not words)
+
+
 REFUSED = {
     "data": "ValueError: rank 1 was given other data than rank 0",
     "nan": "in rows 102 to 202, numbered from the first of them: x[48, 2] is nan",

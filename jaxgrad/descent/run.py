@@ -94,7 +94,8 @@ def descend(
       steps: the budget, counted from the very first step also when a run goes on.
       key: a JAX key for the order of examples; or an array of s keys: then s runs go in one compiled program.
       record: how many evenly spaced record points (0 and `steps` are two of them), or the steps themselves;
-        see `log_spaced`. The full loss is evaluated there, off the clock: each point costs a pass over the data.
+        see `log_spaced`. The full loss is evaluated there, off the clock: each point costs a pass over the data. Where
+        that is too much, `record=2` records the two ends only, and `batch_losses` costs no pass.
       stop: a stopping rule besides the budget, or a list of them (`small_step`, `small_gradient`, `target_loss`,
         `no_improvement`, `keep_best`, `time_limit`).
       observe: `observe(params) -> pytree` of whatever else to record, e.g. accuracy; or `observe(params, state)` with

@@ -136,7 +136,11 @@ def check_metric(rule: Any, params: Params) -> None:
 
 @checked
 def small_gradient(below: Positive, *, every: Count = 1) -> SmallGradient:
-    """Stop when the **full** gradient has `‖∇L(w_t)‖ < below`, judged each `every` steps, on the clock."""
+    """Stop when the **full** gradient has `‖∇L(w_t)‖ < below`, judged each `every` steps, on the clock.
+
+    Each check takes a pass over all rows. The default is one after each step; beside minibatches `every` should be
+    about a pass of them, `n // b`.
+    """
     return SmallGradient(below, every)
 
 
@@ -144,7 +148,9 @@ def small_gradient(below: Positive, *, every: Count = 1) -> SmallGradient:
 def target_loss(at_most: Number, *, every: Count = 1) -> TargetLoss:
     """Stop when the **full** loss, as it is recorded, is at or below `at_most`.
 
-    It is judged each `every` steps, on the clock: `Trace.stopped_at` is the first judged step that reached it.
+    It is judged each `every` steps, on the clock: `Trace.stopped_at` is the first judged step that reached it. Each
+    check takes a pass over all rows. The default is one after each step; beside minibatches `every` should be about a
+    pass of them, `n // b`.
     """
     return TargetLoss(at_most, every)
 
@@ -156,9 +162,8 @@ def no_improvement(
     """Stop when `metric(params)` (lower is better, e.g. a validation loss) has not improved in `patience` checks.
 
     It is evaluated each `every` steps, on the clock (at each step unless you say more, which is a pass for each step if
-    the metric is over all rows), and at the end for `Trace.best`, which has the parameters with the
-    lowest value of all, however little lower. A value counts as an improvement if it is more than `min_delta` below the
-    last improvement.
+    the metric is over all rows), and at the end for `Trace.best`, which has the parameters with the lowest value of
+    all, however little lower. A value counts as an improvement if it is more than `min_delta` below the last one.
     """
     return NoImprovement(metric, patience, every, min_delta)
 

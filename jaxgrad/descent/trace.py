@@ -53,7 +53,8 @@ class Trace(NamedTuple):
     state: State
     """Final state: give it to `descend` in place of `params` to go on."""
     status: Any
-    """How the run ended; a tuple of s of them for s keys, and a tuple of m of those for m settings:
+    """How the run ended, in words. Words lie in tuples, not in an array: one for each key within one for each setting,
+    so `status[i][j]` is of setting i and key j, and `np.array(status)` has the shape of `stopped_at`.
 
     `finished`                       all steps were taken
     `stopped: <rule>`                a stopping rule ended it

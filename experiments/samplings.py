@@ -27,7 +27,7 @@ from experiments.support.exact import decimals, geometric, random_keys
 from experiments.support.loading import few_features, load
 from experiments.support.shared import runs_of
 from jaxgrad import models, statistics
-from jaxgrad.sampling import distinct, reshuffled, with_replacement
+from jaxgrad.sampling import distinct, is_reshuffled, reshuffled, with_replacement
 from jaxgrad.theory import least_squares as theory
 from jaxgrad.theory import reshuffling
 from jaxgrad.types import Batch, Sampling
@@ -119,13 +119,13 @@ def run(config: Config, session: Session) -> dict[str, Any]:
 
 def exact_floor(problem: theory.Problem, eta: float, sampling: Sampling) -> float:
     """The exact expected excess loss in the long run; of a reshuffled pass, its average."""
-    if sampling.name == "reshuffled":
+    if is_reshuffled(sampling):
         return reshuffling.floor(problem, eta, int(sampling.batch_size or 0)).average
     return theory.floor(problem, eta, sampling)
 
 
 def exact_moments(problem: theory.Problem, start: Any, eta: float, sampling: Sampling, steps: Any) -> theory.Moments:
-    if sampling.name == "reshuffled":
+    if is_reshuffled(sampling):
         return reshuffling.moments(problem, start, eta, int(sampling.batch_size or 0), steps)
     return theory.sgd_moments(problem, start, eta, sampling, steps)
 

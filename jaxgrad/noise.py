@@ -33,7 +33,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxgrad import checks, means
 from jaxgrad.checks import Count, Counts, Examples, Keys, Level, NotNegative, OneKey, Weights, checked, float64
-from jaxgrad.sampling import check_sizes, distinct
+from jaxgrad.sampling import check_sizes, distinct, is_distinct, is_with_replacement
 from jaxgrad.statistics import Interval, mean_interval, ratio_interval
 from jaxgrad.types import Key, Loss, Params, Sampling
 
@@ -96,11 +96,11 @@ def gamma(sampling: Sampling, n: Count) -> float:
     """
     check_sizes(sampling, n)
     b = sampling.batch_size
-    if sampling.name == "full batch" or b is None:
+    if b is None:
         return 0.0
-    if sampling.name == "with replacement":
+    if is_with_replacement(sampling):
         return 1 / b
-    if sampling.name == "distinct":
+    if is_distinct(sampling):
         return (n - b) / (b * (n - 1)) if n > 1 else 0.0
     raise ValueError(
         f"no sampling factor describes {sampling.name!r} batches: within a pass they are not independent. "

@@ -83,13 +83,28 @@ def reshuffled(b: Count, *, drop_last: bool = True) -> Sampling:
     return Sampling("reshuffled", b, _pass_order, draw_many=_pass_orders)
 
 
+def is_with_replacement(sampling: Sampling) -> bool:
+    """Whether a batch is independent draws. The law is the function that draws; the name is for people."""
+    return sampling.draw is _independent
+
+
+def is_distinct(sampling: Sampling) -> bool:
+    """Whether a batch is different examples, a fresh choice each step."""
+    return sampling.draw is _fresh_order
+
+
+def is_reshuffled(sampling: Sampling) -> bool:
+    """Whether the batches of a pass are cut from one order."""
+    return sampling.draw in (_pass_order, _whole_pass_order)
+
+
 def check_sizes(sampling: Sampling, n: int) -> None:
     """Raise ValueError unless `sampling` can draw from `n` examples: `1 <= n < 2³¹`, and `b <= n` if distinct."""
     sampling, n = checks.sampling("sampling", sampling), checks.integer("n", n)
     if not 1 <= n <= _MAX_EXAMPLES:
         raise ValueError(f"cannot sample from n = {n} examples: n must be from 1 to {_MAX_EXAMPLES}")
     b = sampling.batch_size
-    if b is not None and b > n and sampling.name != "with replacement":
+    if b is not None and b > n and not is_with_replacement(sampling):
         raise ValueError(
             f"cannot draw b = {b} different examples out of n = {n}: "
             f"use b <= {n}, or with_replacement({b}) if an example may occur twice"

@@ -167,7 +167,7 @@ def _apart(loss: Loss, sampling: Sampling, data: parallel.Sharded, key: Any) -> 
     """`(params, steps) -> (params, seconds[steps, 3])`: the step as three programs."""
     mesh, D, m = data.mesh, data.mesh.devices.size, max(data.counts)
     each, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    travels = sampling.name == "distinct"
+    travels = sampling.batch_size is not None and parallel.shares_of(sampling) is None
 
     def shares(rows: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.reshape(D, -1, *leaf.shape[1:]), rows)

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from jaxgrad import checks
 from jaxgrad.checks import Count, Examples, Natural, NotNegative, Number, Positive, checked, float64
-from jaxgrad.sampling import check_sizes
+from jaxgrad.sampling import check_sizes, is_distinct, is_with_replacement
 from jaxgrad.types import Batch, Loss, Params, Sampling
 
 MOST_OUTCOMES = 10_000
@@ -256,9 +256,9 @@ def impossible(
     with jax.enable_x64(True):
         outward = -np.sign(exit - start) * _example_gradients(loss, float64(data), w)
     worst_first = -np.sort(-outward, axis=0)
-    if sampling.name == "with replacement":
+    if is_with_replacement(sampling):
         push = worst_first[0]
-    elif sampling.name in ("distinct", "full batch"):
+    elif sampling.batch_size is None or is_distinct(sampling):
         push = worst_first[: sampling.batch_size or n].mean(axis=0)
     else:
         raise ValueError(f"batches of {sampling.name!r} are not independent: nothing here describes them")
@@ -337,9 +337,9 @@ def _outcomes(data: Any, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     if sampling.batch_size is None:
         return (counts / n)[None, :], np.ones(1)
     b = sampling.batch_size
-    if sampling.name not in ("with replacement", "distinct"):
+    distinct = is_distinct(sampling)
+    if not (distinct or is_with_replacement(sampling)):
         raise ValueError(f"batches of {sampling.name!r} are not independent: nothing here describes them")
-    distinct = sampling.name == "distinct"
     limits = [min(b, int(c)) if distinct else b for c in counts]
     chosen = list(itertools.islice(_compositions(b, limits), MOST_OUTCOMES + 1))
     if len(chosen) > MOST_OUTCOMES:

@@ -33,6 +33,7 @@ from jaxtyping import Float
 from jaxgrad import checks
 from jaxgrad.checks import Count, Natural, NotNegative, Positive, checked
 from jaxgrad.noise import gamma
+from jaxgrad.sampling import is_with_replacement
 from jaxgrad.types import Batch, Linear, Sampling
 
 LIFTED = 100
@@ -659,7 +660,7 @@ def _batch_tensor(A: np.ndarray, sampling: Sampling) -> np.ndarray:
     """
     n, s = len(A), A.shape[1]
     b = n if sampling.batch_size is None else sampling.batch_size
-    distinct = sampling.name != "with replacement"
+    distinct = not is_with_replacement(sampling)
     gamma(sampling, n)  # refuses a reshuffled pass
 
     moments = {1: A.mean(axis=0)}

@@ -13,6 +13,7 @@ from jaxgrad import models, noise, sampling
 from jaxgrad.descent import descend
 from jaxgrad.losses import half_squared, logloss, mean_loss, squared
 from jaxgrad.statistics import z_limit
+from jaxgrad.theory import escape
 from jaxgrad.theory import least_squares as ls
 from jaxgrad.types import Batch, Linear, TwoLayer
 
@@ -287,6 +288,22 @@ def test_a_monitor_rides_along_a_descent():
 def test_refuses_bad_input(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize("kind", [sampling.with_replacement, sampling.distinct])
+def test_the_law_of_a_sampling_is_its_draw_and_not_its_name(kind):
+    """Behaviour hung on the text: under another name, a sampling was refused or taken for one of other noise."""
+    own, other = kind(3), kind(3)._replace(name="mine")
+    r = np.random.default_rng(3)
+    problem = ls.problem(Batch(r.normal(size=(6, 2)), r.normal(size=6)), bias=True)
+    assert noise.gamma(other, 6) == noise.gamma(own, 6)
+    deviation = lambda law: ls.sgd_deviation(problem, np.ones(3), 0.01, law, [1, 5])
+    np.testing.assert_array_equal(deviation(other), deviation(own))
+    rows = Batch(np.arange(4.0)[:, None], np.arange(4.0))
+    for named, real in zip(escape._outcomes(rows, other), escape._outcomes(rows, own), strict=True):
+        np.testing.assert_array_equal(named, real)
+    with pytest.raises(ValueError, match="not independent"):
+        noise.gamma(sampling.reshuffled(3)._replace(name=own.name), 6)
 
 
 def sum_of_squares(params, batch):
